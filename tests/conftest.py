@@ -1,0 +1,36 @@
+"""What all tests share: where GPU tests run, and where the interpreter's do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Triton reads TRITON_INTERPRET where it decorates a kernel: those tests have processes of their own.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marker also where pyproject.toml is not read."""
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what is allocated without a value with NaN, so that an element that nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

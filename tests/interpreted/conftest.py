@@ -1,0 +1,54 @@
+"""Tests of the Triton kernels on the CPU, by Triton's interpreter. Run by test_kernels_interpreted.py, a form each."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("set TRITON_INTERPRET=1 before these tests start: Triton reads it where it decorates a kernel")
+
+FORMS = ("parallel", "chunk", "fused_chunk", "fused_recurrent", "auto")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the outer test choose a form."""
+    parser.addoption("--form", choices=FORMS, action="append", help="test this form only")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes a form for every chosen form, or for those that its `forms` marker names."""
+    chosen = metafunc.config.getoption("--form") or FORMS
+    marker = metafunc.definition.get_closest_marker("forms")
+    if "form" in metafunc.fixturenames:
+        metafunc.parametrize("form", [form for form in chosen if marker is None or form in marker.args])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marker by which a test names its forms."""
+    config.addinivalue_line("markers", "forms(*names): the forms that a test is for")
+
+
+@pytest.fixture
+def function(form: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The public function of a form, on the CPU, through the sweep that a GPU would run."""
+    package = importlib.import_module("generated.retention")
+    owner = package if form == "auto" else importlib.import_module(f"generated.retention.{form}")
+    monkeypatch.setattr(owner, "OPERATOR", _interpreted_operator(form))
+    return package.retention if form == "auto" else getattr(owner, f"{form}_retention")
+
+
+_operators: dict[str, Any] = {}
+
+
+def _interpreted_operator(form: str) -> Any:
+    if form not in _operators:
+        module = importlib.import_module(f"generated.retention.{form}")
+        define_operator = importlib.import_module("generated.retention.operators").define_operator
+        sweep = getattr(module, f"{form}_sweep")
+        _operators[form] = define_operator(f"interpreted_{form}", sweep, cpu=sweep)
+    return _operators[form]

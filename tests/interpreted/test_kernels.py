@@ -1,0 +1,188 @@
+"""Every Triton kernel, run by the interpreter, gives what the formulas say: outputs, final states and all gradients."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_same, check, make_problem, run
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.float16]
+STATES = ("chunk", "fused_chunk", "fused_recurrent", "auto")
+SHAPES = [  # B, T, H, K, V
+    pytest.param((1, 1, 3, 1, 1), id="one_number"),
+    pytest.param((2, 15, 1, 20, 33), id="less_than_a_chunk"),
+    pytest.param((1, 63, 2, 3, 17), id="one_short_of_a_chunk"),
+    pytest.param((1, 70, 2, 33, 20), id="a_chunk_and_a_bit"),
+    pytest.param((1, 130, 1, 64, 17), id="two_chunks_and_a_bit"),
+]
+LENGTHS = [
+    pytest.param([1, 15, 64, 1, 18], id="some_of_one_token"),
+    pytest.param([1], id="one_token"),
+    pytest.param([66, 31], id="two"),
+]
+Function = Callable[..., Any]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_shape_gives_the_oracles_results(
+    function: Function, form: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    check(function, make_problem(*shape, dtype, states=form in STATES))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_packed_sequences_do_not_see_each_other(
+    function: Function, form: str, lengths: list[int], dtype: torch.dtype
+) -> None:
+    check(function, make_problem(1, sum(lengths), 2, 20, 16, dtype, lengths=lengths, states=form in STATES))
+
+
+@pytest.mark.forms(*STATES)
+def test_states_are_optional(function: Function) -> None:
+    whole = make_problem(1, 34, 2, 16, 5)
+    check(function, replace(whole, h0=None, dht=None))
+    check(function, replace(whole, h0=None))
+    check(function, replace(whole, dht=None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_own_decays_and_scale_are_used(function: Function, form: str, dtype: torch.dtype) -> None:
+    rates = torch.tensor([-0.7, 0.0, -1e-9])
+    check(function, make_problem(1, 33, 3, 8, 8, dtype, states=form in STATES, g_gamma=rates, scale=-1.5))
+
+
+def test_decay_that_runs_out_within_a_chunk_gives_no_nan(function: Function, form: str) -> None:
+    rates = torch.tensor([-20.0, -3.0])
+    check(function, make_problem(1, 80, 2, 8, 8, states=form in STATES, g_gamma=rates))
+
+
+def test_offsets_may_be_int32(function: Function, form: str) -> None:
+    problem = make_problem(1, 20, 1, 8, 8, lengths=[3, 17], states=form in STATES)
+    check(function, replace(problem, cu_seqlens=problem.cu_seqlens.int()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_heads_are_right(function: Function, form: str, dtype: torch.dtype) -> None:
+    check(function, make_problem(1, 19, 1, 130, 40, dtype, states=form in STATES))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_second_run_gives_the_same_bits(function: Function, form: str, dtype: torch.dtype) -> None:
+    problem = make_problem(1, 40, 2, 16, 20, dtype, states=form in STATES)
+    assert_same(run(function, problem), run(function, problem))
+
+
+@pytest.mark.forms("fused_recurrent")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [None, [1, 15, 8]])
+def test_reverse_starts_at_the_last_token(function: Function, lengths: list[int] | None, dtype: torch.dtype) -> None:
+    check(function, make_problem(1, 24, 2, 5, 7, dtype, lengths=lengths, reverse=True))
+
+
+@pytest.mark.forms("fused_recurrent")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_may_have_values_first(function: Function, reverse: bool) -> None:
+    problem = make_problem(2, 9, 2, 5, 7, reverse=reverse)
+
+    def values_first(*args: Any, initial_state: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        o, final = function(*args, initial_state=initial_state.mT, state_v_first=True, **options)
+        assert final.shape == (2, 2, 7, 5)
+        return o, final.mT
+
+    check(values_first, problem)
+
+
+@pytest.mark.forms("chunk", "auto")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_size", [1, 16, 64])
+@pytest.mark.parametrize("lengths", [None, [1, 50, 16, 63]])
+def test_any_chunk_size_gives_the_same_results(
+    function: Function, lengths: list[int] | None, chunk_size: int, dtype: torch.dtype
+) -> None:
+    check(function, make_problem(1, 130, 1, 16, 20, dtype, lengths=lengths), chunk_size=chunk_size)
+
+
+@pytest.mark.forms("chunk")
+@pytest.mark.parametrize("tiles", [{"L": 64, "BT": 16, "BV": 16}, {"L": 32, "BT": 32, "BV": 64}])
+def test_other_tiles_of_chunk_are_right(
+    function: Function, tiles: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = importlib.import_module("generated.retention.chunk")
+    config = chunk.ChunkConfig(**tiles, num_warps=4, num_stages=1)
+    states = chunk.ChunkStatesConfig(BT=16, BK=16, BV=32, num_warps=4, num_stages=1)
+    monkeypatch.setattr(chunk, "choose_config", lambda kernel, *_: states if kernel.endswith("_states") else config)
+    check(function, make_problem(1, 100, 1, 40, 36))
+
+
+@pytest.mark.forms("fused_chunk")
+@pytest.mark.parametrize("tiles", [{"BT": 16, "BV": 16}, {"BT": 128, "BV": 64}])
+def test_other_tiles_of_fused_chunk_are_right(
+    function: Function, tiles: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused_chunk = importlib.import_module("generated.retention.fused_chunk")
+    config = fused_chunk.FusedChunkConfig(**tiles, num_warps=4, num_stages=1)
+    monkeypatch.setattr(fused_chunk, "choose_config", lambda *_: config)
+    check(function, make_problem(1, 100, 1, 40, 36))
+
+
+@pytest.mark.forms("fused_recurrent")
+@pytest.mark.parametrize("BV", [1, 64])
+def test_other_tiles_of_fused_recurrent_are_right(
+    function: Function, BV: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused_recurrent = importlib.import_module("generated.retention.fused_recurrent")
+    config = fused_recurrent.FusedRecurrentConfig(BV=BV, num_warps=1, num_stages=1)
+    monkeypatch.setattr(fused_recurrent, "choose_config", lambda *_: config)
+    check(function, make_problem(1, 10, 1, 5, 7))
+
+
+@pytest.mark.forms("parallel")
+@pytest.mark.parametrize("tiles", [{"BT": 64, "BS": 16, "BV": 16}, {"BT": 16, "BS": 16, "BV": 64}])
+def test_other_tiles_of_parallel_are_right(
+    function: Function, tiles: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parallel = importlib.import_module("generated.retention.parallel")
+    config = parallel.ParallelConfig(**tiles, num_warps=4, num_stages=1)
+    monkeypatch.setattr(parallel, "choose_config", lambda *_: config)
+    check(function, make_problem(1, 100, 2, 40, 36, states=False))
+
+
+@pytest.mark.forms("parallel")
+@pytest.mark.parametrize("lengths", [None, [80, 1, 79]])
+def test_blocks_that_have_decayed_away_may_be_skipped(function: Function, lengths: list[int] | None) -> None:
+    rates = torch.tensor([-0.8, -0.4])  # under 2^-32 from 28 and 56 tokens on
+    check(function, make_problem(1, 160, 2, 8, 8, lengths=lengths, states=False, g_gamma=rates))
+
+
+@pytest.mark.forms("auto")
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_few_tokens_take_the_recurrence(
+    function: Function, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = importlib.import_module("generated.retention.auto")
+    used = []
+    for form, sweep in list(auto.SWEEPS.items()):
+        record = lambda *args, form=form, sweep=sweep, **options: used.append(form) or sweep(*args, **options)  # noqa: E731
+        monkeypatch.setitem(auto.SWEEPS, form, record)
+    check(function, make_problem(1, tokens, 1, 8, 8))
+    assert set(used) == {"fused_recurrent" if tokens <= 8 else "chunk"}
+
+
+@pytest.mark.forms("auto")
+def test_a_rule_for_parallel_is_not_followed_where_states_are_wanted(
+    function: Function, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = importlib.import_module("generated.retention.auto")
+    monkeypatch.setattr(auto, "choose_config", lambda *_: auto.FormConfig("parallel"))
+    problem = make_problem(1, 20, 1, 8, 8)
+    check(function, problem)
+    check(function, replace(problem, h0=None, dht=None))

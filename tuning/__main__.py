@@ -1,0 +1,101 @@
+"""Command line of the tuner: `python -m tuning run`, `show` and `bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from tuning import bench, run, show
+from tuning.compilation import ARCHS
+from tuning.problems import FORMS
+from tuning.tuner import EFFORTS
+from tuning.workloads import WorkloadError, builtin
+
+EXAMPLES = """examples:
+  python -m tuning run                                     every workload, measured on this GPU (modelled without one)
+  python -m tuning run --workload retnet_1.3b --form chunk one workload, one form
+  python -m tuning run --workload B=4,T=4096,H=16,K=128,V=128 --budget 120
+  python -m tuning run --arch sm80                         without a GPU: rules for the A100's architecture, modelled
+  python -m tuning show                                    the rules that hold on this machine, and where they lie
+  python -m tuning bench --workload short --form chunk     times, tuned and default, against the floor and fla
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 for success, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=False)
+    try:
+        return int(options.command(options, console))
+    except WorkloadError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tuning",
+        description="Find the fastest configurations of the generated kernels, and write them where imports find them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    show_parser = commands.add_parser("show", help="print the rules that hold on this machine and where each came from")
+    show_parser.add_argument("--arch", choices=sorted(ARCHS), help="show another architecture's instead")
+    show_parser.add_argument("--kernel", metavar="TEXT", help="only kernels whose names hold this text")
+    show_parser.set_defaults(command=show.show)
+    bench_parser = commands.add_parser("bench", help="time the forms over workloads, tuned and default, against the floor")
+    _add_selection(bench_parser)
+    bench_parser.add_argument("--no-default", action="store_true", help="leave out the default configuration")
+    bench_parser.add_argument("--no-fla", action="store_true", help="leave out fla even where it is installed")
+    bench_parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    bench_parser.set_defaults(command=bench.bench)
+    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="tune, and write a configuration file",
+        description="Tune the kernels: by measuring where there is a GPU, by a model of one where there is none.",
+    )
+    _add_selection(parser)
+    parser.add_argument("--effort", choices=sorted(EFFORTS), default="quick", help="how many candidates (default: quick)")
+    parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="stop after this time with what was found")
+    parser.add_argument("--out", metavar="FILE", help="the file to write (default: generated/configs or the user directory)")
+    parser.add_argument("--arch", choices=sorted(ARCHS), help="model this architecture, GPU or not (default without a GPU: sm90)")
+    parser.add_argument("--workers", type=int, metavar="N", help="compiling processes (default: one a core)")
+    parser.set_defaults(command=run.run)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(builtin())
+    parser.add_argument(
+        "--workload",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"{names}, or B=..,T=..,H=..,K=..,V=..[,dtype=..]; may be repeated (default: all)",
+    )
+    forms = [form for form in FORMS if form != "chunk_states"]
+    parser.add_argument("--form", action="append", default=[], choices=forms, help="may be repeated (default: all)")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

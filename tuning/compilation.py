@@ -1,0 +1,136 @@
+"""Compile a launch without a GPU, and read from the binary what it will cost there."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What a generation of GPUs offers a program: shared memory in bytes, and per multiprocessor its limits.
+
+    Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+    """
+
+    name: str
+    shared: int
+    shared_per_sm: int
+    warps_per_sm: int
+
+    @property
+    def target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(self.name.removeprefix("sm")), 32)
+
+
+ARCHS = {
+    arch.name: arch
+    for arch in (
+        Arch("sm80", shared=166_912, shared_per_sm=167_936, warps_per_sm=64),
+        Arch("sm86", shared=101_376, shared_per_sm=102_400, warps_per_sm=48),
+        Arch("sm89", shared=101_376, shared_per_sm=102_400, warps_per_sm=48),
+        Arch("sm90", shared=232_448, shared_per_sm=233_472, warps_per_sm=64),
+        Arch("sm100", shared=232_448, shared_per_sm=233_472, warps_per_sm=64),
+        Arch("sm120", shared=101_376, shared_per_sm=102_400, warps_per_sm=48),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs: registers and spilled bytes a thread, shared memory in bytes a program."""
+
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+
+    def blocks_per_sm(self, arch: Arch) -> int:
+        """How many programs a multiprocessor holds at once; 0 if the shared memory is too much for one."""
+        if self.shared > arch.shared:
+            return 0
+        by_shared = arch.shared_per_sm // (self.shared + 1024)  # the driver keeps 1 KiB of each block's
+        by_registers = 65536 // (max(self.registers, 16) * 32 * self.warps)
+        return min(32, by_shared, by_registers, arch.warps_per_sm // self.warps)
+
+
+class _OfflineDriver:
+    """Stands for Triton's driver where only a target is needed."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextlib.contextmanager
+def offline(target: GPUTarget) -> Iterator[list[Any]]:
+    """Within it, launching any Triton kernel only compiles it for `target`; collects what was compiled.
+
+    Tensors may be on the meta device. The compiled code lands in Triton's cache under the key that a launch asks for.
+    """
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(kernel)
+        return kernel
+
+    previous = driver._active
+    JITFunction.run = compile_only
+    driver.set_active(_OfflineDriver(target))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = previous
+
+
+def compile_launch(launch: Callable[[], object], arch: Arch) -> list[Resources]:
+    """Compile every kernel that `launch` would launch; raises whatever the compiler raises."""
+    with offline(arch.target) as compiled:
+        launch()
+    return [resources(kernel) for kernel in compiled]
+
+
+def resources(kernel: Any) -> Resources:
+    """Read registers, spills and shared memory of a compiled kernel from its metadata and its cubin."""
+    usage = _resource_usage(kernel.asm["cubin"])
+    return Resources(
+        registers=usage["REG"],
+        spills=usage["STACK"] + usage.get("LOCAL", 0),
+        shared=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", done.stdout)}

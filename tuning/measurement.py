@@ -1,0 +1,290 @@
+"""Check and time configurations in a process of its own, which may crash or hang without harm to the tuner."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuning.oracle import relative_error, segment_states, sweep_reference
+from tuning.problems import STATES_SEGMENT, Problem
+
+# The largest relative error against float64 that is taken for rounding: a few units of each dtype.
+ERROR_LIMITS = {"bfloat16": 1e-2, "float16": 1.3e-3, "float32": 1e-5}
+CHECK_TOKENS = 333  # ragged for every chunk and segment
+FLUSH_BYTES = 128 * 2**20  # more than the L2 cache of any GPU
+JOB_SECONDS = 60.0
+START_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that a measurement was made on."""
+
+    name: str
+    arch: str
+    sms: int
+    memory_gb: int
+    driver: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one configuration: the median of `repeats`, and the error found before timing."""
+
+    ms: float
+    spread: float
+    repeats: int
+    error: float
+
+
+class MeasurementError(Exception):
+    """A configuration that could not be measured: it crashed, hung, gave wrong results or did not launch."""
+
+
+class Measurer:
+    """A child process that owns the GPU; the parent never touches CUDA."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._process: Any = None
+        self._pipe: Connection | None = None
+        self.gpu = self._start()
+
+    def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
+        """Check, then time; `stop_above_ms` ends the timing of a configuration that is clearly slower."""
+        return self._call(("measure", problem, config, stop_above_ms, extra))
+
+    def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+        """Time several configurations in interleaved rounds, the order rotating."""
+        return self._call(("compare", problem, configs, extra))
+
+    def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float:
+        """The largest error at the problem's full shape, with states and packed; raises if over the limit."""
+        return self._call(("prove", problem, config, extra))
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+    def _start(self) -> Gpu:
+        self._pipe, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+        return self._receive(START_SECONDS)
+
+    def _call(self, job: tuple[Any, ...]) -> Any:
+        if self._process is None:
+            self._start()
+        assert self._pipe is not None
+        self._pipe.send(job)
+        return self._receive(JOB_SECONDS)
+
+    def _receive(self, seconds: float) -> Any:
+        assert self._pipe is not None
+        try:
+            if not self._pipe.poll(seconds):
+                self.close()
+                raise MeasurementError(f"no answer within {seconds:.0f} s: the kernel hangs")
+            status, value = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self.close()
+            raise MeasurementError("the measuring process died: the kernel crashed") from None
+        if status == "sticky":
+            self.close()
+        if status != "ok":
+            raise MeasurementError(value)
+        return value
+
+
+def gpu_present() -> bool:
+    """Whether there is a GPU, without initialising CUDA in this process."""
+    if not torch.cuda.is_available():
+        return False
+    return bool(torch.cuda.device_count())
+
+
+def _serve(pipe: Connection) -> None:
+    """The child: answer jobs until the parent is gone."""
+    try:
+        pipe.send(("ok", describe_gpu()))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        pipe.send(("error", f"{type(error).__name__}: {error}"))
+        return
+    jobs = {"measure": _measure, "compare": _compare, "prove": _prove}
+    while True:
+        try:
+            name, *arguments = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            pipe.send(("ok", jobs[name](*arguments)))
+        except KeyboardInterrupt:
+            return
+        except Exception as error:  # noqa: BLE001 - as above
+            sticky = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+            pipe.send(("sticky" if sticky else "error", f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"))
+            if sticky:
+                os._exit(1)
+
+
+def describe_gpu() -> Gpu:
+    """Name, architecture, size and driver of the current GPU; initialises CUDA."""
+    properties = torch.cuda.get_device_properties(0)
+    return Gpu(
+        name=properties.name,
+        arch=f"sm{properties.major}{properties.minor}",
+        sms=properties.multi_processor_count,
+        memory_gb=round(properties.total_memory / 2**30),
+        driver=_driver_version(),
+    )
+
+
+def _driver_version() -> str:
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            words = file.readline().split()
+    except OSError:
+        return "unknown"
+    return next((word for word in words if word[0].isdigit() and word.count(".") >= 1), "unknown")
+
+
+class _Inputs:
+    """The last problem's inputs and references, kept because jobs come in runs of one problem."""
+
+    problem: Problem | None = None
+    inputs: tuple[Tensor, ...] = ()
+    small: tuple[Tensor, ...] = ()
+    expected: Tensor | None = None
+
+
+def _prepare(problem: Problem) -> None:
+    if _Inputs.problem == problem:
+        return
+    small = replace(problem, B=1, T=min(problem.T, CHECK_TOKENS), H=min(problem.H, 4))
+    _Inputs.inputs = problem.inputs("cuda", seed=1)
+    _Inputs.small = small.inputs("cuda", seed=int(time.time()))
+    _Inputs.expected = _reference(small, _Inputs.small)
+    _Inputs.problem = problem
+
+
+def _reference(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
+    q, k, v, g_gamma = inputs
+    if problem.form == "chunk_states":
+        return segment_states(k, v, g_gamma, STATES_SEGMENT, reverse=problem.reverse)
+    return sweep_reference(q, k, v, g_gamma, problem.K**-0.5, reverse=problem.reverse)[0]
+
+
+def _check(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
+    """Compare with float64 on memory full of NaN, twice: the second time to the bit with the first."""
+    assert _Inputs.expected is not None
+    torch.use_deterministic_algorithms(True)  # with the next line, new tensors are filled with NaN
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        got = problem.run(_Inputs.small, config, **extra)
+        again = problem.run(_Inputs.small, config, **extra)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    error = relative_error(got, _Inputs.expected)
+    if not error < ERROR_LIMITS[problem.dtype]:
+        raise ArithmeticError(f"wrong result: relative error {error:.2e}, allowed {ERROR_LIMITS[problem.dtype]:.0e}")
+    if not torch.equal(got, again):
+        raise ArithmeticError("two runs on the same inputs differ")
+    return error
+
+
+def _measure(problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
+    _prepare(problem)
+    error = _check(problem, config, extra)
+
+    def run() -> Tensor:
+        return problem.run(_Inputs.inputs, config, **extra)
+
+    run()
+    first = time_calls(run, 3)
+    estimate = statistics.median(first)
+    repeats = 0 if estimate > stop_above_ms else max(4, min(20, int(30 / (estimate + 0.1))))
+    times = first + time_calls(run, repeats)
+    return _timing(times, error)
+
+
+def _compare(problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+    _prepare(problem)
+    times: list[list[float]] = [[] for _ in configs]
+    order = list(range(len(configs)))
+    started = time.monotonic()
+    for round_number in range(12):
+        for i in order[round_number % len(order) :] + order[: round_number % len(order)]:
+
+            def run(config: Any = configs[i]) -> Tensor:
+                return problem.run(_Inputs.inputs, config, **extra)
+
+            times[i] += time_calls(run, 3)
+        if time.monotonic() - started > 3:
+            break
+    return [_timing(series, float("nan")) for series in times]
+
+
+def _prove(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
+    """Errors of everything a kernel can be asked for, on the problem's own shape (one row of it) and packed."""
+    _prepare(problem)
+    row = tuple(x[:1] for x in _Inputs.inputs[:3]) + (_Inputs.inputs[3],)
+    one = replace(problem, B=1)
+    errors = [relative_error(problem.run(_Inputs.inputs, config, **extra)[: 1 if problem.form != "chunk_states" else
+                             -(-problem.T // STATES_SEGMENT)], _reference(one, row))]
+    if problem.form in ("chunk", "fused_chunk", "fused_recurrent"):
+        errors += _prove_states(one, row, config, extra)
+    worst = max(errors)
+    if not worst < ERROR_LIMITS[problem.dtype]:
+        raise ArithmeticError(f"wrong result at the full shape: relative error {worst:.2e}")
+    return worst
+
+
+def _prove_states(problem: Problem, inputs: tuple[Tensor, ...], config: Any, extra: dict[str, Any]) -> list[float]:
+    q, k, v, g_gamma = (x[:, : min(problem.T, 1111)] if x.dim() == 4 else x for x in inputs)
+    shape = (1, problem.H, problem.K, problem.V)
+    initial = torch.randn(shape, device=q.device)
+    final = torch.full(shape, float("nan"), device=q.device)
+    states = {"initial_state": initial, "final_state": final}
+    o = problem.run((q, k, v, g_gamma), config, **states, **extra)
+    expected = sweep_reference(q, k, v, g_gamma, problem.K**-0.5, reverse=problem.reverse, initial_state=initial)
+    return [relative_error(o, expected[0]), relative_error(final, expected[1])]
+
+
+_flush: Tensor | None = None
+
+
+def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each call by CUDA events, the L2 cache flushed before it."""
+    global _flush
+    if _flush is None:
+        _flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        _flush.zero_()
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def _timing(times: list[float], error: float) -> Timing:
+    quartiles = statistics.quantiles(times, n=4)
+    return Timing(statistics.median(times), quartiles[2] - quartiles[0], len(times), error)
+
+
+def gpu_fields(gpu: Gpu) -> dict[str, Any]:
+    """The `device` entry of a configuration file."""
+    return {name: value for name, value in asdict(gpu).items() if name != "driver"}

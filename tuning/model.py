@@ -1,0 +1,112 @@
+"""A closed-form estimate of a configuration's time: to rank candidates before compiling, and where there is no GPU.
+
+A launch is `programs` that each take `steps`; a multiprocessor holds `blocks` of them at once, so the launch takes
+waves = programs / (blocks * multiprocessors), rounded up. A step of all blocks on one multiprocessor takes the longest of
+
+    its FLOPs / the multiprocessor's share of the matrix rate,
+    its bytes / the multiprocessor's share of the memory rate (operands shared by neighbours come from L2, counted at 2x),
+    the latency of a step's dependent chain, which pipelining by stages hides in part.
+
+The figures are an H100's, measured (3.0 TB/s copy, 745 TFLOP/s); other architectures' are three quarters of their datasheets'.
+It ranks; it is not a promise of milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tuning.compilation import Arch, Resources
+from tuning.problems import Problem
+
+STEP_LATENCY_MS = 1.2e-3
+TOKEN_LATENCY_MS = 0.5e-3
+LAUNCH_MS = 3e-3
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A GPU's multiprocessors, and its memory bytes and matrix FLOPs (16-bit) a millisecond."""
+
+    sms: int
+    bytes_per_ms: float
+    flops_per_ms: float
+
+
+RATES = {
+    "sm80": Rates(108, 1.5e9, 234e9),
+    "sm86": Rates(84, 0.7e9, 107e9),
+    "sm89": Rates(128, 0.75e9, 124e9),
+    "sm90": Rates(132, 3.0e9, 745e9),
+    "sm100": Rates(148, 6.0e9, 1690e9),
+    "sm120": Rates(170, 1.3e9, 157e9),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch does: programs, steps of each, and a step's FLOPs, bytes and latency in milliseconds."""
+
+    programs: int
+    steps: float
+    flops: float
+    bytes: float
+    latency: float
+
+
+def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None = None) -> float:
+    """Estimated milliseconds; before compilation (no `needs`) registers and shared memory come from the space's estimates."""
+    rates, work = RATES[arch.name], _work(problem, config)
+    blocks = max(1, (needs or _estimate(problem, config)).blocks_per_sm(arch))
+    waves = -(-work.programs // (blocks * rates.sms))
+    resident = min(blocks, -(-work.programs // rates.sms))
+    slowdown = 1.0 if problem.dtype != "float32" else 6.0  # three TF32 products at half the rate
+    step = max(
+        resident * work.flops * slowdown * rates.sms / rates.flops_per_ms,
+        resident * work.bytes * rates.sms / (2 * rates.bytes_per_ms),
+        work.latency,
+    )
+    launches = 2 if problem.form == "chunk" and config.L < problem.T else 1
+    return waves * work.steps * step + launches * LAUNCH_MS + _states_traffic(problem, config) / rates.bytes_per_ms
+
+
+def _estimate(problem: Problem, config: Any) -> Resources:
+    space, width = problem.space, 1 << (problem.K - 1).bit_length()
+    registers = int(min(255, 40 + space.registers(width, config)))
+    shared = int(space.shared(width, problem.torch_dtype.itemsize, config))
+    return Resources(registers, 0, shared, config.num_warps)
+
+
+def _work(problem: Problem, config: Any) -> Work:
+    K, V, T, size = problem.K, problem.V, problem.T, problem.torch_dtype.itemsize
+    rows = problem.B * problem.H
+    if problem.form == "fused_recurrent":
+        programs = _blocks(V, config.BV) * rows
+        latency = TOKEN_LATENCY_MS * (1 + K * config.BV / (32 * config.num_warps) / 64)
+        return Work(programs, T, 0.0, size * (2 * K + config.BV), latency)
+    hidden = STEP_LATENCY_MS * (1.0 if config.num_stages == 1 else 0.7)
+    if problem.form == "chunk_states":
+        programs = _blocks(V, config.BV) * _blocks(K, config.BK) * rows
+        flops = 2.0 * config.BT * config.BK * config.BV
+        return Work(programs, T / config.BT, flops, size * config.BT * (config.BK + config.BV), hidden)
+    if problem.form == "parallel":
+        programs = _blocks(V, config.BV) * _blocks(T, config.BT) * rows
+        flops = 2.0 * config.BT * config.BS * (K + config.BV)
+        return Work(programs, max(1.0, T / 2 / config.BS), flops, size * config.BS * (K + config.BV), hidden)
+    length = min(T, getattr(config, "L", T))
+    programs = _blocks(V, config.BV) * _blocks(T, length) * rows
+    flops = 2.0 * config.BT * (config.BT * (K + config.BV) + 2 * K * config.BV)
+    return Work(programs, length / config.BT, flops, size * config.BT * (2 * K + 2 * config.BV), 1.5 * hidden)
+
+
+def _states_traffic(problem: Problem, config: Any) -> float:
+    """Bytes of the states that the chunk form stores and loads, and of k and v read once more."""
+    if problem.form != "chunk" or config.L >= problem.T:
+        return 0.0
+    rows, size = problem.B * problem.H, problem.torch_dtype.itemsize
+    stored = rows * (problem.T / config.L) * problem.K * problem.V * size
+    return 2 * stored + rows * problem.T * (problem.K + problem.V) * size
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)

@@ -1,0 +1,57 @@
+"""A float64 reference of the sweep, written from the formulas and sharing no code with what it checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+
+
+def sweep_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_gamma: Tensor,
+    scale: float,
+    *,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o [B, T, H, V] and the final state [B, H, K, V] in float64, by blocks of tokens.
+
+    o_t = scale * q_t S_t and S_t = gamma S_{t-1} + k_t v_t^T, from the last token to the first with `reverse`.
+    """
+    q, k, v = (x.double().flip(1) if reverse else x.double() for x in (q, k, v))
+    rate = g_gamma.double()[:, None]
+    B, T, H, K = q.shape
+    state = q.new_zeros(B, H, K, v.shape[3]) if initial_state is None else initial_state.double()
+    outputs = []
+    for begin in range(0, T, BLOCK):
+        bq, bk, bv = (x[:, begin : begin + BLOCK].transpose(1, 2) for x in (q, k, v))
+        n = torch.arange(bq.shape[2], device=q.device, dtype=torch.float64)
+        gap = n[:, None] - n
+        scores = (bq @ bk.mT) * torch.where(gap >= 0, torch.exp(gap.clamp(min=0) * rate[..., None]), 0.0)
+        since = torch.exp((n + 1) * rate)[..., None]
+        outputs.append(scale * (scores @ bv + since * (bq @ state)))
+        left = torch.exp((len(n) - 1 - n) * rate)[..., None]
+        state = torch.exp(len(n) * rate)[..., None] * state + (bk * left).mT @ bv
+    o = torch.cat(outputs, 2).transpose(1, 2)
+    return o.flip(1) if reverse else o, state
+
+
+def segment_states(k: Tensor, v: Tensor, g_gamma: Tensor, length: int, *, reverse: bool = False) -> Tensor:
+    """The states at the starts of segments of `length` tokens, [B * segments, H, K, V] in float64."""
+    k, v = (x.double().flip(1) if reverse else x.double() for x in (k, v))
+    states = [k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])]
+    for begin in range(0, k.shape[1] - length, length):
+        segment = slice(begin, begin + length)
+        zeros = torch.zeros_like(k[:, segment])
+        states.append(sweep_reference(zeros, k[:, segment], v[:, segment], g_gamma, 1.0, initial_state=states[-1])[1])
+    return torch.stack(states, 1).flatten(0, 1)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """||got - expected|| / ||expected||; NaN anywhere gives NaN."""
+    expected = expected.double()
+    return float((got.double() - expected).norm() / expected.norm())

@@ -1,0 +1,243 @@
+"""From winners to a configuration file: intervals around what was measured, merged with what the file already has."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from generated.configuration import kernel_registry
+from generated.configuration_file import ConfigurationError, Rule, When, parse_file
+from tuning.problems import FORM_KERNEL, Problem
+from tuning.space import knob_values
+from tuning.tuner import Winner
+
+REACH = 2.0  # a rule holds from half to twice the measured B * H and T
+AXES = ("K", "V", "BH", "T")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured: a dtype and shape, as rules name them."""
+
+    dtype: str
+    K: int
+    V: int
+    BH: int
+    T: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rule to be: where it was measured, what to use, and with what proof."""
+
+    kernel: str
+    point: Point
+    use: dict[str, Any]
+    proof: str
+    figures: dict[str, Any]
+
+
+def point_of(problem: Problem) -> Point:
+    """The point of a problem on the axes of rules."""
+    return Point(problem.dtype, problem.K, problem.V, problem.B * problem.H, problem.T)
+
+
+def entry_of(winner: Winner) -> Entry:
+    """A winner as a rule to be."""
+    figures: dict[str, Any] = {"ms": _rounded(winner.ms)}
+    if winner.default_ms is not None:
+        figures["default_ms"] = _rounded(winner.default_ms)
+    if not winner.modelled:
+        # A default that does not launch or is wrong has no time: the winner's own stands for it.
+        figures.setdefault("default_ms", figures["ms"])
+        figures["error"] = float(f"{winner.error or 0.0:.2g}")
+    figures |= {"spills": winner.spills, "trials": winner.trials}
+    point = point_of(winner.problem)
+    figures["point"] = _point_text(point)
+    proof = "modelled" if winner.modelled else "measured"
+    return Entry(winner.problem.kernel, point, knob_values(winner.config), proof, figures)
+
+
+def form_entries(winners: Iterable[Winner]) -> list[Entry]:
+    """Which form is fastest at each workload: the sum of its kernels, forward and backward, by their own times."""
+    totals: dict[Point, dict[str, float]] = {}
+    counts: dict[tuple[Point, str], int] = {}
+    modelled = True
+    for winner in winners:
+        problem = winner.problem
+        if problem.form == "chunk_states":
+            continue
+        K, V = (problem.V, problem.K) if problem.role in ("dq", "dk") else (problem.K, problem.V)
+        point = Point(problem.dtype, K, V, problem.B * problem.H, problem.T)
+        sums = totals.setdefault(point, {})
+        sums[problem.form] = sums.get(problem.form, 0.0) + winner.ms
+        counts[point, problem.form] = counts.get((point, problem.form), 0) + 1
+        modelled = winner.modelled
+    entries = []
+    for point, sums in totals.items():
+        whole = {form: ms for form, ms in sums.items() if counts[point, form] == 4}
+        if whole:
+            form = min(whole, key=lambda name: whole[name])
+            figures: dict[str, Any] = {"ms": _rounded(whole[form]), "default_ms": _rounded(whole.get("chunk", whole[form]))}
+            figures |= {} if modelled else {"error": 0.0}
+            figures |= {"spills": 0, "trials": len(whole), "point": _point_text(point)}
+            entries.append(Entry(FORM_KERNEL, point, {"form": form}, "modelled" if modelled else "measured", figures))
+    return entries
+
+
+def existing_entries(path: Path) -> list[Entry]:
+    """The rules of a file that hold for the kernels as they are now; none where there is no file or it is broken."""
+    try:
+        file = parse_file(path)
+    except ConfigurationError:
+        return []
+    registry = kernel_registry()
+    return [
+        Entry(kernel, _point_from(rule), dict(rule.use), rule.proof, dict(rule.figures))
+        for kernel, found in file.kernels.items()
+        if kernel in registry and found.source == registry[kernel].source
+        for rule in found.rules
+        if "point" in rule.figures
+    ]
+
+
+def merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
+    """The new entries, and the old ones at other points."""
+    merged = {(entry.kernel, entry.point): entry for entry in old}
+    merged.update({(entry.kernel, entry.point): entry for entry in new})
+    return sorted(merged.values(), key=lambda entry: (entry.kernel, entry.point.dtype, _position(entry.point)))
+
+
+def intervals(points: list[Point]) -> dict[Point, dict[str, tuple[int, int]]]:
+    """An interval a point and axis, so that no two points' boxes overlap.
+
+    K and V reach down to the next power of two below (the same padded tile), B * H and T by a factor of two. Where two
+    boxes would overlap they are cut between their points, on the axis where the points are farthest apart.
+    """
+    boxes = {point: _box(point) for point in points}
+    for i, one in enumerate(points):
+        for other in points[i + 1 :]:
+            if one.dtype == other.dtype and _overlap(boxes[one], boxes[other]):
+                _cut(one, other, boxes)
+    return boxes
+
+
+def document(entries: list[Entry], device: dict[str, Any], driver: str | None) -> dict[str, Any]:
+    """The configuration file as plain data."""
+    registry = kernel_registry()
+    kernels: dict[str, Any] = {}
+    for name in sorted({entry.kernel for entry in entries}):
+        own = [entry for entry in entries if entry.kernel == name]
+        boxes = intervals([entry.point for entry in own])
+        rules = [
+            {
+                "when": _Flow(dtype=e.point.dtype, **{axis: list(boxes[e.point][axis]) for axis in AXES}),
+                "use": _Flow(e.use),
+                e.proof: _Flow(e.figures),
+            }
+            for e in own
+        ]
+        kernels[name] = {"source": registry[name].source, "rules": rules}
+    software = {"triton": version("triton"), "torch": version("torch")}
+    return {
+        "format": 1,
+        "device": _Flow(device),
+        "software": _Flow(software | ({"driver": driver} if driver else {})),
+        "tuned": datetime.date.today(),
+        "kernels": kernels,
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write the file whole or not at all, and only if it can be read back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=180)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write("# Written by `python -m tuning run`.\n" + text)
+            file.flush()
+            os.fsync(file.fileno())
+        parse_file(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Flow(dict[str, Any]):
+    """A mapping that is written on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+
+_Dumper.add_representer(
+    _Flow, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True)
+)
+
+
+def _box(point: Point) -> dict[str, tuple[int, int]]:
+    def padded(size: int) -> tuple[int, int]:
+        top = 1 << (size - 1).bit_length()
+        return top // 2 + 1, max(top, 1)
+
+    def around(size: int) -> tuple[int, int]:
+        return max(1, math.ceil(size / REACH)), int(size * REACH)
+
+    return {"K": padded(point.K), "V": padded(point.V), "BH": around(point.BH), "T": around(point.T)}
+
+
+def _overlap(one: dict[str, tuple[int, int]], other: dict[str, tuple[int, int]]) -> bool:
+    return all(max(one[axis][0], other[axis][0]) <= min(one[axis][1], other[axis][1]) for axis in AXES)
+
+
+def _cut(one: Point, other: Point, boxes: dict[Point, dict[str, tuple[int, int]]]) -> None:
+    axis = max(AXES, key=lambda name: abs(math.log(getattr(one, name) / getattr(other, name))))
+    low, high = sorted((one, other), key=lambda point: int(getattr(point, axis)))
+    between = int(math.sqrt(getattr(low, axis) * getattr(high, axis)))
+    boxes[low][axis] = (boxes[low][axis][0], min(boxes[low][axis][1], between))
+    boxes[high][axis] = (max(boxes[high][axis][0], between + 1), boxes[high][axis][1])
+
+
+def _position(point: Point) -> tuple[int, ...]:
+    return tuple(int(getattr(point, axis)) for axis in AXES)
+
+
+def _point_text(point: Point) -> str:
+    return " ".join(f"{axis}={getattr(point, axis)}" for axis in AXES)
+
+
+def _point_from(rule: Rule) -> Point:
+    values = dict(part.split("=") for part in str(rule.figures["point"]).split())
+    return Point(rule.when.dtype, **{axis: int(values[axis]) for axis in AXES})
+
+
+def _rounded(ms: float) -> float:
+    return float(f"{ms:.4g}")
+
+
+def when_of(point: Point, box: dict[str, tuple[int, int]]) -> When:
+    """The rule's condition as the loader knows it."""
+    return When(point.dtype, *(box[axis] for axis in AXES))
+
+
+def config_from(entry: Entry) -> Any:
+    """The entry's configuration as the kernel's dataclass."""
+    config_type = kernel_registry()[entry.kernel].config_type
+    return config_type(**{field.name: entry.use[field.name] for field in fields(config_type)})

@@ -1,0 +1,33 @@
+"""`python -m tuning show`: the rules that hold on this machine, and where each came from."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import generated.configuration as configuration
+from tuning.measurement import describe_gpu, gpu_present
+
+
+def show(options: argparse.Namespace, console: Console) -> int:
+    """Print the rules in the order in which they are tried."""
+    name, arch = None, options.arch or "sm90"
+    if not options.arch and gpu_present():
+        gpu = describe_gpu()
+        name, arch = gpu.name, gpu.arch
+    console.print(escape(f"{name or 'no GPU: rules for an unnamed one of architecture'} {arch}"))
+    for directory in configuration.config_directories():
+        console.print(escape(f"looking in {directory}"))
+    found = [rule for rule in configuration.active_rules(name, arch) if (options.kernel or "") in rule.kernel]
+    table = Table("kernel", "when", "use", "proof", "ms", "file", "status")
+    for rule in found:
+        when = f"{rule.when.dtype} " + " ".join(f"{axis}={getattr(rule.when, axis)}" for axis in ("K", "V", "BH", "T"))
+        use = " ".join(f"{knob}={value}" for knob, value in rule.use.items())
+        table.add_row(rule.kernel, when, use, rule.proof, str(rule.figures.get("ms", "")), rule.path.name, escape(rule.status))
+    console.print(table)
+    files = sorted({str(rule.path) for rule in found})
+    console.print(escape(f"{len(found)} rules from {', '.join(files) or 'no file'}; any other shape uses the default"))
+    return 0

@@ -1,0 +1,82 @@
+"""The shapes that are tuned and timed: those of workloads.yaml by name, or a user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COPY_BYTES_PER_MS = 3.0e9  # an H100's measured device-to-device copy, bytes read and written
+MATRIX_FLOPS_PER_MS = 745e9  # an H100's measured bfloat16 matrix product
+
+
+class WorkloadError(ValueError):
+    """A workload that is not known or not well formed."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training shape: q and k are [B, T, H, K], v is [B, T, H, V]."""
+
+    name: str
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    dtype: str = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def shape(self) -> str:
+        return f"B={self.B} T={self.T} H={self.H} K={self.K} V={self.V} {self.dtype}"
+
+    def floor_ms(self, *, backward: bool) -> float:
+        """The time an H100 cannot beat: compulsory bytes, or FLOPs of the chunked form, whichever takes longer."""
+        tokens, size = self.B * self.T * self.H, self.torch_dtype.itemsize
+        moved = tokens * size * (2 * self.K + 2 * self.V)
+        flops = tokens * (4 * self.K * self.V + 64 * (self.K + self.V))
+        floor = max(moved / COPY_BYTES_PER_MS, flops / MATRIX_FLOPS_PER_MS)
+        if backward:
+            moved = tokens * size * (4 * self.K + 3 * self.V)
+            floor += max(moved / COPY_BYTES_PER_MS, tokens * 10 * self.K * self.V / MATRIX_FLOPS_PER_MS)
+        return floor
+
+
+def builtin() -> dict[str, Workload]:
+    """The workloads of workloads.yaml by name."""
+    groups = yaml.safe_load((Path(__file__).parent / "workloads.yaml").read_text(encoding="utf-8"))
+    return {name: Workload(name, **shape) for group in groups.values() for name, shape in group.items()}
+
+
+def parse(texts: list[str]) -> list[Workload]:
+    """Workloads by name or by shape (`B=8,T=2048,H=8,K=256,V=512[,dtype=float16]`); all of them for no text."""
+    known = builtin()
+    if not texts:
+        return list(known.values())
+    return [known[text] if text in known else _parse_shape(text, known) for text in texts]
+
+
+def _parse_shape(text: str, known: dict[str, Workload]) -> Workload:
+    if "=" not in text:
+        raise WorkloadError(f"workload {text!r} is not known; use one of {', '.join(known)}, or B=..,T=..,H=..,K=..,V=..")
+    fields = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    dtype = fields.pop("dtype", "bfloat16")
+    if dtype not in DTYPES:
+        raise WorkloadError(f"workload {text!r}: dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if set(fields) != set("BTHKV") or text.count(",") + 1 != len(text.split(",")):
+        raise WorkloadError(f"workload {text!r} must give each of B, T, H, K and V once, and nothing else but dtype")
+    if not all(value.isdigit() and int(value) > 0 for value in fields.values()):
+        raise WorkloadError(f"workload {text!r}: B, T, H, K and V must be positive whole numbers")
+    return Workload(text, **{name: int(value) for name, value in fields.items()}, dtype=dtype)
+
+
+def with_dtype(workload: Workload, dtype: str) -> Workload:
+    """The same shape in another dtype."""
+    return replace(workload, dtype=dtype)
