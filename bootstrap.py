@@ -36,13 +36,15 @@ STAMP = ".retgen.json"
 LOG = "retgen-install.log"
 BUDGET = 150  # seconds
 SILENCE = 20  # seconds
+# What the budget suffices for: without a GPU, compiling on a few cores takes the most of it.
+WORKLOADS = {True: ("small", "short", "retnet_1.3b"), False: ("small", "short")}
 USED_BY_RUN = ("torch", "triton", "yaml", "jinja2", "numpy", "optuna", "rich", "ruff")
 USED_BY_TEST = (*USED_BY_RUN, "pytest", "pytest_timeout", "xdist")
 EXAMPLES = """\
 examples:
   python3 bootstrap.py run                             the whole way, at most about five minutes plus downloads
   python3 bootstrap.py run --budget 1200               tune for longer
-  python3 bootstrap.py run -- --workload small         pass arguments on to `python -m tuning run`
+  python3 bootstrap.py run -- --workload small         tune other shapes, or with other options
   python3 bootstrap.py run --here                      use the running Python's packages, install nothing
   python3 bootstrap.py test                            all tests
   python3 bootstrap.py test -- -m gpu -x               pass arguments on to pytest
@@ -163,8 +165,9 @@ def run_project(options: argparse.Namespace) -> None:
     toolbox = prepare(options, extra="", uses=USED_BY_RUN)
     with phase("Build: kernels from templates"):
         toolbox.run("-m", "gen", "build")
-    with phase(f"Tune: at most {options.budget} s; Ctrl-C keeps what was found"):
-        toolbox.run("-m", "tuning", "run", "--effort", "quick", "--budget", str(options.budget), *options.passed_on)
+    shapes = [f"--workload={name}" for name in WORKLOADS[has_gpu()]]
+    with phase(f"Tune: about {options.budget} s; Ctrl-C keeps what was found"):
+        toolbox.run("-m", "tuning", "run", "--budget", str(options.budget), *(options.passed_on or shapes))
     with phase("Use: one forward and backward pass"):
         toolbox.run("examples/first_call.py")
     print(f"\nDone in {time.monotonic() - started:.0f} s. To go on:")
@@ -206,7 +209,8 @@ def check_machine() -> None:
 
 def compiler_problem() -> str | None:
     """Say what is missing to compile a C extension for this Python, and the packages that bring it, or return None."""
-    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc").split()[:1] or ["gcc"]) + ["gcc", "clang"]):
+    compilers = (*os.environ.get("CC", "").split()[:1], "gcc", "clang")
+    if not any(map(shutil.which, compilers)):
         return "no C compiler (gcc or clang on the PATH, or CC); on Debian and Ubuntu: apt install gcc libc6-dev"
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.is_file():

@@ -63,10 +63,10 @@ class TrainConfig:
     """How to train: `length` tokens in each of `batch` windows a step, `lr` at the peak of its schedule."""
 
     form: str = "auto"
-    steps: int = 700
+    steps: int = 400
     batch: int = 8
     length: int = 256
-    lr: float = 4e-3
+    lr: float = 3e-3
     seed: int = 0
     dtype: str = "float32"
     compile: bool = False
@@ -229,8 +229,8 @@ def window_loss(model: RetNet, windows: Tensor, form: str) -> Tensor:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up over the first twentieth of the steps, then half a cosine down to a tenth of the peak."""
-    warm_up = max(1, config.steps // 20)
+    """Linear warm-up over the first fifth of the steps, then half a cosine down to a tenth of the peak."""
+    warm_up = max(1, config.steps // 5)
     progress = max(0, step - warm_up) / max(1, config.steps - warm_up)
     return config.lr * min(1.0, step / warm_up) * (0.55 + 0.45 * math.cos(math.pi * progress))
 

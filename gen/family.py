@@ -28,9 +28,9 @@ class Family:
         """Name of the public function of `form`, for example `chunk_retention`."""
         return f"{form}_{self.name}"
 
-    def kernel(self, form: str, role: str) -> str:
-        """Name of a kernel in configuration files, for example `retention_fused_chunk_fwd`."""
-        return f"{self.name}_{form}_{role}"
+    def kernel(self, form: str) -> str:
+        """Name of a form's kernel in configuration files, for example `retention_fused_chunk`."""
+        return f"{self.name}_{form}"
 
 
 RETENTION = Family(

@@ -7,13 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from oracle import poisoned_memory as poison
 
 # Triton reads TRITON_INTERPRET where it decorates a kernel: those tests have processes of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the marker also where pyproject.toml is not read."""
+    """Know the marker also where pyproject.toml is not read, and compute on one thread.
+
+    The tests' tensors are small: on a busy machine, threads that wait for each other are ten times slower than one.
+    """
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
 
 
@@ -28,9 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill what is allocated without a value with NaN, so that an element that nobody writes is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(2).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    """Fill what is allocated without a value with NaN during a test."""
+    with poison():
+        yield

@@ -1,6 +1,6 @@
 """Retention in float64, written from the formulas, and how far a result may be from it.
 
-    S_t = gamma S_{t-1} + k_t v_t^T        o_t = scale * q_t S_t        (from the last token to the first with `reverse`)
+    S_t = gamma S_{t-1} + k_t v_t^T      o_t = scale * q_t S_t      (with `reverse` from the last token to the first)
 
 `recurrence` is that, token by token; `by_blocks` is the same sum a block of tokens at a time, for long sequences. Both
 are differentiable, so autograd supplies every gradient. A result in a low precision may have twice the error of
@@ -10,6 +10,7 @@ are differentiable, so autograd supplies every gradient. A result in a low preci
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,7 +142,8 @@ def solve(problem: Problem, *, formula: Formula = recurrence, operand: torch.dty
             outputs.append(o)
             finals.append(final)
         results = {"o": torch.cat(outputs, 1), "final_state": torch.cat(finals)}
-        return {**results, **_gradients(results, {"q": q, "k": k, "v": v, "h0": h0}, problem)}
+        gradients = _gradients(results, {"q": q, "k": k, "v": v, "h0": h0}, problem)
+    return {name: x.detach() for name, x in {**results, **gradients}.items()}
 
 
 def _sequences(problem: Problem) -> Iterator[tuple[slice, slice]]:
@@ -150,7 +152,7 @@ def _sequences(problem: Problem) -> Iterator[tuple[slice, slice]]:
         yield slice(None), slice(None)
         return
     offsets = problem.cu_seqlens.tolist()
-    for begin, end in zip(offsets, offsets[1:], strict=False):
+    for begin, end in itertools.pairwise(offsets):
         yield slice(None), slice(begin, end)
 
 
@@ -197,6 +199,18 @@ def run(function: Callable[..., Any], problem: Problem, **options: Any) -> dict[
     return found if problem.dht is None else {**found, "final_state": final.detach()}
 
 
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what is allocated without a value with NaN, so that an element that nobody writes is seen."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(2).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The errors of one result, and what is allowed: of the whole, and of the worst row (of K or V numbers)."""
@@ -218,7 +232,7 @@ class Comparison:
 
 
 def errors(got: Tensor, expected: Tensor) -> tuple[float, float]:
-    """||got - expected|| / ||expected||, and the largest row of the difference over the root mean square of the rows."""
+    """||got - expected|| / ||expected||, and the difference's largest row over the root mean square of the rows."""
     assert got.shape == expected.shape, f"{list(got.shape)} for {list(expected.shape)}"
     rows = (got.to(torch.float64) - expected).norm(dim=-1)
     scale = expected.norm().clamp(min=1e-300)

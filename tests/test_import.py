@@ -1,12 +1,16 @@
-"""Importing `generated` is quick, does not touch the GPU, and needs torch, triton, yaml and the standard library alone."""
+"""Importing `generated` is quick, leaves the GPU alone, and needs only torch, triton, yaml and the standard library."""
 
 from __future__ import annotations
 
 import json
+import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 0.060
@@ -14,9 +18,9 @@ IMPORT = """
 import json, sys, time
 import torch, triton
 before = {name.split(".")[0] for name in sys.modules}
-started = time.perf_counter()
+started = time.process_time()
 import generated
-seconds = time.perf_counter() - started
+seconds = time.process_time() - started
 after = {name.split(".")[0] for name in sys.modules}
 print(json.dumps({
     "seconds": seconds,
@@ -26,22 +30,26 @@ print(json.dumps({
 """
 
 
-def import_once() -> dict[str, Any]:
-    """Import the package in a fresh process; return what it cost and brought."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    measured: dict[str, Any] = json.loads(done.stdout)
-    return measured
+@pytest.fixture(scope="module")
+def imports() -> list[dict[str, Any]]:
+    """Import the package in six fresh processes, the first of which compiles it to bytecode; what the others report."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-W", "error", "-c", IMPORT]
+    reports = [subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, check=True) for _ in range(6)]
+    return [json.loads(report.stdout) for report in reports[1:]]
 
 
-def test_import_takes_under_60_ms_beyond_torch_and_triton() -> None:
-    # Other programs on the machine only ever add, so the quickest of a few tells what the import itself takes.
-    seconds = [import_once()["seconds"] for _ in range(5)]
-    assert min(seconds) < MOST_SECONDS, seconds
+def test_import_takes_under_60_ms_beyond_torch_and_triton(imports: list[dict[str, Any]]) -> None:
+    # Time of this process on the processor: an import waits for nothing, and the machine may have more to do.
+    seconds = statistics.median(report["seconds"] for report in imports)
+    assert seconds < MOST_SECONDS
 
 
-def test_import_brings_no_package_but_yaml() -> None:
-    assert set(import_once()["modules"]) <= {"generated", "yaml", "_yaml"}
+def test_import_brings_no_package_but_yaml(imports: list[dict[str, Any]]) -> None:
+    # Cython's two modules are what the C part of yaml is made with.
+    brought = {name for name in imports[0]["modules"] if not name.startswith(("_cython_", "cython_runtime"))}
+    assert brought <= {"generated", "yaml", "_yaml"}
 
 
-def test_import_does_not_initialise_cuda() -> None:
-    assert import_once()["cuda"] is False
+def test_import_does_not_initialise_cuda(imports: list[dict[str, Any]]) -> None:
+    assert not any(report["cuda"] for report in imports)

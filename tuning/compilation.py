@@ -76,7 +76,7 @@ class _OfflineDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return int(self.target.arch)  # Triton keeps compiled kernels by device: one for each target
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0

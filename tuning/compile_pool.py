@@ -12,8 +12,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from tuning.compilation import ARCHS, Resources, compile_launch
-from tuning.problems import Problem
+from tuning.problems import WITH_STATES, Problem
 
 COMPILE_SECONDS = 20
 
@@ -25,14 +27,14 @@ class CompilePool:
         self._arch = arch
         self._futures: dict[Any, Future[Resources | str]] = {}
         count = workers or max(1, (os.cpu_count() or 2))
-        self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_quiet)
+        self._pool = ProcessPoolExecutor(count, _context(), initializer=_quiet)
 
-    def submit(self, problem: Problem, config: Any) -> Future[Resources | str]:
-        """Resources of the compiled kernel, or in words why there is none."""
+    def submit(self, problem: Problem, config: Any, *, with_states: bool = False) -> Future[Resources | str]:
+        """Resources of the compiled kernel, or in words why there is none; `with_states`: with both states."""
         # B, T and H are arguments of the kernels, not part of them; chunk does without states where L reaches T.
-        key = (replace(problem, B=1, H=1, T=problem.T if problem.form == "chunk" else 4096), config)
+        key = (replace(problem, B=1, H=1, T=problem.T if problem.form == "chunk" else 0), config, with_states)
         if key not in self._futures:
-            self._futures[key] = self._pool.submit(_compile, problem, config, self._arch)
+            self._futures[key] = self._pool.submit(_compile, problem, config, self._arch, with_states)
         return self._futures[key]
 
     def close(self) -> None:
@@ -41,12 +43,22 @@ class CompilePool:
             process.kill()
 
 
-def _compile(problem: Problem, config: Any, arch: str) -> Resources | str:
-    inputs = problem.inputs("meta")
+def _context() -> Any:
+    """Workers are forked from a server that has imported everything, and that never touches CUDA."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tuning.compile_pool", "tuning.measurement"])
+    return context
+
+
+def _compile(problem: Problem, config: Any, arch: str, with_states: bool) -> Resources | str:
+    inputs, states = problem.inputs("meta"), {}
+    if with_states and problem.form in WITH_STATES:
+        shape = (problem.B, problem.H, problem.K, problem.V)
+        states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
     try:
         with _time_limit(COMPILE_SECONDS):
             # The launch that is tuned is the last one: chunk's pass over the states comes before it.
-            return compile_launch(lambda: problem.run(inputs, config), ARCHS[arch])[-1]
+            return compile_launch(lambda: problem.run(inputs, config, **states), ARCHS[arch])[-1]
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the search goes on
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"

@@ -1,7 +1,8 @@
 """The problems that configurations are tried on: one kernel of one form, with inputs of one shape.
 
 Every kernel runs the same mathematics, a sweep (see generated/retention/operators.py), so a problem is told by the
-sweep's own widths and direction: the gradients of q and k sweep with K and V exchanged, those of k and v backwards.
+sweep's own widths: the output and the gradient of v sweep with K and V, the gradients of q and k with the two exchanged.
+The direction is an argument of the kernels and changes no instruction: it is checked both ways and timed forwards.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Form:
     sweep: Callable[..., Tensor]
 
 
-def _chunk_states_sweep(role: str, q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale: float, **options: Any) -> Tensor:
+def _chunk_states_sweep(q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale: float, **options: Any) -> Tensor:
     """The pass of chunk that stores states, alone; returns them, [B * segments, H, K, V]."""
     B, T, H, K = k.shape
     hs = k.new_empty(chunk.segment_slots(k, None, STATES_SEGMENT), H, K, v.shape[3])
@@ -48,13 +49,7 @@ FORMS = {
         fused_recurrent.FusedRecurrentConfig, fused_recurrent.default_config, fused_recurrent.fused_recurrent_sweep
     ),
 }
-ROLES = {
-    "fused_chunk": ("fwd", "dq", "dk", "dv"),
-    "chunk_states": ("fwd", "dq"),
-    "chunk": ("fwd", "dq", "dk", "dv"),
-    "parallel": ("fwd", "dq", "dk", "dv"),
-    "fused_recurrent": ("fwd", "dq", "dk", "dv"),
-}
+WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
 FORM_KERNEL = auto.KERNEL
 
 
@@ -63,7 +58,6 @@ class Problem:
     """One kernel at one shape: B, T, H, and the sweep's own K and V."""
 
     form: str
-    role: str
     dtype: str
     B: int
     T: int
@@ -74,11 +68,7 @@ class Problem:
     @property
     def kernel(self) -> str:
         """The kernel's name in configuration files."""
-        return f"{FAMILY}_chunk_states" if self.form == "chunk_states" else f"{FAMILY}_{self.form}_{self.role}"
-
-    @property
-    def reverse(self) -> bool:
-        return self.role in ("dk", "dv")
+        return f"{FAMILY}_{self.form}"
 
     @property
     def space(self) -> Space:
@@ -106,19 +96,13 @@ class Problem:
 
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> Tensor:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two)."""
-        states: dict[str, Any] = {"initial_state": None, "final_state": None, "cu_seqlens": None, "adjoint": False}
-        states.update(options)
-        return FORMS[self.form].sweep(
-            self.role, *inputs, self.K**-0.5, reverse=self.reverse, chunk_size=None, config=config, **states
-        )
+        given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
+        given |= {"adjoint": False, "reverse": False} | options
+        return FORMS[self.form].sweep(*inputs, self.K**-0.5, config=config, **given)
 
 
 def problems_of(workload: Workload, form: str) -> list[Problem]:
-    """The problems of one form at one workload, one a kernel."""
-    problems = []
-    for role in ROLES[form]:
-        K, V = (workload.V, workload.K) if role in ("dq", "dk") else (workload.K, workload.V)
-        problem = Problem(form, role, workload.dtype, workload.B, workload.T, workload.H, K, V)
-        if not (form == "chunk_states" and role == "dq" and workload.K == workload.V):
-            problems.append(problem)
-    return problems
+    """The problems of one form at one workload: one, or two where K and V differ."""
+    w = workload
+    widths = dict.fromkeys([(w.K, w.V), (w.V, w.K)])
+    return [Problem(form, w.dtype, w.B, w.T, w.H, K, V) for K, V in widths]

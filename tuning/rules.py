@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,30 +68,21 @@ def entry_of(winner: Winner) -> Entry:
 
 
 def form_entries(winners: Iterable[Winner]) -> list[Entry]:
-    """Which form is fastest at each workload: the sum of its kernels, forward and backward, by their own times."""
-    totals: dict[Point, dict[str, float]] = {}
-    counts: dict[tuple[Point, str], int] = {}
-    modelled = True
+    """Which form sweeps fastest at each point, where at least two were tuned; chunk counts as the default."""
+    points: dict[Point, dict[str, Winner]] = {}
     for winner in winners:
-        problem = winner.problem
-        if problem.form == "chunk_states":
-            continue
-        K, V = (problem.V, problem.K) if problem.role in ("dq", "dk") else (problem.K, problem.V)
-        point = Point(problem.dtype, K, V, problem.B * problem.H, problem.T)
-        sums = totals.setdefault(point, {})
-        sums[problem.form] = sums.get(problem.form, 0.0) + winner.ms
-        counts[point, problem.form] = counts.get((point, problem.form), 0) + 1
-        modelled = winner.modelled
-    entries = []
-    for point, sums in totals.items():
-        whole = {form: ms for form, ms in sums.items() if counts[point, form] == 4}
-        if whole:
-            form = min(whole, key=lambda name: whole[name])
-            figures: dict[str, Any] = {"ms": _rounded(whole[form]), "default_ms": _rounded(whole.get("chunk", whole[form]))}
-            figures |= {} if modelled else {"error": 0.0}
-            figures |= {"spills": 0, "trials": len(whole), "point": _point_text(point)}
-            entries.append(Entry(FORM_KERNEL, point, {"form": form}, "modelled" if modelled else "measured", figures))
-    return entries
+        if winner.problem.form != "chunk_states":
+            points.setdefault(point_of(winner.problem), {})[winner.problem.form] = winner
+    return [_form_entry(point, forms) for point, forms in points.items() if len(forms) > 1]
+
+
+def _form_entry(point: Point, forms: dict[str, Winner]) -> Entry:
+    form, best = min(forms.items(), key=lambda item: item[1].ms)
+    return replace(
+        entry_of(replace(best, default_ms=forms.get("chunk", best).ms, trials=len(forms))),
+        kernel=FORM_KERNEL,
+        use={"form": form},
+    )
 
 
 def existing_entries(path: Path) -> list[Entry]:

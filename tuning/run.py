@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tuning.tuner import EFFORTS, GpuJudge, Judge, ModelJudge, Tuner, Winner
 from tuning.workloads import Workload, parse
 
 FOREVER = 10 * 365 * 86400.0
+LINE_SECONDS = 10.0
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -94,23 +97,47 @@ def _tune(
         return [rules.config_from(entry) for entry in known if entry.kernel == problem.kernel and entry.point == point]
 
     pool = CompilePool(arch.name, options.workers)
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left",
-               TimeRemainingColumn())
     interrupted = False
-    with Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console) as bar:
-        task = bar.add_task("candidates", total=None)
-
-        def progress(done: int, total: int, problem: Problem) -> None:
-            bar.update(task, completed=done, total=total, description=f"{problem.form} {problem.role} K={problem.K} V={problem.V}")
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end keeps what was found, as Ctrl-C does
+    with _Progress(console) as progress:
         tuner = Tuner(judge, pool, arch, EFFORTS[options.effort], deadline, incumbents, progress)
         try:
             tuner.run(problems)
         except KeyboardInterrupt:
             interrupted = True
+        console.print(f"proving {len(tuner.ranked)} winners")
+        try:
+            tuner.prove()
         finally:
             pool.close()
     return list(tuner.winners.values()), interrupted, tuner
+
+
+class _Progress:
+    """A bar with an estimate on a terminal; elsewhere a line every few seconds."""
+
+    def __init__(self, console: Console) -> None:
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+        self._bar = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console)
+        self._task = self._bar.add_task("candidates", total=None)
+        self._console, self._started, self._said = console, time.monotonic(), 0.0
+
+    def __enter__(self) -> Callable[[int, int, Problem], None]:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self._update
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def _update(self, done: int, total: int, problem: Problem) -> None:
+        what = f"{problem.form} K={problem.K} V={problem.V}"
+        self._bar.update(self._task, completed=done, total=total, description=what)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._said > LINE_SECONDS:
+            self._said = now
+            left = (now - self._started) * (total - done) / max(1, done)
+            self._console.print(f"{done} of {total} candidates, about {left:.0f} s left; {what}")
 
 
 def _report(console: Console, winners: list[Winner], tuner: Tuner, path: Path, interrupted: bool) -> None:

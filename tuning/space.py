@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -46,11 +47,12 @@ class Space:
     shared: Callable[[int, int, Any], float]
 
     def configurations(self, config_type: type[Any]) -> Iterable[Any]:
-        """Every combination of the knobs that the constraints allow."""
+        """Every combination of the knobs that the configuration's own rules and the space's constraint allow."""
         for values in itertools.product(*(knob.values for knob in self.knobs)):
-            config = config_type(**dict(zip((knob.name for knob in self.knobs), values)))
-            if self.allowed(config):
-                yield config
+            with contextlib.suppress(ValueError):
+                config = config_type(**dict(zip((knob.name for knob in self.knobs), values)))
+                if self.allowed(config):
+                    yield config
 
     def candidates(self, config_type: type[Any], K: int, V: int, T: int, itemsize: int, arch: Arch) -> list[Any]:
         """The configurations worth compiling for one problem."""
@@ -77,6 +79,11 @@ def _fits_problem(config: Any, K: int, V: int, T: int) -> bool:
 
 def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def _known_good(c: Any) -> bool:
+    """Triton 3.6 on an H100: BV=32 without pipelining reads memory that is not the kernel's own."""
+    return bool(c.BV != 32 or c.num_stages > 1)
 
 
 def _sweep_registers(K: int, c: Any) -> float:
@@ -108,12 +115,12 @@ def _recurrent_registers(K: int, c: Any) -> float:
 
 
 SPACES = {
-    "fused_chunk": Space((BT, BV, WARPS, STAGES), lambda c: True, _sweep_registers, _sweep_shared),
-    "chunk": Space((SEGMENT, BT, BV, WARPS, STAGES), lambda c: c.L % c.BT == 0, _sweep_registers, _sweep_shared),
-    "chunk_states": Space((BT, BK, BV, WARPS, STAGES), lambda c: c.BT >= 32, _states_registers, _states_shared),
+    "fused_chunk": Space((BT, BV, WARPS, STAGES), _known_good, _sweep_registers, _sweep_shared),
+    "chunk": Space((SEGMENT, BT, BV, WARPS, STAGES), _known_good, _sweep_registers, _sweep_shared),
+    "chunk_states": Space((BT, BK, BV, WARPS, STAGES), lambda c: _known_good(c) and c.BT >= 32, _states_registers, _states_shared),
     "parallel": Space(
         (BT, BS, WIDE_BV, WARPS, STAGES),
-        lambda c: c.BT >= 64 and c.BT % c.BS == 0,
+        lambda c: _known_good(c) and c.BT >= 64,
         _parallel_registers,
         _parallel_shared,
     ),

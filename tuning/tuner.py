@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tuning.compilation import Arch, Resources
@@ -16,6 +16,7 @@ from tuning.problems import Problem
 from tuning.search import Search
 from tuning.space import knob_values
 
+NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
 NOISE = 0.01  # a challenger must beat the incumbent and the default by more than this
 
 
@@ -29,7 +30,7 @@ class Effort:
     finalists: int
 
 
-EFFORTS = {"quick": Effort(first=8, rounds=2, per_round=5, finalists=3), "full": Effort(16, 8, 8, 5)}
+EFFORTS = {"quick": Effort(first=12, rounds=2, per_round=6, finalists=3), "full": Effort(24, 8, 8, 5)}
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,11 @@ class Tuner:
         self.judge, self.pool, self.arch, self.effort, self.deadline = judge, pool, arch, effort, deadline
         self.incumbents, self.progress = incumbents, progress
         self.funnel = Funnel()
+        self.ranked: dict[Problem, list[Winner]] = {}
         self.winners: dict[Problem, Winner] = {}
 
-    def run(self, problems: list[Problem]) -> list[Winner]:
-        """Tune the problems; what is found by the deadline, or by Ctrl-C, is kept in `winners`."""
+    def run(self, problems: list[Problem]) -> None:
+        """Search for every problem; what is found by the deadline, or by Ctrl-C, is kept in `ranked`."""
         waiting = [p for p in problems if p.form == "chunk"]
         tasks = [_Task(self, p) for p in problems if p.form != "chunk"]
         done, total = 0, len(problems) * (self.effort.first + self.effort.rounds * self.effort.per_round)
@@ -149,12 +151,32 @@ class Tuner:
                 self._finish(task)
                 waiting, started = self._startable(waiting, tasks)
                 tasks += started
-        return list(self.winners.values())
 
     def _finish(self, task: _Task) -> None:
-        winner = task.winner()
-        if winner is not None:
-            self.winners[task.problem] = winner
+        ranked = task.ranked()
+        if ranked:
+            self.ranked[task.problem] = ranked
+
+    def prove(self) -> None:
+        """Prove each problem's best configuration, or the next best that can be; only proven ones become winners."""
+        for problem, ranked in self.ranked.items():
+            self.pool.submit(problem, ranked[0].config, with_states=True)
+        for problem, ranked in self.ranked.items():
+            winner = self._proven(problem, ranked)
+            if winner is not None:
+                self.winners[problem] = winner
+
+    def _proven(self, problem: Problem, ranked: list[Winner]) -> Winner | None:
+        for winner in ranked:
+            # Compiled by a worker, so that the process that owns the GPU only loads it.
+            self.pool.submit(problem, winner.config, with_states=True).result()
+            try:
+                error = self.judge.prove(problem, winner.config, self.extra(problem))
+            except MeasurementError as failure:
+                self.funnel.fail(_kind(str(failure)))
+                continue
+            return replace(winner, error=error)
+        return None
 
     def _startable(self, waiting: list[Problem], tasks: list[_Task]) -> tuple[list[Problem], list[_Task]]:
         """The chunk form's problems start when the pass over its states, which they run too, has been tuned."""
@@ -162,15 +184,22 @@ class Tuner:
         ready = [p for p in waiting if _states_problem(p) not in pending]
         return [p for p in waiting if p not in ready], [_Task(self, p) for p in ready]
 
+    def neighbours(self, problem: Problem) -> list[Any]:
+        """What won where the work is alike: for chunk, fused_chunk's tiles at several segment lengths."""
+        if problem.form != "chunk":
+            return []
+        ranked = self.ranked.get(replace(problem, form="fused_chunk"), [])
+        tiles = [knob_values(winner.config) for winner in ranked[:2]]
+        return [type(problem.default())(L=L, **tile) for L in NEIGHBOUR_SEGMENTS for tile in tiles]
+
     def extra(self, problem: Problem) -> dict[str, Any]:
         """What a sweep is run with beside its own configuration."""
-        states = self.winners.get(_states_problem(problem)) if problem.form == "chunk" else None
-        return {} if states is None else {"states_config": states.config}
+        ranked = self.ranked.get(_states_problem(problem)) if problem.form == "chunk" else None
+        return {"states_config": ranked[0].config} if ranked else {}
 
 
 def _states_problem(problem: Problem) -> Problem:
-    role = "fwd" if problem.role in ("fwd", "dv") or problem.K == problem.V else "dq"
-    return Problem("chunk_states", role, problem.dtype, problem.B, problem.T, problem.H, problem.K, problem.V)
+    return replace(problem, form="chunk_states")
 
 
 class _Task:
@@ -186,7 +215,8 @@ class _Task:
         candidates.sort(key=lambda config: predict(problem, config, tuner.arch))
         self.default = problem.default()
         incumbents = tuner.incumbents(problem)
-        first = [self.default, *incumbents, *candidates[: tuner.effort.first - 1]]
+        guesses = [*tuner.neighbours(problem), *candidates][: tuner.effort.first - 1]
+        first = [self.default, *incumbents, *guesses]
         self.search = Search(candidates, first)
         self.rounds = tuner.effort.rounds
         self.left = tuner.effort.first + tuner.effort.rounds * tuner.effort.per_round
@@ -213,36 +243,22 @@ class _Task:
             self._ask(self.tuner.effort.per_round)
             self.finished = not self.batch
 
-    def winner(self) -> Winner | None:
-        """The best configuration that also wins against the other finalists and is proven at the full shape."""
+    def ranked(self) -> list[Winner]:
+        """The finalists after a race against each other, the default and the incumbents among them, best first."""
         judge, extra = self.tuner.judge, self.tuner.extra(self.problem)
         finalists = self.search.best(self.tuner.effort.finalists)
         finalists += [config for config in self.kept if config in self.search.results and config not in finalists]
-        if not finalists:
-            return None
         try:
-            times = dict(zip(finalists, judge.rank(self.problem, finalists, extra)))
+            times = dict(zip(finalists, judge.rank(self.problem, finalists, extra))) if finalists else {}
         except MeasurementError as error:
             self.tuner.funnel.fail(_kind(str(error)))
             times = {config: self.search.results[config] for config in finalists}
-        favoured = {config: ms * (1 - NOISE if config in self.kept else 1) for config, ms in times.items()}
-        for config in sorted(times, key=lambda config: favoured[config]):
-            try:
-                error_found = judge.prove(self.problem, config, extra)
-            except MeasurementError as error:
-                self.tuner.funnel.fail(_kind(str(error)))
-                continue
-            return Winner(
-                self.problem,
-                config,
-                times[config],
-                times.get(self.default),
-                error_found,
-                self.needs[config].spills,
-                len(self.search.results),
-                judge.modelled,
-            )
-        return None
+        default_ms, trials = times.get(self.default), len(self.search.results)
+        # What is in use stays unless it is beaten beyond the noise.
+        order = sorted(times, key=lambda config: times[config] * (1 - NOISE if config in self.kept else 1))
+        return [
+            Winner(self.problem, c, times[c], default_ms, None, self.needs[c].spills, trials, judge.modelled) for c in order
+        ]
 
     def _ask(self, count: int) -> None:
         self.batch: list[tuple[Any, Future[Resources | str]]] = [

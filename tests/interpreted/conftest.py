@@ -21,11 +21,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes a form for every chosen form, or for those that its `forms` marker names."""
-    chosen = metafunc.config.getoption("--form") or FORMS
+    """Run a test that takes a form for every form, or for those that its `forms` marker names."""
     marker = metafunc.definition.get_closest_marker("forms")
     if "form" in metafunc.fixturenames:
-        metafunc.parametrize("form", [form for form in chosen if marker is None or form in marker.args])
+        metafunc.parametrize("form", FORMS if marker is None else marker.args)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the forms that were not chosen."""
+    chosen = config.getoption("--form") or FORMS
+    config.hook.pytest_deselected(items=[item for item in items if item.callspec.params["form"] not in chosen])
+    items[:] = [item for item in items if item.callspec.params["form"] in chosen]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,28 @@
+"""The public functions by the names of their forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import generated
+
+FORMS = ("naive", "parallel", "chunk", "fused_chunk", "fused_recurrent", "auto")
+WITH_STATES = tuple(form for form in FORMS if form != "parallel")
+
+all_forms = pytest.mark.parametrize("form", FORMS)
+forms_with_states = pytest.mark.parametrize("form", WITH_STATES)
+
+Function = Callable[..., Any]
+
+
+def public(form: str) -> Function:
+    """The function that a user calls."""
+    return generated.retention if form == "auto" else getattr(generated, f"{form}_retention")
+
+
+def has_states(form: str) -> bool:
+    """Whether a form takes and returns states."""
+    return form in WITH_STATES

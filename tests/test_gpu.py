@@ -1,0 +1,491 @@
+"""The Triton kernels on a GPU, in all three dtypes and at the training workloads, against the float64 oracle.
+
+Nearly all the time goes into compiling about 300 kernels; with many cores, `-n 8` compiles eight at a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forms import FORMS, WITH_STATES, Function, all_forms, forms_with_states, has_states, public
+from oracle import (
+    Problem,
+    assert_matches,
+    assert_same,
+    by_blocks,
+    compare,
+    errors,
+    make_problem,
+    poisoned_memory,
+    run,
+    solve,
+)
+from torch import Tensor
+
+from generated import configuration
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::generated.ConfigurationWarning"),  # this GPU need not be tuned
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # inductor's own
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
+
+WITH_KERNELS = tuple(form for form in FORMS if form != "naive")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+forms_with_kernels = pytest.mark.parametrize("form", WITH_KERNELS)
+
+WORKLOADS = {  # B, T, H, K, V
+    "retnet_1.3b": (8, 2048, 8, 256, 512),
+    "wide_256": (8, 2048, 32, 256, 256),
+    "lightning_128": (4, 4096, 64, 128, 128),
+    "many_heads": (1, 8192, 96, 128, 128),
+    "long": (2, 16384, 16, 128, 128),
+    "short": (4, 2048, 16, 128, 128),
+    "small": (8, 1024, 8, 64, 64),
+    "retnet_3b": (4, 2048, 10, 256, 428),
+    "retnet_7b_32k": (1, 32768, 16, 256, 512),
+}
+GEOMETRIC = [1024, 512, 256, 128, 64, 37, 11, 1]
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Problem:
+    return make_problem(*shape, dtype, device="cuda", **options)
+
+
+def plain(T: int = 300, **options: Any) -> Problem:
+    """A problem without states; the tests that are not about numbers share its kernels."""
+    return on_gpu(2, T, 4, 64, 64, states=False, **options)
+
+
+def packed(form: str, lengths: list[int] = GEOMETRIC) -> Problem:
+    """Packed sequences with states; likewise shared."""
+    return on_gpu(1, sum(lengths), 4, 128, 128, lengths=lengths, states=has_states(form))
+
+
+def check(function: Function, problem: Problem, **options: Any) -> None:
+    assert_matches(run(function, problem, **options), problem, formula=by_blocks)
+
+
+def check_part(function: Function, problem: Problem, heads: list[int]) -> None:
+    """Run the whole problem; compare the first and the last row of the batch, and some heads."""
+    rows = sorted({0, problem.q.shape[0] - 1})
+    got = {name: x[rows][:, :, heads] for name, x in run(function, problem).items()}
+    assert_matches(got, problem.part(rows, heads), formula=by_blocks)
+
+
+# Numbers
+
+
+@forms_with_kernels
+@all_dtypes
+def test_any_length_gives_the_oracles_results(form: str, dtype: torch.dtype) -> None:
+    for T in (1, 15, 63, 64, 65, 130, 257, 600):
+        check(public(form), on_gpu(2, T, 3, 33, 20, dtype=dtype, states=has_states(form)))
+
+
+@forms_with_kernels
+@pytest.mark.parametrize(
+    ("dtype", "K", "V"),
+    [
+        (torch.bfloat16, 1, 1),
+        (torch.bfloat16, 3, 300),
+        (torch.float16, 256, 428),
+        (torch.float32, 256, 512),
+        (torch.float32, 128, 128),
+    ],
+    ids=str,
+)
+def test_any_width_gives_the_oracles_results(form: str, dtype: torch.dtype, K: int, V: int) -> None:
+    check(public(form), on_gpu(2, 330, 2, K, V, dtype=dtype, states=has_states(form)))
+
+
+@forms_with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [GEOMETRIC, [1], [700, 1, 1, 64], [1] * 40], ids=["many", "one", "mixed", "ones"])
+def test_packed_sequences_do_not_see_each_other(form: str, dtype: torch.dtype, lengths: list[int]) -> None:
+    width = 128 if dtype == torch.bfloat16 else 33
+    problem = on_gpu(1, sum(lengths), 4, width, width, dtype=dtype, lengths=lengths, states=has_states(form))
+    check(public(form), problem)
+    assert problem.cu_seqlens is not None
+    assert_same(run(public(form), replace(problem, cu_seqlens=problem.cu_seqlens.int())), run(public(form), problem))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+@all_forms
+def test_training_workloads_give_the_oracles_results(form: str, name: str) -> None:
+    B, T, H, K, V = WORKLOADS[name]
+    if form == "naive" and T > 4096:
+        pytest.skip("naive is quadratic")
+    check_part(public(form), on_gpu(B, T, H, K, V, states=False), [0, H // 2, H - 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@forms_with_kernels
+def test_the_first_workload_is_right_in_other_dtypes_too(form: str, dtype: torch.dtype) -> None:
+    B, T, H, K, V = WORKLOADS["retnet_1.3b"]
+    check_part(public(form), on_gpu(B // 2, T, H, K, V, dtype=dtype, states=False), [0, H - 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk_size", [16, 64, 128])
+def test_any_chunk_size_gives_the_oracles_results(chunk_size: int, dtype: torch.dtype) -> None:
+    check(public("chunk"), on_gpu(2, 330, 2, 64, 64, dtype=dtype), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_reverse_and_states_with_values_first_are_right(dtype: torch.dtype, reverse: bool) -> None:
+    def values_first(*args: Any, initial_state: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        initial_state = initial_state.mT.contiguous()
+        o, final = public("fused_recurrent")(*args, initial_state=initial_state, state_v_first=True, **options)
+        return o, final.mT
+
+    problem = on_gpu(2, 100, 2, 40, 70, dtype=dtype, reverse=reverse)
+    check(public("fused_recurrent"), problem)
+    check(values_first, problem)
+
+
+@forms_with_kernels
+def test_float32_is_exact_unless_the_user_lowered_it(form: str) -> None:
+    """With "high" as exact as float16's mantissa, which is that of TF32, allows."""
+    problem = on_gpu(2, 300, 2, 64, 64, dtype=torch.float32, states=has_states(form))
+    check(public(form), problem)
+    torch.set_float32_matmul_precision("high")
+    try:
+        lowered = run(public(form), problem)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    expected, reference = solve(problem, formula=by_blocks), solve(problem, formula=by_blocks, operand=torch.float16)
+    for name, x in lowered.items():
+        assert errors(x, expected[name])[0] <= 2 * errors(reference[name], expected[name])[0] + 1e-5, name
+
+
+@forms_with_kernels
+@pytest.mark.parametrize("H", [96, 128])
+def test_many_heads_with_late_decays_are_right(form: str, H: int) -> None:
+    check(public(form), on_gpu(1, 200, H, 64, 64, dtype=torch.float32, states=has_states(form)))
+
+
+@forms_with_kernels
+def test_blocks_that_have_decayed_away_may_be_skipped(form: str) -> None:
+    rates = torch.tensor([-0.8, -0.1, -20.0, 0.0], device="cuda")
+    check(public(form), plain(1000, g_gamma=rates))
+
+
+def test_tensors_of_more_than_2_to_the_31_numbers_are_addressed_right() -> None:
+    B, T, H, D = 9, 8192, 128, 256
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    q, k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    assert q.numel() > 2**31
+    last = Problem(q, k, v, v).part([B - 1], [0, H - 1])
+    for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel"):
+        with torch.no_grad():
+            o, _ = public(form)(q, k, v)
+        assert_matches({"o": o[[B - 1]][:, :, [0, H - 1]]}, last, formula=by_blocks)
+        del o
+
+
+@forms_with_states
+def test_a_state_carried_across_a_split_gives_the_whole(form: str) -> None:
+    problem = on_gpu(2, 300, 4, 64, 64, dtype=torch.float32)
+
+    def in_two_parts(q: Tensor, k: Tensor, v: Tensor, *, initial_state: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        function = public(form)
+        o1, state = function(q[:, :70], k[:, :70], v[:, :70], initial_state=initial_state, output_final_state=True)
+        o2, state = function(q[:, 70:], k[:, 70:], v[:, 70:], initial_state=state, output_final_state=True)
+        return torch.cat([o1, o2], 1), state
+
+    check(in_two_parts, problem)
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads_first"])
+@forms_with_kernels
+def test_any_strides_give_the_same_results(form: str, layout: str) -> None:
+    B, T, H, D = 2, 300, 4, 64
+    if layout == "packed":
+        views = torch.randn(B, T, 3 * H * D, device="cuda").bfloat16().chunk(3, -1)
+        q, k, v = (x.unflatten(-1, (H, D)) for x in views)
+    else:
+        q, k, v = (torch.randn(B, H, T, D, device="cuda").bfloat16().transpose(1, 2) for _ in range(3))
+    do = torch.randn(B, H, T, D, device="cuda").bfloat16().transpose(1, 2)
+    found = []
+    for inputs in ((q, k, v), tuple(x.contiguous() for x in (q, k, v))):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        o, _ = public(form)(*leaves)
+        grads = torch.autograd.grad(o, leaves, do)
+        found.append({"o": o.detach(), "dq": grads[0], "dk": grads[1], "dv": grads[2]})
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("lengths", [None, [100, 1, 99]])
+def test_attentions_are_the_weights_of_the_values(lengths: list[int] | None) -> None:
+    problem = on_gpu(1, 200, 4, 64, 64, lengths=lengths, states=False)
+    o, attentions = public("parallel")(problem.q, problem.k, problem.v, None, True, problem.cu_seqlens)
+    assert_matches({"o": o}, problem, formula=by_blocks)
+    sums = torch.einsum("bhij,bjhv->bihv", attentions.double(), problem.v.double())
+    assert_matches({"o": sums.bfloat16()}, problem, formula=by_blocks)
+
+
+@all_forms
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning")  # naive's matrix products
+def test_every_element_is_written(form: str, kind: str) -> None:
+    problem = plain() if kind == "plain" else packed(form)
+    with poisoned_memory():
+        assert torch.empty(2, device="cuda").isnan().all()
+        got = run(public(form), problem)
+    assert_matches(got, problem, formula=by_blocks)
+
+
+@all_forms
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_a_second_run_gives_the_same_bits(form: str, kind: str) -> None:
+    problem = plain(2000) if kind == "plain" else packed(form)
+    assert_same(run(public(form), problem), run(public(form), problem))
+
+
+# Graphs, streams and launches
+
+
+@all_forms
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_a_warm_call_waits_for_nothing(form: str, kind: str) -> None:
+    problem = plain() if kind == "plain" else packed(form)
+    run(public(form), problem)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(public(form), problem)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(call: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+    """Warm a call up on a stream of its own, then capture it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@all_forms
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_captured_call_gives_what_an_eager_call_gives(form: str, kind: str, backward: bool) -> None:
+    """Also for inputs and offsets that are put into the captured tensors later."""
+    lengths = GEOMETRIC[::-1]
+    first, second = (plain(), plain(seed=1)) if kind == "plain" else (packed(form), packed(form, lengths))
+    held = replace(first, **{name: x.clone() for name, x in vars(first).items() if isinstance(x, Tensor)})
+
+    def call() -> dict[str, Tensor]:
+        if backward:
+            return run(public(form), held)
+        with torch.no_grad():
+            options = {} if held.h0 is None else {"initial_state": held.h0, "output_final_state": True}
+            o, final = public(form)(held.q, held.k, held.v, cu_seqlens=held.cu_seqlens, **options)
+        return {"o": o} if final is None else {"o": o, "final_state": final}
+
+    graph, results = captured(call)
+    for problem in (first, second):
+        for name, x in vars(problem).items():
+            if isinstance(x, Tensor):
+                getattr(held, name).copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = run(public(form), problem)
+        assert_same(results, {name: expected[name] for name in results})
+
+
+def kernels_of(call: Callable[[], Any]) -> list[str]:
+    """The names of the kernels that a call launches."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in on_device if "sync" not in name.lower()]
+
+
+@pytest.mark.filterwarnings("ignore")  # the profiler's own
+@pytest.mark.parametrize("kind", ["step", "packed_step", "first_step"])
+@pytest.mark.parametrize("form", ["fused_recurrent", "auto"])
+def test_one_token_is_one_kernel(form: str, kind: str) -> None:
+    x = torch.ones(4, device="cuda")
+    if len(kernels_of(lambda: x + 1)) != 1:
+        pytest.skip("the profiler sees no kernels here")
+    lengths = [1] * 8 if kind == "packed_step" else None
+    problem = on_gpu(*((1, 8) if lengths else (8, 1)), 4, 128, 128, lengths=lengths)
+    state = None if kind == "first_step" else problem.h0
+    call = lambda: public(form)(problem.q, problem.k, problem.v, None, state, True, cu_seqlens=problem.cu_seqlens)  # noqa: E731
+    with torch.no_grad():
+        assert len(kernels_of(call)) == 1, kernels_of(call)
+
+
+def compiled_kernels() -> int:
+    """How many kernels Triton holds for this GPU."""
+    modules = [importlib.import_module(f"generated.retention.{form}") for form in WITH_KERNELS]
+    kernels = {id(x): x for module in modules for x in vars(module).values() if hasattr(x, "device_caches")}
+    assert len(kernels) >= 4
+    return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels.values())
+
+
+@forms_with_kernels
+def test_a_new_length_compiles_no_new_kernel(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "_levels", [])  # a rule may ask for other tiles at another length
+    configuration.clear_caches()
+    for T in (200, 2000):  # where chunk needs one launch, and where it needs two
+        run(public(form), plain(T))
+    before = compiled_kernels()
+    for T in (199, 201, 208, 224, 1999, 2001, 2048):
+        run(public(form), plain(T))
+    assert compiled_kernels() == before
+    configuration.clear_caches()
+
+
+@all_forms
+def test_a_call_on_another_stream_is_ordered_there(form: str) -> None:
+    problem = plain(2000)
+    expected = run(public(form), problem)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = run(public(form), problem)
+    stream.synchronize()
+    assert_same(got, expected)
+
+
+# PyTorch
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@all_forms
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_compiled_forms_equal_eager_ones(form: str, kind: str, nothing_compiled: None) -> None:
+    problem = plain() if kind == "plain" else packed(form)
+    function = torch.compile(public(form), fullgraph=True, backend="aot_eager")
+    assert_same(run(function, problem), run(public(form), problem))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor_compiles_what_stands_around_a_form(mode: str, nothing_compiled: None) -> None:
+    def layer(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, None]:
+        o, _ = public("chunk")(q * 2.0, k, v)
+        return o * 0.5, None
+
+    function = torch.compile(layer, fullgraph=True, mode=mode)
+    for _ in range(3):  # reduce-overhead captures at the second call and replays at the third
+        problem = plain()
+        torch.compiler.cudagraph_mark_step_begin()
+        got = {name: x.clone() for name, x in run(function, problem).items()}
+    assert_matches(got, problem, formula=by_blocks)
+
+
+@all_forms
+def test_autocast_computes_in_its_dtype(form: str) -> None:
+    problem = on_gpu(2, 300, 4, 64, 64, dtype=torch.float32, states=False)
+    lowered = {name: getattr(problem, name).bfloat16() for name in ("q", "k", "v", "do")}
+
+    def under_autocast(*args: Any, **options: Any) -> Any:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return public(form)(*args, **options)
+
+    got = run(under_autocast, replace(problem, do=lowered["do"]))
+    expected = run(public(form), replace(problem, **lowered))
+    assert got["o"].dtype == torch.bfloat16
+    assert got["dq"].dtype == torch.float32
+    assert_same({name: x.float() for name, x in got.items()}, {name: x.float() for name, x in expected.items()})
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+@all_forms
+def test_every_operator_passes_opcheck(form: str, kind: str) -> None:
+    problem = on_gpu(2, 40, 4, 64, 64, states=False) if kind == "plain" else packed(form, [30, 1, 9])
+    q, k, v = (x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v))
+    final = problem.h0 is not None
+    operator = getattr(torch.ops.retgen, f"{form}_retention").default
+    arguments = (q, k, v, None, None, problem.h0, final, problem.cu_seqlens, False, False, None)
+    torch.library.opcheck(operator, arguments)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunk", "fused_chunk", "fused_recurrent", "auto"])
+def test_what_no_kernel_can_hold_is_refused(form: str) -> None:
+    q, v = torch.randn(1, 20, 2, 513, device="cuda"), torch.randn(1, 20, 2, 16, device="cuda")
+    with pytest.raises(ValueError, match="at most 512 on a GPU, got 513"):
+        public(form)(q, q, v)
+    with pytest.raises(TypeError, match="float64 is for the CPU"):
+        public(form)(v.double(), v.double(), v.double())
+
+
+def test_naive_takes_any_width_and_float64() -> None:
+    check(public("naive"), on_gpu(1, 20, 2, 600, 700, dtype=torch.float32))
+    problem = on_gpu(1, 20, 2, 5, 7, dtype=torch.float64, states=False)
+    problem = replace(problem, g_gamma=torch.tensor([-0.03, -0.02], dtype=torch.float64, device="cuda"))
+    assert all(one.error < 1e-12 for one in compare(run(public("naive"), problem), problem, formula=by_blocks))
+
+
+@all_forms
+def test_tensors_on_two_devices_are_refused(form: str) -> None:
+    problem = plain(20)
+    for name, x in {"k": problem.k.cpu(), "v": problem.v.cpu()}.items():
+        with pytest.raises(ValueError, match=f"{name} is on cpu, q on cuda:0"):
+            public(form)(**{"q": problem.q, "k": problem.k, "v": problem.v, name: x})
+    with pytest.raises(ValueError, match="cu_seqlens is on cpu, q on cuda:0"):
+        public(form)(problem.q[:1], problem.k[:1], problem.v[:1], cu_seqlens=torch.tensor([0, 20]))
+
+
+@pytest.mark.parametrize("form", WITH_STATES)
+def test_a_state_on_another_device_is_refused(form: str) -> None:
+    problem = plain(20)
+    with pytest.raises(ValueError, match="initial_state is on cpu, q on cuda:0"):
+        public(form)(problem.q, problem.k, problem.v, initial_state=torch.zeros(2, 4, 64, 64))
+
+
+def test_attentions_that_cannot_fit_are_refused() -> None:
+    q = torch.zeros(1, 1, 1, 1, device="cuda").expand(1, 1_000_000, 8, 1)
+    with pytest.raises(ValueError, match=r"output_attentions=True needs .* GiB, but cuda:0 has .* GiB"):
+        public("parallel")(q, q, q, output_attentions=True)
+
+
+@pytest.mark.parametrize("offsets", [[1, 6, 12], [0, 8, 7, 12], [0, 6, 13]])
+def test_the_debug_switch_finds_bad_offsets_on_the_device(offsets: list[int]) -> None:
+    """In a process of its own: an assertion on the device ends the use of the GPU."""
+    program = f"""
+import torch, generated
+q = torch.ones(1, 12, 2, 16, device="cuda")
+torch.cuda.synchronize()
+generated.arguments._check_cu_seqlens("f", q, torch.tensor({offsets}, device="cuda"))
+torch.cuda.synchronize()
+"""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "RETGEN_CHECK_CU_SEQLENS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr

@@ -1,0 +1,346 @@
+"""The operators are good citizens of PyTorch: opcheck, fake tensors, torch.compile, autocast, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from forms import FORMS, Function, all_forms, forms_with_states, has_states, public
+from oracle import Problem, assert_matches, assert_same, errors, make_problem, run, solve
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import generated
+
+
+def operator(form: str, suffix: str = "") -> Any:
+    return getattr(torch.ops.retgen, f"{form}_retention{suffix}").default
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Start and leave without compiled code."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# opcheck
+
+CASES = ["bare", "packed", "states", "packed_states", "strided", "everything"]
+
+
+def make_case(case: str, *, states: bool = True) -> Problem:
+    """Inputs with some of the optional tensors."""
+    lengths = [3, 1, 8] if case in ("packed", "packed_states", "everything") else None
+    with_states = states and case in ("states", "packed_states", "everything")
+    problem = make_problem(1 if lengths else 2, 12, 3, 4, 6, lengths=lengths, states=with_states)
+    if case == "strided":
+        swapped = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+        problem = replace(problem, **dict(zip("qkv", swapped, strict=True)))
+    if case == "everything":
+        problem = replace(problem, g_gamma=torch.tensor([-0.1, -0.2, -0.3]), scale=0.3)
+    return problem
+
+
+@all_forms
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_every_operator_passes_opcheck(form: str, case: str, requires_grad: bool) -> None:
+    problem = make_case(case, states=has_states(form))
+    q, k, v, h0 = (
+        None if x is None else x.detach().requires_grad_(requires_grad)
+        for x in (problem.q, problem.k, problem.v, problem.h0)
+    )
+    final = problem.dht is not None
+    reverse = form == "fused_recurrent" and case == "packed"
+    arguments = (q, k, v, problem.g_gamma, problem.scale, h0, final, problem.cu_seqlens, reverse, False, None)
+    torch.library.opcheck(operator(form), arguments)
+
+
+@all_forms
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("arriving", ["both", "do", "dht"])
+def test_every_backward_operator_passes_opcheck(form: str, case: str, arriving: str) -> None:
+    problem = make_case(case, states=has_states(form))
+    do = problem.do if arriving != "dht" else None
+    dht = problem.dht if arriving != "do" else None
+    inputs = (problem.q, problem.k, problem.v, problem.g_gamma, problem.scale, problem.h0)
+    torch.library.opcheck(operator(form, "_backward"), (*inputs, do, dht, problem.cu_seqlens, False, False, None))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_operators_with_values_first_pass_opcheck(reverse: bool) -> None:
+    problem = make_case("states")
+    h0, dht = problem.h0.mT.contiguous(), problem.dht.mT.contiguous()
+    inputs = (problem.q, problem.k, problem.v, None, None)
+    last = (None, reverse, True, None)
+    torch.library.opcheck(operator("fused_recurrent"), (*inputs, h0.requires_grad_(), True, *last))
+    torch.library.opcheck(operator("fused_recurrent", "_backward"), (*inputs, h0.detach(), problem.do, dht, *last))
+
+
+@pytest.mark.parametrize("case", ["bare", "packed", "everything"])
+def test_the_attentions_operator_passes_opcheck(case: str) -> None:
+    problem = make_case(case, states=False)
+    arguments = (problem.q, problem.k, problem.g_gamma, problem.scale, problem.cu_seqlens)
+    torch.library.opcheck(torch.ops.retgen.parallel_retention_attentions.default, arguments)
+
+
+def test_no_operator_is_left_out_here() -> None:
+    names = {name.removeprefix("retgen::") for name in torch._C._dispatch_get_all_op_names() if "retgen::" in name}
+    ours = {f"{form}_retention{suffix}" for form in FORMS for suffix in ("", "_backward")}
+    assert names == ours | {"parallel_retention_attentions"}
+
+
+# Fake tensors
+
+
+@all_forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_fake_results_look_like_real_ones(form: str, case: str, dtype: torch.dtype) -> None:
+    problem = make_case(case, states=has_states(form))
+    low = {name: getattr(problem, name).to(dtype) for name in ("q", "k", "v", "do")}
+    problem = replace(problem, **low)
+    real = run(public(form), problem)
+    with FakeTensorMode() as mode:
+        tensors = {name: x for name, x in vars(problem).items() if isinstance(x, Tensor)}
+        fake = run(public(form), replace(problem, **{name: mode.from_tensor(x) for name, x in tensors.items()}))
+    assert fake.keys() == real.keys()
+    for name, x in real.items():
+        assert isinstance(fake[name], FakeTensor)
+        assert (fake[name].shape, fake[name].dtype) == (x.shape, x.dtype), name
+        assert fake[name].stride() == x.stride(), name
+
+
+def test_fake_attentions_look_like_real_ones() -> None:
+    q, k, v = (torch.randn(2, 7, 3, 4, dtype=torch.bfloat16) for _ in range(3))
+    real = generated.parallel_retention(q, k, v, output_attentions=True)[1]
+    with FakeTensorMode() as mode:
+        fake = generated.parallel_retention(*map(mode.from_tensor, (q, k, v)), output_attentions=True)[1]
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@all_forms
+def test_meta_tensors_give_shapes(form: str) -> None:
+    problem = make_problem(2, 10, 3, 4, 6, device="cpu", states=False)
+    o, _ = public(form)(*(x.to("meta") for x in (problem.q, problem.k, problem.v)))
+    assert (o.device.type, o.shape) == ("meta", (2, 10, 3, 6))
+
+
+# torch.compile
+
+
+def compiled(function: Function, backend: str = "aot_eager", **options: Any) -> Function:
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+@all_forms
+@pytest.mark.parametrize("case", ["bare", "everything"])
+def test_compiled_forms_equal_eager_ones(form: str, case: str) -> None:
+    problem = make_case(case, states=has_states(form))
+    function = public(form)
+    assert_same(run(compiled(function), problem), run(function, problem))
+
+
+@all_forms
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own use
+def test_inductor_compiles_what_stands_around_a_form(form: str) -> None:
+    problem = make_problem(2, 20, 2, 4, 6, states=False)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, None]:
+        heads_first = v.transpose(1, 2).contiguous().transpose(1, 2) + 0.0
+        o, _ = public(form)(q * 2.0, torch.nn.functional.silu(k), heads_first)
+        return torch.nn.functional.layer_norm(o, o.shape[-1:]), None
+
+    got, expected = run(compiled(layer, "inductor"), problem), run(layer, problem)
+    for name, x in expected.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@all_forms
+@pytest.mark.parametrize("dynamic", ["marked", "automatic"])
+def test_a_new_length_needs_no_new_compilation(form: str, dynamic: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(public(form), counter)
+    lengths = [24, 100, 65, 64, 33, 2048] if dynamic == "automatic" else [100, 24, 65, 64, 33, 2048]
+    for T in lengths:
+        q, k, v = (torch.randn(1, T, 2, 4, requires_grad=True) for _ in range(3))
+        if dynamic == "marked":
+            for x in (q, k, v):
+                torch._dynamo.mark_dynamic(x, 1)
+        o, _ = function(q, k, v)
+        o.sum().backward()
+    assert counter.frame_count == (1 if dynamic == "marked" else 2)  # static first, then dynamic for good
+
+
+@forms_with_states
+def test_a_new_number_of_packed_sequences_needs_no_new_compilation(form: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(public(form), counter)
+    for lengths in ([3, 20], [5, 5, 5], [70, 1, 2, 9], [40, 40]):
+        problem = make_problem(1, sum(lengths), 2, 4, 4, lengths=lengths)
+        assert_matches(run(function, problem), problem)
+    assert counter.frame_count <= 3
+
+
+@all_forms
+def test_a_new_scale_compiles(form: str) -> None:
+    function = compiled(public(form))
+    q, k, v = (torch.randn(1, 5, 2, 4) for _ in range(3))
+    for scale in (0.3, 0.4, 0.5):
+        torch.testing.assert_close(function(q, k, v, scale)[0], public(form)(q, k, v, scale)[0])
+
+
+def test_bad_input_is_refused_while_compiling() -> None:
+    q, k, v = (torch.randn(1, 5, 2, 4) for _ in range(3))
+    with pytest.raises(Exception, match="chunk_retention: k is"):
+        compiled(generated.chunk_retention)(q, k[:, :4], v)
+
+
+def test_attentions_compile() -> None:
+    q, k, v = (torch.randn(2, 9, 2, 4) for _ in range(3))
+    function = compiled(lambda q, k, v: generated.parallel_retention(q, k, v, output_attentions=True))
+    for got, expected in zip(function(q, k, v), generated.parallel_retention(q, k, v, None, True), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@forms_with_states
+def test_a_form_can_be_exported(form: str) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+            return public(form)(q, k, v, initial_state=h0, output_final_state=True)
+
+    problem = make_problem(1, 12, 2, 4, 6)
+    tensors = (problem.q, problem.k, problem.v, problem.h0)
+    program = torch.export.export(Layer(), tensors)
+    for got, expected in zip(program.module()(*tensors), Layer()(*tensors), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+# Autocast
+
+
+@all_forms
+@pytest.mark.parametrize("inputs", ["float32", "mixed"])
+def test_autocast_computes_in_its_dtype(form: str, inputs: str) -> None:
+    problem = make_problem(2, 70, 2, 8, 8, states=has_states(form))
+    if inputs == "mixed":
+        problem = replace(problem, q=problem.q.bfloat16(), k=problem.k.half())
+    lowered = {name: getattr(problem, name).bfloat16() for name in ("q", "k", "v", "do")}
+    problem = replace(problem, do=lowered["do"])
+
+    def under_autocast(*args: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return public(form)(*args, **options)
+
+    got, expected = run(under_autocast, problem), run(public(form), replace(problem, **lowered))
+    assert got["o"].dtype == torch.bfloat16
+    for name in ("q", "k", "v"):
+        assert got[f"d{name}"].dtype == getattr(problem, name).dtype
+    # To the bit: autocast changes the inputs' dtype, and nothing within the operator.
+    assert_same({name: x.float() for name, x in got.items()}, {name: x.float() for name, x in expected.items()})
+
+
+@all_forms
+def test_autocast_compiles(form: str) -> None:
+    problem = make_problem(1, 20, 2, 8, 8, states=False)
+
+    def under_autocast(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return public(form)(q, k, v)
+
+    problem = replace(problem, do=problem.do.bfloat16())
+    assert_same(run(compiled(under_autocast), problem), run(under_autocast, problem))
+
+
+def test_autocast_leaves_attentions_accurate() -> None:
+    q, k, v = (torch.randn(2, 30, 2, 8).bfloat16() for _ in range(3))
+    expected = generated.parallel_retention(q, k, v, output_attentions=True)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(generated.parallel_retention(q, k, v, output_attentions=True)[1], expected)
+
+
+def test_autocast_leaves_float64_as_it_is() -> None:
+    q, k, v = (torch.randn(1, 5, 2, 4, dtype=torch.float64) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generated.chunk_retention(q, k, v)[0].dtype == torch.float64
+
+
+# Autograd
+
+
+@forms_with_states
+def test_without_grad_nothing_is_recorded(form: str) -> None:
+    problem = make_problem(1, 12, 2, 4, 6)
+    leaves = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v, problem.h0)]
+    with torch.no_grad():
+        o, final = public(form)(*leaves[:3], initial_state=leaves[3], output_final_state=True)
+    assert o.grad_fn is None
+    assert final.grad_fn is None
+    assert not public(form)(problem.q, problem.k, problem.v)[0].requires_grad
+
+
+@forms_with_states
+@pytest.mark.parametrize("case", ["do_only", "dht_only", "both"])
+def test_results_that_are_not_used_get_no_gradient(form: str, case: str) -> None:
+    """The same under torch.compile, which fills what is missing with zeros."""
+    problem = make_problem(2, 20, 2, 4, 6)
+    zeros = {"do_only": {"dht": torch.zeros_like(problem.dht)}, "dht_only": {"do": torch.zeros_like(problem.do)}}
+    expected = solve(replace(problem, **zeros.get(case, {})))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, h0: Tensor) -> Tensor:
+        o, final = public(form)(q, k, v, initial_state=h0, output_final_state=True)
+        parts = {"do_only": [(o, problem.do)], "dht_only": [(final, problem.dht)]}
+        return sum((x * gradient).sum() for x, gradient in parts.get(case, [(o, problem.do), (final, problem.dht)]))
+
+    for function in (loss, compiled(loss)):
+        leaves = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v, problem.h0)]
+        function(*leaves).backward()
+        for name, leaf in zip(("dq", "dk", "dv", "dh0"), leaves, strict=True):
+            if case == "dht_only" and name == "dq":
+                assert leaf.grad.count_nonzero() == 0
+            else:
+                assert errors(leaf.grad, expected[name])[0] < 1e-5
+
+
+@all_forms
+def test_activation_checkpoints_give_the_same_gradients(form: str) -> None:
+    problem = make_problem(1, 20, 2, 4, 6, states=has_states(form))
+
+    def checkpointed(*args: Tensor, **options: Any) -> Any:
+        return checkpoint(public(form), *args, **options, use_reentrant=False)
+
+    assert_same(run(checkpointed, problem), run(public(form), problem))
+
+
+@all_forms
+def test_a_second_derivative_is_refused(form: str) -> None:
+    q = torch.randn(1, 5, 2, 4, requires_grad=True)
+    o, _ = public(form)(q, q, q)
+    (gradient,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{form}_retention.*first derivatives only"):
+        gradient.sum().backward()
+
+
+@all_forms
+def test_a_backward_can_run_twice(form: str) -> None:
+    q = torch.randn(1, 5, 2, 4, requires_grad=True)
+    loss = public(form)(q, q, q)[0].sum()
+    first, second = (torch.autograd.grad(loss, q, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@all_forms
+def test_an_input_changed_after_the_call_is_noticed(form: str) -> None:
+    q, k, v = (torch.randn(1, 5, 2, 4, requires_grad=True) for _ in range(3))
+    k2 = k * 1.0
+    o, _ = public(form)(q, k2, v)
+    k2.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
