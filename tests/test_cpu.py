@@ -209,8 +209,8 @@ def test_a_gradient_may_come_through_the_final_state_alone(form: str) -> None:
 
 
 @all_forms
-@pytest.mark.parametrize("names", [{"q"}, {"k"}, {"v"}, {"k", "v"}], ids=str)
-def test_gradients_of_some_inputs_equal_those_of_all(form: str, names: set[str]) -> None:
+@pytest.mark.parametrize("names", ["q", "k", "v", "kv"])
+def test_gradients_of_some_inputs_equal_those_of_all(form: str, names: str) -> None:
     problem = make_problem(1, 20, 2, 4, 6, states=False)
     leaves = {name: getattr(problem, name).clone().requires_grad_(name in names) for name in "qkv"}
     o, _ = public(form)(**leaves)

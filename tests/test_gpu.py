@@ -26,6 +26,7 @@ from oracle import (
     errors,
     make_problem,
     poisoned_memory,
+    retnet_rates,
     run,
     solve,
 )
@@ -227,6 +228,23 @@ def test_any_strides_give_the_same_results(form: str, layout: str) -> None:
         grads = torch.autograd.grad(o, leaves, do)
         found.append({"o": o.detach(), "dq": grads[0], "dk": grads[1], "dv": grads[2]})
     assert_same(*found)
+
+
+@forms_with_kernels
+def test_tensors_that_are_not_aligned_are_read_right(form: str) -> None:
+    """Triton compiles other kernels for pointers that are multiples of 16 bytes; a rank's own decays seldom are."""
+    rates = retnet_rates(5).float().cuda()[1:]
+    problem = plain(g_gamma=rates)
+    check(public(form), replace(problem, g_gamma=rates.clone()))
+    check(public(form), problem)
+    shifted = [
+        torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view_as(x).copy_(x).requires_grad_()
+        for x in (problem.q, problem.k, problem.v)
+    ]
+    assert all(x.data_ptr() % 16 and x.is_contiguous() for x in shifted)
+    o, _ = public(form)(*shifted, g_gamma=rates)
+    dq, dk, dv = torch.autograd.grad(o, shifted, problem.do)
+    assert_matches({"o": o.detach(), "dq": dq, "dk": dk, "dv": dv}, problem, formula=by_blocks)
 
 
 @pytest.mark.parametrize("lengths", [None, [100, 1, 99]])

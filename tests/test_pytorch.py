@@ -320,10 +320,11 @@ def test_activation_checkpoints_give_the_same_gradients(form: str) -> None:
 
 
 @all_forms
-def test_a_second_derivative_is_refused(form: str) -> None:
+@pytest.mark.parametrize("loss", [lambda o: o.square().sum(), lambda o: o.sum()], ids=["square", "linear"])
+def test_a_second_derivative_is_refused(form: str, loss: Function) -> None:
     q = torch.randn(1, 5, 2, 4, requires_grad=True)
     o, _ = public(form)(q, q, q)
-    (gradient,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss(o), q, create_graph=True)
     with pytest.raises(NotImplementedError, match=f"{form}_retention.*first derivatives only"):
         gradient.sum().backward()
 

@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     show_parser.add_argument("--arch", choices=sorted(ARCHS), help="show another architecture's instead")
     show_parser.add_argument("--kernel", metavar="TEXT", help="only kernels whose names hold this text")
     show_parser.set_defaults(command=show.show)
-    bench_parser = commands.add_parser("bench", help="time the forms over workloads, tuned and default, against the floor")
+    bench_parser = commands.add_parser(
+        "bench", help="time the forms over workloads, tuned and default, against the floor"
+    )
     _add_selection(bench_parser)
     bench_parser.add_argument("--no-default", action="store_true", help="leave out the default configuration")
     bench_parser.add_argument("--no-fla", action="store_true", help="leave out fla even where it is installed")
@@ -66,10 +68,16 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Tune the kernels: by measuring where there is a GPU, by a model of one where there is none.",
     )
     _add_selection(parser)
-    parser.add_argument("--effort", choices=sorted(EFFORTS), default="quick", help="how many candidates (default: quick)")
+    parser.add_argument(
+        "--effort", choices=sorted(EFFORTS), default="quick", help="how many candidates (default: quick)"
+    )
     parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="stop after this time with what was found")
-    parser.add_argument("--out", metavar="FILE", help="the file to write (default: generated/configs or the user directory)")
-    parser.add_argument("--arch", choices=sorted(ARCHS), help="model this architecture, GPU or not (default without a GPU: sm90)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the file to write (default: generated/configs or the user directory)"
+    )
+    parser.add_argument(
+        "--arch", choices=sorted(ARCHS), help="model this architecture, GPU or not (default without a GPU: sm90)"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="compiling processes (default: one a core)")
     parser.set_defaults(command=run.run)
 

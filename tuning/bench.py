@@ -54,14 +54,25 @@ def bench(options: argparse.Namespace, console: Console) -> int:
         return 1
     gpu = describe_gpu()
     peer = None if options.no_fla else _fla()
-    console.print(escape(f"{gpu.name}, driver {gpu.driver}, torch {torch.__version__}, triton {version('triton')}, "
-                         f"fla {peer.version if peer else 'not installed or left out'}; medians, L2 flushed before each call"))
+    console.print(
+        escape(
+            f"{gpu.name}, driver {gpu.driver}, torch {torch.__version__}, triton {version('triton')}, "
+            f"fla {peer.version if peer else 'not installed or left out'}; medians, L2 flushed before each call"
+        )
+    )
     jobs = [(w, f) for w in parse(options.workload) for f in (options.form or FORMS)]
-    rows = [row for job in track(jobs, console=console) for row in _rows(*job, peer, with_default=not options.no_default)]
+    rows = [
+        row for job in track(jobs, console=console) for row in _rows(*job, peer, with_default=not options.no_default)
+    ]
     console.print(_table(rows))
     if options.json:
-        found = {"gpu": asdict(gpu), "torch": torch.__version__, "triton": version("triton"),
-                 "fla": peer.version if peer else None, "rows": [asdict(row) for row in rows]}
+        found = {
+            "gpu": asdict(gpu),
+            "torch": torch.__version__,
+            "triton": version("triton"),
+            "fla": peer.version if peer else None,
+            "rows": [asdict(row) for row in rows],
+        }
         Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 0
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,7 +23,9 @@ ERROR_LIMITS = {"bfloat16": 1e-2, "float16": 1.3e-3, "float32": 1e-5}
 CHECK_TOKENS = 333  # ragged for every chunk and segment
 FLUSH_BYTES = 128 * 2**20  # more than the L2 cache of any GPU
 JOB_SECONDS = 60.0
-COMPARE_SECONDS = 0.5
+COMPARE_SECONDS = 0.4
+COMPARE_ROUNDS = 6
+MEASURE_MS = 30.0
 START_SECONDS = 180.0
 
 
@@ -215,25 +218,21 @@ def _measure(problem: Problem, config: Any, stop_above_ms: float, extra: dict[st
         return problem.run(_Inputs.inputs, config, **extra)
 
     run()
-    first = time_calls(run, 3)
-    estimate = statistics.median(first)
-    repeats = 0 if estimate > stop_above_ms else max(4, min(20, int(30 / (estimate + 0.1))))
-    times = first + time_calls(run, repeats)
-    return _timing(times, error)
+    estimate = time_calls(run, 2)[1]
+    if estimate > stop_above_ms:
+        return Timing(estimate, 0.0, 1, error)
+    return _timing(time_calls(run, max(3, min(20, int(MEASURE_MS / (estimate + 0.1))))), error)
 
 
 def _compare(problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
     _prepare(problem)
+    runs = [partial(problem.run, _Inputs.inputs, config, **extra) for config in configs]
     times: list[list[float]] = [[] for _ in configs]
-    order = list(range(len(configs)))
     started = time.monotonic()
-    for round_number in range(6):
-        for i in order[round_number % len(order) :] + order[: round_number % len(order)]:
-
-            def run(config: Any = configs[i]) -> Tensor:
-                return problem.run(_Inputs.inputs, config, **extra)
-
-            times[i] += time_calls(run, 3)
+    for round_number in range(COMPARE_ROUNDS):
+        for i in range(len(runs)):
+            i = (i + round_number) % len(runs)
+            times[i] += time_calls(runs[i], 3)[1:]
         if time.monotonic() - started > COMPARE_SECONDS:
             break
     return [_timing(series, float("nan")) for series in times]

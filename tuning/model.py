@@ -68,7 +68,11 @@ def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None =
     )
     launches = 2 if problem.form == "chunk" and config.L < problem.T else 1
     spilled = 1 + needs.spills / 256 if needs else 1.0  # every spilled word goes through memory and back
-    return spilled * waves * work.steps * step + launches * LAUNCH_MS + _states_traffic(problem, config) / rates.bytes_per_ms
+    return (
+        spilled * waves * work.steps * step
+        + launches * LAUNCH_MS
+        + _states_traffic(problem, config) / rates.bytes_per_ms
+    )
 
 
 def estimate(problem: Problem, config: Any) -> Resources:

@@ -79,9 +79,16 @@ def _problems(workloads: list[Workload], forms: list[str]) -> list[Problem]:
 
 
 def _announce(
-    console: Console, measurer: Measurer | None, arch: Arch, workloads: list[Workload], problems: list[Problem], path: Path
+    console: Console,
+    measurer: Measurer | None,
+    arch: Arch,
+    workloads: list[Workload],
+    problems: list[Problem],
+    path: Path,
 ) -> None:
-    how = f"measuring on {measurer.gpu.name}" if measurer else f"no GPU used: modelling {arch.name} from compiled kernels"
+    how = (
+        f"measuring on {measurer.gpu.name}" if measurer else f"no GPU used: modelling {arch.name} from compiled kernels"
+    )
     names = ", ".join(workload.name for workload in workloads)
     console.print(escape(f"{how}\n{len(problems)} kernels at {len(workloads)} workloads ({names})\nrules go to {path}"))
 
@@ -117,7 +124,14 @@ class _Progress:
     """A bar with an estimate on a terminal; elsewhere a line every few seconds."""
 
     def __init__(self, console: Console) -> None:
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            "left",
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console)
         self._task = self._bar.add_task("candidates", total=None)
         self._console, self._started, self._said = console, time.monotonic(), 0.0
@@ -147,7 +161,14 @@ def _report(console: Console, winners: list[Winner], tuner: Tuner, path: Path, i
         use = " ".join(f"{name}={value}" for name, value in rules.knob_values(winner.config).items())
         shape = f"B={problem.B} T={problem.T} H={problem.H} K={problem.K} V={problem.V}"
         default = "" if winner.default_ms is None else f"{winner.default_ms:.4g}"
-        table.add_row(problem.kernel, shape, use, f"{winner.ms:.4g}", default, "" if winner.error is None else f"{winner.error:.1e}")
+        table.add_row(
+            problem.kernel,
+            shape,
+            use,
+            f"{winner.ms:.4g}",
+            default,
+            "" if winner.error is None else f"{winner.error:.1e}",
+        )
     console.print(table)
     funnel = tuner.funnel
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(funnel.failures.items())) or "none"
@@ -157,5 +178,7 @@ def _report(console: Console, winners: list[Winner], tuner: Tuner, path: Path, i
             f"{'estimated' if tuner.judge.modelled else 'timed'}; dropped: {failures}"
         )
     )
+    for line in funnel.rejected:
+        console.print(escape(f"not used: {line}"), soft_wrap=True)
     state = "stopped early; kept" if interrupted else "wrote"
     console.print(escape(f"{state} {len(winners)} rules in {path}"))

@@ -26,7 +26,9 @@ def show(options: argparse.Namespace, console: Console) -> int:
     for rule in found:
         when = f"{rule.when.dtype} " + " ".join(f"{axis}={getattr(rule.when, axis)}" for axis in ("K", "V", "BH", "T"))
         use = " ".join(f"{knob}={value}" for knob, value in rule.use.items())
-        table.add_row(rule.kernel, when, use, rule.proof, str(rule.figures.get("ms", "")), rule.path.name, escape(rule.status))
+        table.add_row(
+            rule.kernel, when, use, rule.proof, str(rule.figures.get("ms", "")), rule.path.name, escape(rule.status)
+        )
     console.print(table)
     files = sorted({str(rule.path) for rule in found})
     console.print(escape(f"{len(found)} rules from {', '.join(files) or 'no file'}; any other shape uses the default"))

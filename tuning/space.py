@@ -87,37 +87,39 @@ def _known_good(c: Any) -> bool:
 
 
 def _sweep_registers(K: int, c: Any) -> float:
-    return (1.5 * K * c.BV + c.BT * c.BV + c.BT * c.BT + (0 if c.BT >= 64 else K * c.BT)) / (32 * c.num_warps)
+    return float((1.5 * K * c.BV + c.BT * c.BV + c.BT * c.BT + (0 if c.BT >= 64 else K * c.BT)) / (32 * c.num_warps))
 
 
 def _sweep_shared(K: int, itemsize: int, c: Any) -> float:
-    return itemsize * ((2 * c.BT * K + c.BT * c.BV) * max(1, c.num_stages - 1) + K * c.BV)
+    return float(itemsize * ((2 * c.BT * K + c.BT * c.BV) * max(1, c.num_stages - 1) + K * c.BV))
 
 
 def _states_registers(K: int, c: Any) -> float:
-    return (1.5 * c.BK * c.BV + 0.5 * c.BT * (c.BK + c.BV)) / (32 * c.num_warps)
+    return float((1.5 * c.BK * c.BV + 0.5 * c.BT * (c.BK + c.BV)) / (32 * c.num_warps))
 
 
 def _states_shared(K: int, itemsize: int, c: Any) -> float:
-    return itemsize * c.BT * (c.BK + c.BV) * max(1, c.num_stages - 1)
+    return float(itemsize * c.BT * (c.BK + c.BV) * max(1, c.num_stages - 1))
 
 
 def _parallel_registers(K: int, c: Any) -> float:
-    return (c.BT * c.BV + 2 * c.BT * c.BS + (0 if c.BT >= 64 else K * c.BT)) / (32 * c.num_warps)
+    return float((c.BT * c.BV + 2 * c.BT * c.BS + (0 if c.BT >= 64 else K * c.BT)) / (32 * c.num_warps))
 
 
 def _parallel_shared(K: int, itemsize: int, c: Any) -> float:
-    return itemsize * (c.BT * K + (c.BS * K + c.BS * c.BV) * max(1, c.num_stages - 1))
+    return float(itemsize * (c.BT * K + (c.BS * K + c.BS * c.BV) * max(1, c.num_stages - 1)))
 
 
 def _recurrent_registers(K: int, c: Any) -> float:
-    return (2 * K * c.BV + 2 * K) / (32 * c.num_warps)
+    return float((2 * K * c.BV + 2 * K) / (32 * c.num_warps))
 
 
 SPACES = {
     "fused_chunk": Space((BT, BV, WARPS, STAGES), _known_good, _sweep_registers, _sweep_shared),
     "chunk": Space((SEGMENT, BT, BV, WARPS, STAGES), _known_good, _sweep_registers, _sweep_shared),
-    "chunk_states": Space((BT, BK, BV, WARPS, STAGES), lambda c: _known_good(c) and c.BT >= 32, _states_registers, _states_shared),
+    "chunk_states": Space(
+        (BT, BK, BV, WARPS, STAGES), lambda c: _known_good(c) and c.BT >= 32, _states_registers, _states_shared
+    ),
     "parallel": Space(
         (BT, BS, WIDE_BV, WARPS, STAGES),
         lambda c: _known_good(c) and c.BT >= 64,

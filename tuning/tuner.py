@@ -30,7 +30,7 @@ class Effort:
     finalists: int
 
 
-EFFORTS = {"quick": Effort(first=12, rounds=2, per_round=6, finalists=3), "full": Effort(24, 8, 8, 5)}
+EFFORTS = {"quick": Effort(first=10, rounds=2, per_round=5, finalists=3), "full": Effort(24, 8, 8, 5)}
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,17 @@ class Funnel:
     clean: int = 0
     timed: int = 0
     failures: dict[str, int] = field(default_factory=dict)
+    rejected: list[str] = field(default_factory=list)
 
     def fail(self, reason: str) -> None:
         self.failures[reason] = self.failures.get(reason, 0) + 1
+
+    def reject(self, problem: Problem, config: Any, reason: str) -> None:
+        """Count a candidate that the GPU did not run right, and say which it was."""
+        self.fail(_kind(reason))
+        self.rejected.append(
+            f"{problem.form} K={problem.K} V={problem.V} {problem.dtype} {knob_values(config)}: {reason}"
+        )
 
 
 class Judge(Protocol):
@@ -66,7 +74,9 @@ class Judge(Protocol):
 
     modelled: bool
 
-    def time(self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]) -> float: ...
+    def time(
+        self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
+    ) -> float: ...
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]: ...
 
@@ -81,7 +91,9 @@ class GpuJudge:
     def __init__(self, measurer: Measurer) -> None:
         self._measurer = measurer
 
-    def time(self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]) -> float:
+    def time(
+        self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
+    ) -> float:
         return self._measurer.measure(problem, config, stop_above_ms, extra).ms
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
@@ -100,7 +112,9 @@ class ModelJudge:
         self._arch = arch
         self._times: dict[Any, float] = {}
 
-    def time(self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]) -> float:
+    def time(
+        self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
+    ) -> float:
         ms = predict(problem, config, self._arch, needs)
         self._times[problem, config] = ms
         return ms
@@ -173,7 +187,7 @@ class Tuner:
             try:
                 error = self.judge.prove(problem, winner.config, self.extra(problem))
             except MeasurementError as failure:
-                self.funnel.fail(_kind(str(failure)))
+                self.funnel.reject(problem, winner.config, str(failure))
                 continue
             return replace(winner, error=error)
         return None
@@ -257,7 +271,8 @@ class _Task:
         # What is in use stays unless it is beaten beyond the noise.
         order = sorted(times, key=lambda config: times[config] * (1 - NOISE if config in self.kept else 1))
         return [
-            Winner(self.problem, c, times[c], default_ms, None, self.needs[c].spills, trials, judge.modelled) for c in order
+            Winner(self.problem, c, times[c], default_ms, None, self.needs[c].spills, trials, judge.modelled)
+            for c in order
         ]
 
     def _ask(self, count: int) -> None:
@@ -283,7 +298,7 @@ class _Task:
         try:
             ms = self.tuner.judge.time(self.problem, config, needs, 1.6 * best, self.tuner.extra(self.problem))
         except MeasurementError as error:
-            funnel.fail(_kind(str(error)))
+            funnel.reject(self.problem, config, str(error))
             return None
         funnel.timed += 1
         return ms

@@ -65,7 +65,9 @@ def parse(texts: list[str]) -> list[Workload]:
 
 def _parse_shape(text: str, known: dict[str, Workload]) -> Workload:
     if "=" not in text:
-        raise WorkloadError(f"workload {text!r} is not known; use one of {', '.join(known)}, or B=..,T=..,H=..,K=..,V=..")
+        raise WorkloadError(
+            f"workload {text!r} is not known; use one of {', '.join(known)}, or B=..,T=..,H=..,K=..,V=.."
+        )
     fields = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
     dtype = fields.pop("dtype", "bfloat16")
     if dtype not in DTYPES:

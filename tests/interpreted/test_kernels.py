@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_same, check, make_problem, run
+from oracle import assert_matches, assert_same, check, errors, make_problem, run, solve
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -78,6 +78,23 @@ def test_offsets_may_be_int32(function: Function, form: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_heads_are_right(function: Function, form: str, dtype: torch.dtype) -> None:
     check(function, make_problem(1, 19, 1, 130, 40, dtype, states=form in STATES))
+
+
+@pytest.mark.forms("parallel", "chunk", "fused_chunk", "fused_recurrent")
+def test_wider_heads_than_a_program_can_hold_are_refused(function: Function) -> None:
+    q, v = torch.ones(1, 1, 1, 513), torch.ones(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="K and V are at most 512 on a GPU, got 513"):
+        function(q, q, v)
+
+
+@pytest.mark.forms(*STATES)
+def test_a_state_of_another_dtype_gets_a_gradient_of_its_own(function: Function) -> None:
+    problem = make_problem(1, 9, 1, 4, 4)
+    problem = replace(problem, h0=problem.h0.half())
+    got = run(function, problem)
+    assert got["dh0"].dtype == torch.float16
+    assert errors(got.pop("dh0"), solve(problem)["dh0"])[0] < torch.finfo(torch.float16).eps
+    assert_matches(got, problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
