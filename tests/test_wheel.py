@@ -109,7 +109,7 @@ class TestInstalled:
         out = tmp_path / "rules.yaml"
         workload = ("--workload", "small", "--form", "fused_chunk")
         run(python, tmp_path, "-m", "tuning", "run", "--budget", "20", *workload, "--out", str(out))
-        assert "retention_fused_chunk_fwd" in out.read_text(encoding="utf-8")
+        assert "retention_fused_chunk" in out.read_text(encoding="utf-8")
         read = (
             f"from generated.configuration import parse_file; from pathlib import Path; parse_file(Path({str(out)!r}))"
         )
