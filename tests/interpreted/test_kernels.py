@@ -83,7 +83,7 @@ def test_wide_heads_are_right(function: Function, form: str, dtype: torch.dtype)
 @pytest.mark.forms("parallel", "chunk", "fused_chunk", "fused_recurrent")
 def test_wider_heads_than_a_program_can_hold_are_refused(function: Function) -> None:
     q, v = torch.ones(1, 1, 1, 513), torch.ones(1, 1, 1, 1)
-    with pytest.raises(ValueError, match="K and V are at most 512 on a GPU, got 513"):
+    with pytest.raises(ValueError, match="K is 513 and V is 1; on a GPU both are at most 512"):
         function(q, q, v)
 
 
