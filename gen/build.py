@@ -58,10 +58,15 @@ def write(out: Path, files: Mapping[str, str], drift: Drift) -> None:
 
 def describe(out: Path, files: Mapping[str, str], drift: Drift, command: str) -> str:
     """Explain a drift: a diff for each changed file, the other files' names, the causes and what to run."""
-    parts = [_diff(f"{out.name}/{name}", (out / name).read_bytes(), files[name]) for name in drift.changed]
+    named = sorted((*drift.missing, *drift.changed, *drift.stale))
+    parts = [_diff(f"{out.name}/{name}", _present(out / name), files.get(name)) for name in named]
     parts += [f"missing: {name} (the templates give it, {out} lacks it)\n" for name in drift.missing]
     parts += [f"stale: {name} (no template gives it)\n" for name in drift.stale]
     return "".join(parts) + _causes(out, command)
+
+
+def _present(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _causes(out: Path, command: str) -> str:
@@ -79,10 +84,14 @@ def _versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("ruff", "jinja2"))
 
 
-def _diff(name: str, present: bytes, wanted: str) -> str:
-    before = present.decode("utf-8", errors="backslashreplace").splitlines(keepends=True)
-    after = wanted.splitlines(keepends=True)
-    diff = list(difflib.unified_diff(before, after, f"{name}\tpresent", f"{name}\tfrom the templates"))
+def _diff(name: str, present: bytes | None, wanted: str | None) -> str:
+    before = (present or b"").decode("utf-8", errors="backslashreplace").splitlines(keepends=True)
+    after = (wanted or "").splitlines(keepends=True)
+    labels = (
+        "/dev/null" if present is None else f"{name}\tpresent",
+        "/dev/null" if wanted is None else f"{name}\tfrom the templates",
+    )
+    diff = list(difflib.unified_diff(before, after, *labels))
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff)
 
 

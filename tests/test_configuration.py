@@ -43,8 +43,8 @@ class Knobs:
     num_stages: int
 
     def __post_init__(self) -> None:
-        if self.BT > 4096:
-            raise ValueError("BT is over 4096, which no GPU can hold")
+        if self.BT > 512:
+            raise ValueError("BT is over 512, which no GPU can hold")
 
 
 DEFAULT = Knobs(BT=16, BV=16, num_warps=4, num_stages=1)
@@ -133,10 +133,10 @@ def test_rule_of_this_gpu_is_used_without_a_word(directories: Directories) -> No
 
 
 LEVELS = [
-    ("named", H100, 1024),
-    ("named", H200, 512),
-    ("user", H100, 256),
-    ("user", H200, 128),
+    ("named", H100, 512),
+    ("named", H200, 256),
+    ("user", H100, 128),
+    ("user", H200, 16),
     ("packaged", H100, 64),
     ("packaged", H200, 32),
 ]
@@ -439,7 +439,7 @@ KNOBS = {
     "warps three": ("num_warps: 4", "num_warps: 3", f"{RULE}.use.num_warps is 3; allowed: a power of two from 1 to 32"),
     "warps sixty-four": ("num_warps: 4", "num_warps: 64", f"{RULE}.use.num_warps is 64"),
     "stages nine": ("num_stages: 3", "num_stages: 9", f"{RULE}.use.num_stages is 9; allowed: an integer from 1 to 8"),
-    "refused by the knobs' own class": ("BT: 64", "BT: 8192", "BT is over 4096, which no GPU can hold"),
+    "refused by the knobs' own class": ("BT: 64", "BT: 1024", "BT is over 512, which no GPU can hold"),
     "stale": (SOURCE, "0123abcd", f"stale: kernels.{KERNEL}.source is '0123abcd', but the kernel is now {SOURCE!r}"),
 }
 
@@ -608,7 +608,7 @@ def test_packaged_files_keep_the_schema() -> None:
 
 
 def test_active_rules_come_in_the_order_of_precedence_with_their_status(directories: Directories) -> None:
-    (directories.named / "a.yaml").write_text(document(kernel(rule(512, MODELLED))))
+    (directories.named / "a.yaml").write_text(document(kernel(rule(256, MODELLED))))
     (directories.user / "b.yaml").write_text(document(kernel(rule(256), source="old"), gpu=H200))
     (directories.packaged / "c.yaml").write_text(GOOD)
     configuration.reload()
@@ -619,7 +619,7 @@ def test_active_rules_come_in_the_order_of_precedence_with_their_status(director
     stale, own, model = (
         ("b.yaml", 256, "measured", "stale"),
         ("c.yaml", 64, "measured", "active"),
-        ("a.yaml", 512, "modelled", "active"),
+        ("a.yaml", 256, "modelled", "active"),
     )
     assert brief(configuration.active_rules(H100.name, "sm90")) == [stale, own, model]
     assert brief(configuration.active_rules(H200.name, "sm90")) == [stale, own, model]
@@ -652,7 +652,7 @@ def test_source_hash_ignores_the_comments_at_the_top_and_nothing_else(tmp_path: 
 
 def test_every_registered_kernel_names_its_source() -> None:
     registry = configuration.kernel_registry()
-    assert "retention_fused_chunk_fwd" in registry
+    assert "retention_fused_chunk" in registry
     assert all(len(kernel.source) == 16 for kernel in registry.values())
 
 
@@ -695,7 +695,7 @@ assert not torch.cuda.is_initialized()
 configuration.identify = lambda device: configuration.Gpu({H100.name!r}, "sm90")
 shape = dict(K=256, V=512, BH=64, T=2048)
 for _ in range(2):
-    print(configuration.select_config("retention_fused_chunk_fwd", fused_chunk.FusedChunkConfig,
+    print(configuration.select_config("retention_fused_chunk", fused_chunk.FusedChunkConfig,
         fused_chunk.default_config, device=torch.device("cuda", 0), dtype=torch.bfloat16, **shape))
 q, v = torch.randn(1, 9, 2, 4), torch.randn(1, 9, 2, 3)
 same = generated.fused_chunk_retention(q, q, v)[0], generated.naive_retention(q, q, v)[0]
@@ -719,7 +719,7 @@ def run_new_process(script: str, directory: Path) -> tuple[list[str], str]:
 
 def real_document(BT: int) -> str:
     """The sample's document for a kernel that the package has."""
-    name = "retention_fused_chunk_fwd"
+    name = "retention_fused_chunk"
     return document(kernel(rule(BT), name=name, source=f"'{configuration.kernel_registry()[name].source}'"))
 
 
@@ -735,8 +735,8 @@ def test_rule_that_is_written_is_used_by_the_next_process(tmp_path: Path) -> Non
     ("old", "new", "part"),
     [
         ("format: 1", "format: 1\nfromat: 1", "unknown key 'fromat'"),
-        ("source: '", "source: 'x", "stale: kernels.retention_fused_chunk_fwd.source"),
-        ("BT: 1024", "BT: 1000", "rules[0].use.BT is 1000"),
+        ("source: '", "source: 'x", "stale: kernels.retention_fused_chunk.source"),
+        ("BT: 256", "BT: 250", "rules[0].use.BT is 250"),
         ("tuned:", "tuned: [", "mine.yaml"),
     ],
     ids=["unknown key", "stale", "bad knob", "broken"],
@@ -744,10 +744,10 @@ def test_rule_that_is_written_is_used_by_the_next_process(tmp_path: Path) -> Non
 def test_file_that_cannot_be_used_costs_the_next_process_one_warning(
     tmp_path: Path, old: str, new: str, part: str
 ) -> None:
-    (tmp_path / "mine.yaml").write_text(real_document(1024).replace(old, new))
+    (tmp_path / "mine.yaml").write_text(real_document(256).replace(old, new))
     lines, errors = run_new_process(PRETEND, tmp_path)
     assert len(lines) == 2
-    assert "BT=1024" not in lines[0]
+    assert "BT=256" not in lines[0]
     about_it = [line for line in errors.splitlines() if "ConfigurationWarning: " in line and "mine.yaml" in line]
     assert len(about_it) == 1, errors
     assert part in about_it[0]

@@ -546,6 +546,36 @@ def test_the_decay_kind_none_is_generated(tmp_path: Path) -> None:
     assert {f"linear_attention/{form}.py" for form in FORMS} <= set(snapshot(out))
 
 
+LINEAR = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from importlib import import_module
+import linear
+
+module = import_module("linear.linear_attention.{form}")
+q, k, v = (torch.randn(2, 70, 3, width, dtype=torch.float64) for width in (16, 16, 8))
+heads = [x.transpose(1, 2) for x in (q, k, v)]
+wanted = ((heads[0] @ heads[1].mT).tril() @ heads[2]).transpose(1, 2) / 4
+o, _ = linear.{form}_linear_attention(q, k, v)
+torch.testing.assert_close(o, wanted)
+tail = dict(initial_state=None, final_state=None, cu_seqlens=None, reverse=False, adjoint=False, chunk_size=None)
+o = module.{form}_sweep(q.float(), k.float(), v.float(), 0.25, **tail)
+torch.testing.assert_close(o, wanted.float(), rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_decay_kind_none_is_linear_attention(tmp_path: Path, form: str) -> None:
+    out = tmp_path / "linear"
+    assert main(["build", "--templates", str(TEMPLATES), "--family", "linear_attention", "--out", str(out)]) == 0
+    command = [sys.executable, "-c", LINEAR.format(form=form), str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_two_decay_kinds_differ_in_the_lines_of_the_decay_alone(form: str) -> None:
     head, none = (

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from rich.console import Console
 
 from tuning import bench, run, show
 from tuning.compilation import ARCHS
+from tuning.measurement import MeasurementError
 from tuning.problems import FORMS
+from tuning.run import RunError
 from tuning.tuner import EFFORTS
 from tuning.workloads import WorkloadError, builtin
 
+FILE_WIDTH = 1000
 EXAMPLES = """examples:
   python -m tuning run                                     every workload, measured on this GPU (modelled without one)
   python -m tuning run --workload retnet_1.3b --form chunk one workload, one form
@@ -26,15 +30,28 @@ EXAMPLES = """examples:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 for success, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    console = Console(stderr=False)
     try:
-        return int(options.command(options, console))
+        return int(options.command(options, _console()))
     except WorkloadError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        return 2
+        return _fail(error, 2)
+    except (RunError, MeasurementError, OSError) as error:
+        return _fail(error, 1)
     except KeyboardInterrupt:
-        console.print("stopped")
+        print("stopped", file=sys.stderr)
         return 130
+
+
+def _console() -> Console:
+    """A file or a pipe has no width to keep to, and rich would take 80 columns."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH)
+
+
+def _fail(error: Exception, code: int) -> int:
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or text
+    print(f"error: {text}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,14 +88,19 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--effort", choices=sorted(EFFORTS), default="quick", help="how many candidates (default: quick)"
     )
-    parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="stop after this time with what was found")
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="stop after this time with what was found, once there is something",
+    )
     parser.add_argument(
         "--out", metavar="FILE", help="the file to write (default: generated/configs or the user directory)"
     )
     parser.add_argument(
         "--arch", choices=sorted(ARCHS), help="model this architecture, GPU or not (default without a GPU: sm90)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="compiling processes (default: one a core)")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="compiling processes (default: one a core)")
     parser.set_defaults(command=run.run)
 
 
@@ -93,6 +115,12 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     )
     forms = [form for form in FORMS if form != "chunk_states"]
     parser.add_argument("--form", action="append", default=[], choices=forms, help="may be repeated (default: all)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1024")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

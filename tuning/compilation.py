@@ -32,6 +32,7 @@ class Arch:
 
     @property
     def target(self) -> GPUTarget:
+        """What Triton compiles for."""
         return GPUTarget("cuda", int(self.name.removeprefix("sm")), 32)
 
 
@@ -47,19 +48,29 @@ ARCHS = {
     )
 }
 
+TENSOR_MEMORY = 512  # columns, where there is any
+
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel needs: registers and spilled bytes a thread, shared memory in bytes a program."""
+    """What one compiled kernel needs: registers and spilled bytes a thread, shared memory in bytes a program.
+
+    On sm100 also columns of tensor memory a program.
+    """
 
     registers: int
     spills: int
     shared: int
     warps: int
+    tensor_memory: int = 0
+
+    def fits(self, arch: Arch) -> bool:
+        """Whether a multiprocessor can hold a program; where not, Triton compiles the kernel and fails to launch it."""
+        return self.shared <= arch.shared and self.tensor_memory <= TENSOR_MEMORY
 
     def blocks_per_sm(self, arch: Arch) -> int:
-        """How many programs a multiprocessor holds at once; 0 if the shared memory is too much for one."""
-        if self.shared > arch.shared:
+        """How many programs a multiprocessor holds at once; 0 if one is too much for it."""
+        if not self.fits(arch):
             return 0
         by_shared = arch.shared_per_sm // (self.shared + 1024)  # the driver keeps 1 KiB of each block's
         by_registers = 65536 // (max(self.registers, 16) * 32 * self.warps)
@@ -117,13 +128,14 @@ def compile_launch(launch: Callable[[], object], arch: Arch) -> list[Resources]:
 
 
 def resources(kernel: Any) -> Resources:
-    """Read registers, spills and shared memory of a compiled kernel from its metadata and its cubin."""
+    """Read what a compiled kernel needs from its metadata and its cubin."""
     usage = _resource_usage(kernel.asm["cubin"])
     return Resources(
         registers=usage["REG"],
         spills=usage["STACK"] + usage.get("LOCAL", 0),
         shared=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
+        tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
-import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from tuning.compilation import ARCHS, Resources, compile_launch
 from tuning.problems import WITH_STATES, Problem
 
 COMPILE_SECONDS = 20
+STUCK_SECONDS = 40  # a compiler that never comes back to Python does not hear the alarm: its process is ended
 
 
 class CompilePool:
@@ -26,21 +28,76 @@ class CompilePool:
     def __init__(self, arch: str, workers: int | None = None) -> None:
         self._arch = arch
         self._futures: dict[Any, Future[Resources | str]] = {}
-        count = workers or max(1, (os.cpu_count() or 2))
-        self._pool = ProcessPoolExecutor(count, _context(), initializer=_quiet)
+        self._count = workers or len(os.sched_getaffinity(0))
+        self._pool = _executor(self._count)
 
     def submit(self, problem: Problem, config: Any, *, with_states: bool = False) -> Future[Resources | str]:
         """Resources of the compiled kernel, or in words why there is none; `with_states`: with both states."""
         # B, T and H are arguments of the kernels, not part of them; chunk does without states where L reaches T.
         key = (replace(problem, B=1, H=1, T=problem.T if problem.form == "chunk" else 0), config, with_states)
-        if key not in self._futures:
-            self._futures[key] = self._pool.submit(_compile, problem, config, self._arch, with_states)
+        if key not in self._futures or self._futures[key].cancelled():
+            self._futures[key] = self._start(problem, config, with_states)
         return self._futures[key]
 
+    def result(
+        self, problem: Problem, config: Any, *, with_states: bool = False, seconds: float | None = None
+    ) -> Resources | str:
+        """What `submit` promises, waited for; raises TimeoutError after so many seconds."""
+        future = self.submit(problem, config, with_states=with_states)
+        try:
+            if not _ended(future, seconds):
+                raise TimeoutError(f"no result within {seconds} s")
+            return future.result()
+        except BrokenExecutor:
+            return self._alone(future, problem, config, with_states)
+
+    def forget_waiting(self) -> None:
+        """Take back what no worker has begun."""
+        for future in self._futures.values():
+            future.cancel()
+
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((getattr(self._pool, "_processes", None) or {}).values()):
-            process.kill()
+        """End the workers, whatever they are at."""
+        _end(self._pool)
+
+    def _start(self, problem: Problem, config: Any, with_states: bool) -> Future[Resources | str]:
+        try:
+            return self._pool.submit(_compile, problem, config, self._arch, with_states)
+        except BrokenExecutor:
+            _end(self._pool)
+            self._pool = _executor(self._count)
+            return self._pool.submit(_compile, problem, config, self._arch, with_states)
+
+    def _alone(
+        self, broken: Future[Resources | str], problem: Problem, config: Any, with_states: bool
+    ) -> Resources | str:
+        """A worker died, of this candidate or of another's: once more, where it can take nothing else with it."""
+        pool, outcome = _executor(1), Future[Resources | str]()
+        try:
+            outcome.set_result(pool.submit(_compile, problem, config, self._arch, with_states).result())
+        except BrokenExecutor:
+            outcome.set_result("crash: the compiler died")
+        finally:
+            _end(pool)
+        self._futures |= {key: outcome for key, future in self._futures.items() if future is broken}
+        return outcome.result()
+
+
+def _executor(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, _context(), initializer=_quiet)
+
+
+def _ended(future: Future[Any], seconds: float | None) -> bool:
+    return future in wait([future], seconds).done
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    processes = list((pool._processes or {}).values())  # shutdown forgets them
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def _context() -> Any:
@@ -51,12 +108,12 @@ def _context() -> Any:
 
 
 def _compile(problem: Problem, config: Any, arch: str, with_states: bool) -> Resources | str:
-    inputs, states = problem.inputs("meta"), {}
-    if with_states and problem.form in WITH_STATES:
-        shape = (problem.B, problem.H, problem.K, problem.V)
-        states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
     try:
         with _time_limit(COMPILE_SECONDS):
+            inputs, states = problem.inputs("meta"), {}
+            if with_states and problem.form in WITH_STATES:
+                shape = (problem.B, problem.H, problem.K, problem.V)
+                states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
             # The launch that is tuned is the last one: chunk's pass over the states comes before it.
             return compile_launch(lambda: problem.run(inputs, config, **states), ARCHS[arch])[-1]
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the search goes on
@@ -71,14 +128,26 @@ def _time_limit(seconds: int) -> Iterator[None]:
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
+    faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
 
 
 def _quiet() -> None:
-    """Leave Ctrl-C to the parent, and the compiler's remarks unsaid."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open for the worker's life
+    """Leave Ctrl-C to the parent, also for the assembler, and the compiler's remarks unsaid; end with the parent."""
+    os.setsid()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

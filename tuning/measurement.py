@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,17 +70,21 @@ class Measurer:
 
     def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
         """Check, then time; `stop_above_ms` ends the timing of a configuration that is clearly slower."""
-        return self._call(("measure", problem, config, stop_above_ms, extra))
+        timing: Timing = self._call(("measure", problem, config, stop_above_ms, extra))
+        return timing
 
     def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         """Time several configurations in interleaved rounds, the order rotating."""
-        return self._call(("compare", problem, configs, extra))
+        timings: list[Timing] = self._call(("compare", problem, configs, extra))
+        return timings
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float:
         """The largest error at the problem's full shape, with states and packed; raises if over the limit."""
-        return self._call(("prove", problem, config, extra))
+        error: float = self._call(("prove", problem, config, extra))
+        return error
 
     def close(self) -> None:
+        """End the child, whatever it is at; the next call starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -88,25 +95,33 @@ class Measurer:
         self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
-        return self._receive(START_SECONDS)
+        try:
+            gpu: Gpu = self._receive(START_SECONDS, "it does not start")
+        except MeasurementError:
+            self.close()
+            raise
+        return gpu
 
     def _call(self, job: tuple[Any, ...]) -> Any:
         if self._process is None:
             self._start()
-        assert self._pipe is not None
-        self._pipe.send(job)
-        return self._receive(JOB_SECONDS)
+        return self._receive(JOB_SECONDS, "the kernel hangs", job)
 
-    def _receive(self, seconds: float) -> Any:
+    def _receive(self, seconds: float, silence: str, job: tuple[Any, ...] | None = None) -> Any:
         assert self._pipe is not None
         try:
+            if job is not None:
+                self._pipe.send(job)
             if not self._pipe.poll(seconds):
                 self.close()
-                raise MeasurementError(f"no answer within {seconds:.0f} s: the kernel hangs")
+                raise MeasurementError(f"no answer from the measuring process within {seconds:.0f} s: {silence}")
             status, value = self._pipe.recv()
         except (EOFError, ConnectionError):
             self.close()
             raise MeasurementError("the measuring process died: the kernel crashed") from None
+        except KeyboardInterrupt:
+            self.close()  # its answer to this job must not be taken for the next one's
+            raise
         if status == "sticky":
             self.close()
         if status != "ok":
@@ -122,27 +137,31 @@ def gpu_present() -> bool:
 
 
 def _serve(pipe: Connection) -> None:
-    """The child: answer jobs until the parent is gone."""
+    """The child: answer jobs until the parent is gone, to which it leaves Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         pipe.send(("ok", describe_gpu()))
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
-        pipe.send(("error", f"{type(error).__name__}: {error}"))
+        pipe.send(("error", _in_a_line(error)))
         return
-    jobs = {"measure": _measure, "compare": _compare, "prove": _prove}
+    jobs: dict[str, Callable[..., Any]] = {"measure": _measure, "compare": _compare, "prove": _prove}
     while True:
         try:
             name, *arguments = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             pipe.send(("ok", jobs[name](*arguments)))
-        except KeyboardInterrupt:
-            return
         except Exception as error:  # noqa: BLE001 - as above
             sticky = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
-            pipe.send(("sticky" if sticky else "error", f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"))
+            pipe.send(("sticky" if sticky else "error", _in_a_line(error)))
             if sticky:
                 os._exit(1)
+
+
+def _in_a_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def describe_gpu() -> Gpu:
@@ -159,8 +178,7 @@ def describe_gpu() -> Gpu:
 
 def _driver_version() -> str:
     try:
-        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
-            words = file.readline().split()
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").partition("\n")[0].split()
     except OSError:
         return "unknown"
     return next((word for word in words if word[0].isdigit() and word.count(".") >= 1), "unknown")
@@ -195,13 +213,12 @@ def _reference(problem: Problem, inputs: tuple[Tensor, ...], *, reverse: bool = 
 
 def _check(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
     """Compare both directions with float64 on memory full of NaN, and a second run to the bit with the first."""
-    torch.use_deterministic_algorithms(True)  # with the next line, new tensors are filled with NaN
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         runs = [problem.run(_Inputs.small, config, reverse=reverse, **extra) for reverse in (False, True, False)]
     finally:
         torch.use_deterministic_algorithms(False)
-    errors = [relative_error(got, expected) for got, expected in zip(runs, _Inputs.expected)]
+    errors = [relative_error(got, expected) for got, expected in zip(runs[:2], _Inputs.expected, strict=True)]
     limit = ERROR_LIMITS[problem.dtype]
     if not all(error < limit for error in errors):
         raise ArithmeticError(f"wrong result: relative errors {errors}, allowed {limit:.0e}")
@@ -246,7 +263,7 @@ def _prove(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
     errors = [relative_error(got[: len(expected)], expected)]
     if problem.form in WITH_STATES:
         errors += _state_errors(problem, row, config, extra)
-    worst = max(errors, key=lambda error: error if error == error else float("inf"))
+    worst = max(errors, key=lambda error: float("inf") if math.isnan(error) else error)
     if not worst < ERROR_LIMITS[problem.dtype]:
         raise ArithmeticError(f"wrong result at the full shape: relative error {worst:.2e}")
     return worst
@@ -270,7 +287,8 @@ def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
     global _flush
     if _flush is None:
         _flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    new_event: Callable[..., Any] = torch.cuda.Event
+    events = [[new_event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for begin, end in events:
         _flush.zero_()
         begin.record()

@@ -1,14 +1,15 @@
 """A closed-form estimate of a configuration's time: to rank candidates before compiling, and where there is no GPU.
 
 A launch is `programs` that each take `steps`; a multiprocessor holds `blocks` of them at once, so the launch takes
-waves = programs / (blocks * multiprocessors), rounded up. A step of all blocks on one multiprocessor takes the longest of
+waves = programs / (blocks * multiprocessors), rounded up. A step of all blocks on one multiprocessor takes the longest
+of
 
     its FLOPs / the multiprocessor's share of the matrix rate,
-    its bytes / the multiprocessor's share of the memory rate (operands shared by neighbours come from L2, counted at 2x),
+    its bytes / the multiprocessor's share of twice the memory rate (neighbours share operands in L2),
     the latency of a step's dependent chain, which pipelining by stages hides in part.
 
-The figures are an H100's, measured (3.0 TB/s copy, 745 TFLOP/s); other architectures' are three quarters of their datasheets'.
-It ranks; it is not a promise of milliseconds.
+The figures are an H100's, measured (3.0 TB/s copy, 745 TFLOP/s); other architectures' are three quarters of their
+datasheets'. It ranks; it is not a promise of milliseconds.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Work:
 
 
 def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None = None) -> float:
-    """Estimated milliseconds; before compilation (no `needs`) registers and shared memory come from the space's estimates."""
+    """Estimated milliseconds; before compilation (no `needs`) resources come from the space's estimates."""
     rates, work = RATES[arch.name], _work(problem, config)
     blocks = max(1, (needs or estimate(problem, config)).blocks_per_sm(arch))
     waves = -(-work.programs // (blocks * rates.sms))
@@ -76,6 +77,7 @@ def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None =
 
 
 def estimate(problem: Problem, config: Any) -> Resources:
+    """What a program will need, by the space's formulas."""
     space, width = problem.space, 1 << (problem.K - 1).bit_length()
     registers = int(min(255, 40 + space.registers(width, config)))
     shared = int(space.shared(width, problem.torch_dtype.itemsize, config))
@@ -110,7 +112,7 @@ def _states_traffic(problem: Problem, config: Any) -> float:
         return 0.0
     rows, size = problem.B * problem.H, problem.torch_dtype.itemsize
     stored = rows * (problem.T / config.L) * problem.K * problem.V * size
-    return 2 * stored + rows * problem.T * (problem.K + problem.V) * size
+    return float(2 * stored + rows * problem.T * (problem.K + problem.V) * size)
 
 
 def _blocks(size: int, block: int) -> int:

@@ -18,7 +18,7 @@ def sweep_reference(
     reverse: bool = False,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o [B, T, H, V] and the final state [B, H, K, V] in float64, by blocks of tokens.
+    """Outputs [B, T, H, V] and the final state [B, H, K, V] in float64, by blocks of tokens.
 
     o_t = scale * q_t S_t and S_t = gamma S_{t-1} + k_t v_t^T, from the last token to the first with `reverse`.
     """

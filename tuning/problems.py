@@ -1,8 +1,9 @@
 """The problems that configurations are tried on: one kernel of one form, with inputs of one shape.
 
 Every kernel runs the same mathematics, a sweep (see generated/retention/operators.py), so a problem is told by the
-sweep's own widths: the output and the gradient of v sweep with K and V, the gradients of q and k with the two exchanged.
-The direction is an argument of the kernels and changes no instruction: it is checked both ways and timed forwards.
+sweep's own widths: the output and the gradient of v sweep with K and V, the gradients of q and k with the two
+exchanged. The direction is an argument of the kernels and changes no instruction: it is checked both ways and timed
+forwards.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ class Form:
 
 def _chunk_states_sweep(q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale: float, **options: Any) -> Tensor:
     """The pass of chunk that stores states, alone; returns them, [B * segments, H, K, V]."""
-    B, T, H, K = k.shape
-    hs = k.new_empty(chunk.segment_slots(k, None, STATES_SEGMENT), H, K, v.shape[3])
+    hs = k.new_empty(chunk.segment_slots(k, None, STATES_SEGMENT), *k.shape[2:], v.shape[3])
     config = options["config"]
     chunk.launch_chunk_states(k, v, hs, g_gamma, scale, STATES_SEGMENT, config, reverse=options["reverse"])
     return hs
@@ -72,15 +72,18 @@ class Problem:
 
     @property
     def space(self) -> Space:
+        """What may be chosen for the kernel."""
         return SPACES[self.form]
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype of q, k, v and the output."""
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
 
     def default(self) -> Any:
+        """The configuration that is used where no rule holds."""
         return FORMS[self.form].default(self.torch_dtype, self.K, self.V)
 
     def inputs(self, device: str, seed: int = 0) -> tuple[Tensor, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
+import errno
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -14,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from generated.configuration import kernel_registry
-from generated.configuration_file import ConfigurationError, Rule, When, parse_file
+from generated.configuration import kernel_problem, kernel_registry
+from generated.configuration_file import ConfigurationError, Rule, parse_file
 from tuning.problems import FORM_KERNEL, Problem
 from tuning.space import knob_values
 from tuning.tuner import Winner
@@ -91,14 +93,23 @@ def existing_entries(path: Path) -> list[Entry]:
         file = parse_file(path)
     except ConfigurationError:
         return []
-    registry = kernel_registry()
     return [
-        Entry(kernel, _point_from(rule), dict(rule.use), rule.proof, dict(rule.figures))
+        Entry(kernel, point, dict(rule.use), rule.proof, dict(rule.figures))
         for kernel, found in file.kernels.items()
-        if kernel in registry and found.source == registry[kernel].source
+        if kernel_problem(kernel, found) is None
         for rule in found.rules
-        if "point" in rule.figures
+        for point in [_point_from(rule)]
+        if point is not None
     ]
+
+
+def owner(path: Path) -> str | None:
+    """The GPU or, in a modelled file, the architecture whose rules a file holds; None where there is none to read."""
+    try:
+        device = parse_file(path).device
+    except ConfigurationError:
+        return None
+    return device.name or device.arch
 
 
 def merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
@@ -143,20 +154,24 @@ def document(entries: list[Entry], device: dict[str, Any], driver: str | None) -
         "format": 1,
         "device": _Flow(device),
         "software": _Flow(software | ({"driver": driver} if driver else {})),
-        "tuned": datetime.date.today(),
+        "tuned": dt.datetime.now().astimezone().date(),
         "kernels": kernels,
     }
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write the file whole or not at all, and only if it can be read back."""
+    path = path.resolve()  # a link stays, and its target is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=180)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("# Written by `python -m tuning run`.\n" + text)
+            file.write(
+                "# Written by `python -m tuning run`, which writes it anew: rules of your own belong in another file.\n"
+                + text
+            )
             file.flush()
             os.fsync(file.fileno())
         parse_file(temporary)
@@ -164,6 +179,16 @@ def write(path: Path, content: dict[str, Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError where `write` would fail, before time is spent on what to write."""
+    path = path.resolve()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, not a file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent):
+        pass
 
 
 class _Flow(dict[str, Any]):
@@ -214,18 +239,16 @@ def _point_text(point: Point) -> str:
     return " ".join(f"{axis}={getattr(point, axis)}" for axis in AXES)
 
 
-def _point_from(rule: Rule) -> Point:
-    values = dict(part.split("=") for part in str(rule.figures["point"]).split())
-    return Point(rule.when.dtype, **{axis: int(values[axis]) for axis in AXES})
+def _point_from(rule: Rule) -> Point | None:
+    """Where the tuner measured; None in a rule that it did not write."""
+    found = re.fullmatch(
+        " ".join(rf"{axis}=([1-9]\d{{0,17}})" for axis in AXES), str(rule.figures.get("point")), re.ASCII
+    )
+    return Point(rule.when.dtype, *map(int, found.groups())) if found else None
 
 
 def _rounded(ms: float) -> float:
     return float(f"{ms:.4g}")
-
-
-def when_of(point: Point, box: dict[str, tuple[int, int]]) -> When:
-    """The rule's condition as the loader knows it."""
-    return When(point.dtype, *(box[axis] for axis in AXES))
 
 
 def config_from(entry: Entry) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-import generated.configuration as configuration
+from generated import configuration
 from tuning import rules
 from tuning.compilation import ARCHS, Arch
 from tuning.compile_pool import CompilePool
-from tuning.measurement import Gpu, MeasurementError, Measurer, gpu_fields, gpu_present
+from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
 from tuning.problems import Problem, problems_of
+from tuning.space import knob_values
 from tuning.tuner import EFFORTS, GpuJudge, Judge, ModelJudge, Tuner, Winner
 from tuning.workloads import Workload, parse
 
@@ -27,26 +29,31 @@ FOREVER = 10 * 365 * 86400.0
 LINE_SECONDS = 10.0
 
 
+class RunError(Exception):
+    """What was asked for cannot be done here; the message says why and what can."""
+
+
 def run(options: argparse.Namespace, console: Console) -> int:
     """Tune what the options select; write even after Ctrl-C what was found until then."""
-    workloads = parse(options.workload)
+    started, workloads = time.monotonic(), parse(options.workload)
     measurer = None if options.arch or not gpu_present() else Measurer()
     try:
         arch = _architecture(options.arch, measurer)
-        path = _output(options.out, measurer, arch)
+        path = Path(options.out) if options.out else default_path(measurer.gpu if measurer else None, arch)
+        _check_output(path, measurer.gpu.name if measurer else arch.name)
         judge: Judge = GpuJudge(measurer) if measurer else ModelJudge(arch)
         problems = _problems(workloads, options.form)
         _announce(console, measurer, arch, workloads, problems, path)
-        winners, interrupted, tuner = _tune(options, console, judge, arch, problems, path)
-        if not winners:
-            console.print("nothing was found: no candidate was compiled and accepted in time; the defaults stay in use")
-            return 130 if interrupted else 1
-        entries = [rules.entry_of(winner) for winner in winners] + rules.form_entries(winners)
-        merged = rules.merge(rules.existing_entries(path), entries)
-        device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
-        rules.write(path, rules.document(merged, device, measurer.gpu.driver if measurer else None))
-        _report(console, winners, tuner, path, interrupted)
-        return 130 if interrupted else 0
+        tuner = _tune(options, console, judge, arch, problems, path)
+        winners = list(tuner.winners.values())
+        if winners:
+            entries = [rules.entry_of(winner) for winner in winners] + rules.form_entries(winners)
+            merged = rules.merge(rules.existing_entries(path), entries)
+            device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
+            rules.write(path, rules.document(merged, device, measurer.gpu.driver if measurer else None))
+        _report(console, winners, tuner, len(problems), options.budget)
+        _conclude(console, len(winners), path, time.monotonic() - started)
+        return 130 if tuner.interrupted else int(not winners)
     finally:
         if measurer:
             measurer.close()
@@ -63,19 +70,24 @@ def default_path(gpu: Gpu | None, arch: Arch) -> Path:
 def _architecture(name: str | None, measurer: Measurer | None) -> Arch:
     wanted = name or (measurer.gpu.arch if measurer else "sm90")
     if wanted not in ARCHS:
-        raise MeasurementError(f"the architecture {wanted} is not known; known are {', '.join(ARCHS)}")
+        raise RunError(f"this GPU's architecture {wanted} is not known; --arch models one of {', '.join(ARCHS)}")
     return ARCHS[wanted]
 
 
-def _output(out: str | None, measurer: Measurer | None, arch: Arch) -> Path:
-    return Path(out) if out else default_path(measurer.gpu if measurer else None, arch)
+def _check_output(path: Path, device: str) -> None:
+    """Say before tuning that the file cannot be written or holds another GPU's rules."""
+    rules.check_writable(path)
+    owner = rules.owner(path)
+    if owner not in (None, device):
+        raise RunError(f"{path} holds rules for {owner}, and these are for {device}: give another file with --out")
 
 
 def _problems(workloads: list[Workload], forms: list[str]) -> list[Problem]:
     """What to tune, the cheap and widely used first; the chunk form's states belong to chunk."""
     wanted = forms or ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
     parts = [part for form in wanted for part in (("chunk_states", "chunk") if form == "chunk" else (form,))]
-    return [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
+    found = [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
+    return list(dict.fromkeys(found))
 
 
 def _announce(
@@ -90,34 +102,45 @@ def _announce(
         f"measuring on {measurer.gpu.name}" if measurer else f"no GPU used: modelling {arch.name} from compiled kernels"
     )
     names = ", ".join(workload.name for workload in workloads)
-    console.print(escape(f"{how}\n{len(problems)} kernels at {len(workloads)} workloads ({names})\nrules go to {path}"))
+    what = f"{_count(len(problems), 'search', 'searches')} for {_count(len(workloads), 'workload')} ({names})"
+    console.print(escape(f"{how}\n{what}\nrules go to {path}"), soft_wrap=True)
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _tune(
     options: argparse.Namespace, console: Console, judge: Judge, arch: Arch, problems: list[Problem], path: Path
-) -> tuple[list[Winner], bool, Tuner]:
-    deadline = time.monotonic() + (options.budget or FOREVER)
+) -> Tuner:
+    deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
     known = rules.existing_entries(path)
 
     def incumbents(problem: Problem) -> list[Any]:
         point = rules.point_of(problem)
         return [rules.config_from(entry) for entry in known if entry.kernel == problem.kernel and entry.point == point]
 
-    pool = CompilePool(arch.name, options.workers)
-    interrupted = False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end keeps what was found, as Ctrl-C does
-    with _Progress(console) as progress:
+    with (
+        _termination_as_interrupt(),
+        contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
+        _Progress(console) as progress,
+    ):
         tuner = Tuner(judge, pool, arch, EFFORTS[options.effort], deadline, incumbents, progress)
-        try:
-            tuner.run(problems)
-        except KeyboardInterrupt:
-            interrupted = True
-        console.print(f"proving {len(tuner.ranked)} winners")
-        try:
-            tuner.prove()
-        finally:
-            pool.close()
-    return list(tuner.winners.values()), interrupted, tuner
+        tuner.run(problems)
+        if not judge.modelled:
+            console.print(f"proving {_count(len(tuner.ranked), 'winner')}")
+        tuner.prove()
+    return tuner
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Being told to end keeps what was found, as Ctrl-C does."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class _Progress:
@@ -134,7 +157,8 @@ class _Progress:
         )
         self._bar = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console)
         self._task = self._bar.add_task("candidates", total=None)
-        self._console, self._started, self._said = console, time.monotonic(), 0.0
+        self._console, self._started = console, time.monotonic()
+        self._said = self._started
 
     def __enter__(self) -> Callable[[int, int, Problem], None]:
         if self._console.is_terminal:
@@ -154,11 +178,41 @@ class _Progress:
             self._console.print(f"{done} of {total} candidates, about {left:.0f} s left; {what}")
 
 
-def _report(console: Console, winners: list[Winner], tuner: Tuner, path: Path, interrupted: bool) -> None:
+def _report(console: Console, winners: list[Winner], tuner: Tuner, searches: int, budget: float | None) -> None:
+    if winners:
+        console.print(_table(winners))
+    funnel = tuner.funnel
+    failures = ", ".join(f"{count} {reason}" for reason, count in sorted(funnel.failures.items())) or "none"
+    console.print(
+        escape(
+            f"{funnel.enumerated} candidates enumerated, {funnel.compiled} compiled, {funnel.clean} fit, "
+            f"{funnel.timed} {'estimated' if tuner.judge.modelled else 'timed'}; dropped: {failures}"
+        )
+    )
+    for line in funnel.rejected:
+        console.print(escape(f"not used: {line}"), soft_wrap=True)
+    if tuner.unfinished or tuner.interrupted:
+        cause = "stopped" if tuner.interrupted else f"the budget of {budget:g} s is spent"
+        console.print(f"{cause}: {tuner.unfinished} of {_count(searches, 'search', 'searches')} did not end")
+
+
+def _conclude(console: Console, winners: int, path: Path, seconds: float) -> None:
+    """Say what was written and who reads it, and how long it took."""
+    if winners:
+        console.print(escape(f"wrote {_count(winners, 'rule')} to {path}"), soft_wrap=True)
+        if path.resolve().parent not in [directory.resolve() for directory in configuration.config_directories()]:
+            folder = path.resolve().parent
+            console.print(escape(f"to use them, set RETGEN_CONFIG_DIR={folder}"), soft_wrap=True)
+    else:
+        console.print("wrote nothing: no candidate was compiled and accepted; what was in use stays in use")
+    console.print(f"took {seconds:.0f} s")
+
+
+def _table(winners: list[Winner]) -> Table:
     table = Table("kernel", "shape", "configuration", "ms", "default ms", "error")
     for winner in winners:
         problem = winner.problem
-        use = " ".join(f"{name}={value}" for name, value in rules.knob_values(winner.config).items())
+        use = " ".join(f"{name}={value}" for name, value in knob_values(winner.config).items())
         shape = f"B={problem.B} T={problem.T} H={problem.H} K={problem.K} V={problem.V}"
         default = "" if winner.default_ms is None else f"{winner.default_ms:.4g}"
         table.add_row(
@@ -169,16 +223,4 @@ def _report(console: Console, winners: list[Winner], tuner: Tuner, path: Path, i
             default,
             "" if winner.error is None else f"{winner.error:.1e}",
         )
-    console.print(table)
-    funnel = tuner.funnel
-    failures = ", ".join(f"{count} {reason}" for reason, count in sorted(funnel.failures.items())) or "none"
-    console.print(
-        escape(
-            f"{funnel.enumerated} candidates enumerated, {funnel.compiled} compiled, {funnel.clean} fit, {funnel.timed} "
-            f"{'estimated' if tuner.judge.modelled else 'timed'}; dropped: {failures}"
-        )
-    )
-    for line in funnel.rejected:
-        console.print(escape(f"not used: {line}"), soft_wrap=True)
-    state = "stopped early; kept" if interrupted else "wrote"
-    console.print(escape(f"{state} {len(winners)} rules in {path}"))
+    return table

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import generated.configuration as configuration
+from generated import configuration
 from tuning.measurement import describe_gpu, gpu_present
 
 

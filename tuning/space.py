@@ -50,7 +50,7 @@ class Space:
         """Every combination of the knobs that the configuration's own rules and the space's constraint allow."""
         for values in itertools.product(*(knob.values for knob in self.knobs)):
             with contextlib.suppress(ValueError):
-                config = config_type(**dict(zip((knob.name for knob in self.knobs), values)))
+                config = config_type(**dict(zip((knob.name for knob in self.knobs), values, strict=True)))
                 if self.allowed(config):
                     yield config
 
@@ -82,7 +82,7 @@ def _power_of_two(size: int) -> int:
 
 
 def _known_good(c: Any) -> bool:
-    """Leave out what Triton 3.6 miscompiles on an H100: matrix products of warp groups into 32 or fewer columns, unpipelined.
+    """Leave out what Triton 3.6 miscompiles on an H100: unpipelined products of warp groups into 32 or fewer columns.
 
     Such a program reads memory that is not its own. Seen at every K and V, chunk and fused_chunk, BT of 64 and 128.
     """

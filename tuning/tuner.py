@@ -59,6 +59,7 @@ class Funnel:
     rejected: list[str] = field(default_factory=list)
 
     def fail(self, reason: str) -> None:
+        """Count a candidate that came no further."""
         self.failures[reason] = self.failures.get(reason, 0) + 1
 
     def reject(self, problem: Problem, config: Any, reason: str) -> None:
@@ -76,11 +77,14 @@ class Judge(Protocol):
 
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
-    ) -> float: ...
+    ) -> float:
+        """Milliseconds, roughly where over `stop_above_ms`; MeasurementError for what does not run right."""
 
-    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]: ...
+    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
+        """Milliseconds of several configurations, all of which `time` has seen, against each other."""
 
-    def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None: ...
+    def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
+        """The error at the full shape, or None where nothing runs; MeasurementError if it is too large."""
 
 
 class GpuJudge:
@@ -94,12 +98,15 @@ class GpuJudge:
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
     ) -> float:
+        """Milliseconds on the GPU, after a check against float64."""
         return self._measurer.measure(problem, config, stop_above_ms, extra).ms
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
+        """Milliseconds in interleaved rounds."""
         return [timing.ms for timing in self._measurer.compare(problem, configs, extra)]
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
+        """The error against float64 at the full shape."""
         return self._measurer.prove(problem, config, extra)
 
 
@@ -115,14 +122,17 @@ class ModelJudge:
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
     ) -> float:
+        """Milliseconds by the model."""
         ms = predict(problem, config, self._arch, needs)
         self._times[problem, config] = ms
         return ms
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
+        """The same once more: a model has no noise."""
         return [self._times[problem, config] for config in configs]
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
+        """Nothing runs, so nothing is proved."""
         return None
 
 
@@ -130,7 +140,8 @@ class Tuner:
     """Tunes many problems at once: while one is timed, the others' candidates compile.
 
     incumbents(problem) gives the configurations that earlier files hold for it; they race from the start.
-    progress(done, total, problem) is told after every candidate.
+    progress(done, total, problem) is told after every candidate. Afterwards `winners` holds what was found and proven,
+    `unfinished` says how many searches the deadline or Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
     """
 
     def __init__(
@@ -148,11 +159,23 @@ class Tuner:
         self.funnel = Funnel()
         self.ranked: dict[Problem, list[Winner]] = {}
         self.winners: dict[Problem, Winner] = {}
+        self.unfinished = self._complete = 0
+        self.interrupted = False
 
     def run(self, problems: list[Problem]) -> None:
         """Search for every problem; what is found by the deadline, or by Ctrl-C, is kept in `ranked`."""
-        waiting = [p for p in problems if p.form == "chunk"]
-        tasks = [_Task(self, p) for p in problems if p.form != "chunk"]
+        tasks: list[_Task] = []
+        try:
+            self._search(problems, tasks)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self.ranked |= {task.problem: found for task in tasks if (found := task.ranked(race=False))}
+        self.unfinished = len(problems) - self._complete
+        self.pool.forget_waiting()
+
+    def _search(self, problems: list[Problem], tasks: list[_Task]) -> None:
+        waiting, started = self._startable([p for p in problems if p.form == "chunk"], problems)
+        tasks += [_Task(self, p) for p in problems if p.form != "chunk"] + started
         done, total = 0, len(problems) * (self.effort.first + self.effort.rounds * self.effort.per_round)
         while tasks:
             task = next((t for t in tasks if t.ready()), tasks[0])
@@ -163,27 +186,41 @@ class Tuner:
                 tasks.remove(task)
                 done += task.left
                 self._finish(task)
-                waiting, started = self._startable(waiting, tasks)
+                waiting, started = self._startable(waiting, [t.problem for t in tasks])
                 tasks += started
 
+    def seconds_left(self) -> float | None:
+        """Until the deadline, which counts from the first result on; None before."""
+        return max(0.0, self.deadline - time.monotonic()) if self.funnel.timed else None
+
     def _finish(self, task: _Task) -> None:
-        ranked = task.ranked()
-        if ranked:
-            self.ranked[task.problem] = ranked
+        self._complete += not task.cut_short
+        if found := task.ranked(race=True):
+            self.ranked[task.problem] = found
 
     def prove(self) -> None:
-        """Prove each problem's best configuration, or the next best that can be; only proven ones become winners."""
-        for problem, ranked in self.ranked.items():
-            self.pool.submit(problem, ranked[0].config, with_states=True)
-        for problem, ranked in self.ranked.items():
-            winner = self._proven(problem, ranked)
-            if winner is not None:
-                self.winners[problem] = winner
+        """Prove each problem's best configuration, or the next best that can be; only proven ones become winners.
+
+        Ctrl-C ends it, and those that were proven by then stay.
+        """
+        try:
+            for problem, ranked in self.ranked.items():
+                self.pool.submit(problem, ranked[0].config, with_states=True)
+            for problem, ranked in self.ranked.items():
+                winner = self._proven(problem, ranked)
+                if winner is not None:
+                    self.winners[problem] = winner
+        except KeyboardInterrupt:
+            self.interrupted = True
 
     def _proven(self, problem: Problem, ranked: list[Winner]) -> Winner | None:
         for winner in ranked:
             # Compiled by a worker, so that the process that owns the GPU only loads it.
-            self.pool.submit(problem, winner.config, with_states=True).result()
+            needs = self.pool.result(problem, winner.config, with_states=True)
+            if not isinstance(needs, Resources) or needs.shared > self.arch.shared:
+                reason = needs if isinstance(needs, str) else f"{needs.shared} bytes of shared memory"
+                self.funnel.reject(problem, winner.config, f"with states: {reason}")
+                continue
             try:
                 error = self.judge.prove(problem, winner.config, self.extra(problem))
             except MeasurementError as failure:
@@ -192,9 +229,8 @@ class Tuner:
             return replace(winner, error=error)
         return None
 
-    def _startable(self, waiting: list[Problem], tasks: list[_Task]) -> tuple[list[Problem], list[_Task]]:
+    def _startable(self, waiting: list[Problem], pending: list[Problem]) -> tuple[list[Problem], list[_Task]]:
         """The chunk form's problems start when the pass over its states, which they run too, has been tuned."""
-        pending = {t.problem for t in tasks if t.problem.form == "chunk_states"}
         ready = [p for p in waiting if _states_problem(p) not in pending]
         return [p for p in waiting if p not in ready], [_Task(self, p) for p in ready]
 
@@ -230,13 +266,15 @@ class _Task:
         self.default = problem.default()
         incumbents = tuner.incumbents(problem)
         guesses = [*tuner.neighbours(problem), *candidates][: tuner.effort.first - 1]
-        first = [self.default, *incumbents, *guesses]
+        first = [*incumbents, self.default, *guesses]
         self.search = Search(candidates, first)
         self.rounds = tuner.effort.rounds
         self.left = tuner.effort.first + tuner.effort.rounds * tuner.effort.per_round
         self.needs: dict[Any, Resources] = {}
         self.kept = {self.default, *incumbents}
-        self.finished = False
+        self.in_use = set(incumbents) or {self.default}
+        self.tried: set[Any] = set()
+        self.finished = self.cut_short = False
         self._ask(len(incumbents) + tuner.effort.first)
 
     def ready(self) -> bool:
@@ -244,44 +282,64 @@ class _Task:
 
     def step(self) -> Iterator[None]:
         """Time the batch as it comes out of the compiler, then ask for the next."""
-        for config, future in self.batch:
-            if time.monotonic() > self.tuner.deadline and self.search.results:
-                self.finished = True
+        for config, _ in self.batch:
+            needs = self._needs(config)
+            if needs is None:
+                self.finished = self.cut_short = True
                 return
-            self.search.tell(config, self._time(config, future))
+            self.search.tell(config, self._time(config, needs))
+            self.tried.add(config)
             self.left -= 1
             yield
-        self.finished = self.rounds == 0 or time.monotonic() > self.tuner.deadline
+        self.finished = self.rounds == 0
         if not self.finished:
             self.rounds -= 1
             self._ask(self.tuner.effort.per_round)
             self.finished = not self.batch
 
-    def ranked(self) -> list[Winner]:
-        """The finalists after a race against each other, the default and the incumbents among them, best first."""
+    def _needs(self, config: Any) -> Resources | str | None:
+        """What the compiler says, or None at the deadline."""
+        seconds = self.tuner.seconds_left()
+        if seconds == 0:
+            return None
+        try:
+            return self.tuner.pool.result(self.problem, config, seconds=seconds)
+        except TimeoutError:
+            return None
+
+    def ranked(self, *, race: bool) -> list[Winner]:
+        """The fastest, the default and the incumbents, best first, after a race against each other if wanted.
+
+        None where what is in use was not tried before the search was ended: it could have been better.
+        """
+        if not self.in_use <= self.tried:
+            return []
         judge, extra = self.tuner.judge, self.tuner.extra(self.problem)
         finalists = self.search.best(self.tuner.effort.finalists)
         finalists += [config for config in self.kept if config in self.search.results and config not in finalists]
-        try:
-            times = dict(zip(finalists, judge.rank(self.problem, finalists, extra))) if finalists else {}
-        except MeasurementError as error:
-            self.tuner.funnel.fail(_kind(str(error)))
-            times = {config: self.search.results[config] for config in finalists}
+        times = {config: self.search.results[config] for config in finalists}
+        if finalists and race:
+            try:
+                times = dict(zip(finalists, judge.rank(self.problem, finalists, extra), strict=True))
+            except MeasurementError as error:
+                self.tuner.funnel.fail(_kind(str(error)))
         default_ms, trials = times.get(self.default), len(self.search.results)
         # What is in use stays unless it is beaten beyond the noise.
-        order = sorted(times, key=lambda config: times[config] * (1 - NOISE if config in self.kept else 1))
-        return [
+        order = sorted(times, key=lambda config: times[config] * (1 - NOISE if config in self.in_use else 1))
+        winners = [
             Winner(self.problem, c, times[c], default_ms, None, self.needs[c].spills, trials, judge.modelled)
             for c in order
         ]
+        # What no GPU has run is not recommended where it spills, not even the default.
+        return [winner for winner in winners if not (winner.modelled and winner.spills)]
 
     def _ask(self, count: int) -> None:
         self.batch: list[tuple[Any, Future[Resources | str]]] = [
             (config, self.tuner.pool.submit(self.problem, config)) for config in self.search.ask(count)
         ]
 
-    def _time(self, config: Any, future: Future[Resources | str]) -> float | None:
-        funnel, needs = self.tuner.funnel, future.result()
+    def _time(self, config: Any, needs: Resources | str) -> float | None:
+        funnel = self.tuner.funnel
         funnel.compiled += 1
         if isinstance(needs, str):
             funnel.fail(_kind(needs))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 
+from generated.launch import MAX_WIDTH
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COPY_BYTES_PER_MS = 3.0e9  # an H100's measured device-to-device copy, bytes read and written
+MAX_SIZE = 2**31 - 1
+MAX_ELEMENTS = 2**38  # of one tensor: 512 GiB in bfloat16
 MATRIX_FLOPS_PER_MS = 745e9  # an H100's measured bfloat16 matrix product
 
 
@@ -31,10 +36,12 @@ class Workload:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype of q, k, v and the output."""
         return DTYPES[self.dtype]
 
     @property
     def shape(self) -> str:
+        """Sizes and dtype in a line."""
         return f"B={self.B} T={self.T} H={self.H} K={self.K} V={self.V} {self.dtype}"
 
     def floor_ms(self, *, backward: bool) -> float:
@@ -68,17 +75,20 @@ def _parse_shape(text: str, known: dict[str, Workload]) -> Workload:
         raise WorkloadError(
             f"workload {text!r} is not known; use one of {', '.join(known)}, or B=..,T=..,H=..,K=..,V=.."
         )
-    fields = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    names = sorted(name for name, _ in pairs if name != "dtype")
+    if names != sorted("BTHKV") or len(pairs) - len(names) > 1:
+        raise WorkloadError(f"workload {text!r} must give each of B, T, H, K and V once, and nothing else but dtype")
+    fields = dict(pairs)
     dtype = fields.pop("dtype", "bfloat16")
     if dtype not in DTYPES:
         raise WorkloadError(f"workload {text!r}: dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    if set(fields) != set("BTHKV") or text.count(",") + 1 != len(text.split(",")):
-        raise WorkloadError(f"workload {text!r} must give each of B, T, H, K and V once, and nothing else but dtype")
-    if not all(value.isdigit() and int(value) > 0 for value in fields.values()):
-        raise WorkloadError(f"workload {text!r}: B, T, H, K and V must be positive whole numbers")
-    return Workload(text, **{name: int(value) for name, value in fields.items()}, dtype=dtype)
-
-
-def with_dtype(workload: Workload, dtype: str) -> Workload:
-    """The same shape in another dtype."""
-    return replace(workload, dtype=dtype)
+    for name, value in fields.items():
+        limit = MAX_WIDTH if name in "KV" else MAX_SIZE
+        # At most ten digits are looked at, so that no text takes long.
+        if not re.fullmatch(r"0*[1-9][0-9]{0,9}", value, re.ASCII) or int(value) > limit:
+            raise WorkloadError(f"workload {text!r}: {name} is {value!r}; it must be a whole number from 1 to {limit}")
+    workload = Workload(text, **{name: int(value) for name, value in fields.items()}, dtype=dtype)
+    if workload.B * workload.T * workload.H * max(workload.K, workload.V) > MAX_ELEMENTS:
+        raise WorkloadError(f"workload {text!r}: B * T * H * K or V is over {MAX_ELEMENTS}, more than a GPU holds")
+    return workload

@@ -1,0 +1,180 @@
+"""The kernels compile, without a GPU, for every architecture that is supported, and fit there.
+
+What is compiled, and how, is in cross_compile.py; scripts of other Triton versions run it too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cross_compile
+import pytest
+import triton_versions
+import yaml
+from cross_compile import Case, Problem
+
+from generated import configuration
+from tuning.compilation import ARCHS, offline
+from tuning.problems import FORM_KERNEL, FORMS
+
+SCRIPT = Path(cross_compile.__file__)
+SHIPPED = [path for path in configuration.packaged_directory().glob("*.yaml") if ".modelled" not in path.name]
+SMALL = Problem("fused_recurrent", "float16", B=1, T=1, H=1, K=16, V=16)
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="there is nothing to compile under the interpreter"
+)
+
+
+def run_script(*arguments: str) -> str:
+    """Run cross_compile.py in a process of its own; fail with what failed unless it succeeds."""
+    command = [sys.executable, str(SCRIPT), *arguments, "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if not line.endswith(": fits")]
+    assert done.returncode == 0, "\n".join([*lines[-100:], done.stderr[-5000:]])
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["shipped", "defaults", "variants"])
+def test_every_kernel_compiles_and_fits(what: str) -> None:
+    assert run_script(f"--{what}").count(": fits") > 0
+
+
+# What is compiled
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_rules_are_for_these_kernels(path: Path) -> None:
+    kernels = configuration.parse_file(path).kernels
+    assert {kernel: configuration.kernel_problem(kernel, entry) for kernel, entry in kernels.items()} == dict.fromkeys(
+        kernels
+    )
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_rule_is_compiled(path: Path) -> None:
+    file = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wanted = {
+        (kernel, file["device"]["arch"], rule["when"]["dtype"], *rule["use"].values())
+        for kernel, entry in file["kernels"].items()
+        for rule in entry["rules"]
+        if kernel != FORM_KERNEL  # which names a form, and is no kernel
+    }
+    compiled = {
+        (case.problem.kernel, case.arch, case.problem.dtype, *vars(case.config).values())
+        for case in cross_compile.shipped_cases()
+    }
+    assert wanted <= compiled
+
+
+def test_shipped_rules_are_compiled_inside_their_intervals() -> None:
+    rules = [
+        (kernel, rule)
+        for path in SHIPPED
+        for kernel, entry in configuration.parse_file(path).kernels.items()
+        for rule in entry.rules
+    ]
+    for case in cross_compile.shipped_cases():
+        p = case.problem
+        used = [rule.when for kernel, rule in rules if kernel == p.kernel and rule.use == vars(case.config)]
+        assert any(when.K[0] <= p.K <= when.K[1] and when.V[0] <= p.V <= when.V[1] for when in used), str(case)
+
+
+def values_of(case: Case) -> tuple[object, ...]:
+    """Where a case lies on the axes of the defaults."""
+    p = case.problem
+    return case.arch, p.form, p.dtype, (p.K, p.V)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(range(4), 2)))
+def test_any_two_values_meet_in_the_defaults_that_are_compiled(first: int, second: int) -> None:
+    def pairs(cases: list[Case]) -> set[tuple[object, object]]:
+        return {(values_of(case)[first], values_of(case)[second]) for case in cases}
+
+    assert pairs(cross_compile.default_cases()) == pairs(cross_compile.default_cases(every=True))
+
+
+def test_every_combination_is_each_architecture_form_dtype_and_width() -> None:
+    axes = [set(axis) for axis in zip(*map(values_of, cross_compile.default_cases(every=True)), strict=True)]
+    widths = {(1, 1), (64, 64), (80, 80), (128, 128), (256, 512), (512, 256), (512, 512)}
+    assert axes == [set(ARCHS), {*FORMS} - {"chunk_states"}, {"bfloat16", "float16", "float32"}, widths]
+
+
+@pytest.mark.parametrize("form", sorted({*FORMS} - {"chunk_states"}))
+def test_every_form_is_compiled_with_packed_sequences(form: str) -> None:
+    words = {word for case in cross_compile.variant_cases() if case.problem.form == form for word in case.variant}
+    states = {"initial_state", "final_state", "adjoint"} if form != "parallel" else set()
+    assert words >= {"int32", "int64"} | states
+
+
+# How it is compiled
+
+
+class Fatal(Problem):
+    """A launch that takes its process down, as compilers do."""
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        os._exit(3)
+
+
+def test_what_fails_or_does_not_fit_is_named_and_is_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, wide = FORMS["fused_chunk"].config_type, FORMS["parallel"].config_type
+    cases = [
+        Case("sm90", Problem("fused_chunk", "float16", 1, 1, 1, 16, 16), small(BT=8, BV=16, num_warps=4, num_stages=1)),
+        Case("sm90", Fatal(**vars(SMALL))),
+        Case("sm86", Problem("parallel", "float16", 1, 1, 1, 256, 16), wide(128, 128, 64, 4, 2)),
+        Case("sm90", SMALL),
+    ]
+    monkeypatch.setattr(cross_compile, "selected_cases", lambda options: cases)
+    assert cross_compile.main(["--jobs", "1"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("    ")]
+    assert [line.rpartition(": ")[2] for line in lines[:4]] == ["FAILED", "FAILED", "DOES NOT FIT", "fits"]
+    assert "4 launches, 3 failed" in lines[4]
+
+
+def test_what_needs_too_much_tensor_memory_does_not_fit() -> None:
+    def needs(columns: int) -> cross_compile.Resources:
+        return cross_compile.Resources(registers=64, spills=0, shared=0, warps=4, tensor_memory=columns)
+
+    assert needs(512).fits(ARCHS["sm100"])
+    assert not needs(513).fits(ARCHS["sm100"])
+    assert needs(513).blocks_per_sm(ARCHS["sm100"]) == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_launch_of_tensors_uses_what_a_launch_of_shapes_compiled(form: str) -> None:
+    with offline(ARCHS["sm90"].target) as compiled:
+        shapes, tensors = (Problem(form, "float16", 1, T, H, 16, 16) for T, H in ((2048, 16), (333, 1)))
+        shapes.run(shapes.inputs("meta"), shapes.default())
+        tensors.run(tensors.inputs("cpu"), tensors.default())
+    first, second = compiled[: len(compiled) // 2], compiled[len(compiled) // 2 :]
+    assert [kernel.hash for kernel in first] == [kernel.hash for kernel in second]
+    assert len(first) == (2 if form == "chunk" else 1)
+
+
+def test_a_second_process_finds_what_the_first_one_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def compile_once() -> tuple[Any, dict[str, int]]:
+        outcome = list(cross_compile.compile_all([Case("sm90", SMALL)], jobs=1))
+        return outcome, {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")}
+
+    first, second = compile_once(), compile_once()
+    assert len(first[1]) == 1
+    assert first == second
+
+
+def test_other_versions_compile_with_their_own_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(triton_versions, "environment", lambda version, cache: asked.append(version) or sys.executable)
+    assert triton_versions.main(["3.6.0", "newest", "--", "--help"]) == 0
+    assert triton_versions.main(["3.6.0", "--", "--unknown"]) == 1
+    assert asked == ["3.6.0", "newest", "3.6.0"]

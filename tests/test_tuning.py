@@ -1,0 +1,787 @@
+"""The tuner's parts, without a GPU: the loop with a judge that knows the answer, search, rules, processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from generated import configuration
+from generated.configuration_file import parse_file
+from tuning import compile_pool, measurement, rules
+from tuning import run as run_module
+from tuning.__main__ import main
+from tuning.compilation import ARCHS, Resources
+from tuning.compile_pool import CompilePool
+from tuning.measurement import Gpu, MeasurementError, Measurer
+from tuning.model import RATES, predict
+from tuning.problems import FORMS, Problem, problems_of
+from tuning.rules import AXES, Entry, Point
+from tuning.search import Search
+from tuning.space import knob_values
+from tuning.tuner import NOISE, Effort, Tuner
+from tuning.workloads import WorkloadError, builtin, parse
+
+SM90 = ARCHS["sm90"]
+PROBLEM = Problem("fused_chunk", "bfloat16", 8, 1024, 8, 64, 64)
+NEEDS = Resources(registers=64, spills=0, shared=8192, warps=4)
+ALL = Effort(first=10, rounds=50, per_round=5, finalists=3)
+
+
+def candidates(problem: Problem = PROBLEM) -> list[Any]:
+    itemsize = problem.torch_dtype.itemsize
+    return problem.space.candidates(type(problem.default()), problem.K, problem.V, problem.T, itemsize, SM90)
+
+
+def landscape(config: Any) -> float:
+    """A time that is least at BT=32, BV=64, num_warps=8, num_stages=3."""
+    best = {"BT": 32, "BV": 64, "num_warps": 8, "num_stages": 3}
+    return 1.0 + sum(
+        abs(math.log2(getattr(config, name) / value)) for name, value in best.items() if hasattr(config, name)
+    )
+
+
+class Judge:
+    """Knows the times; may refuse to time or to prove some configurations, or end with Ctrl-C after some calls."""
+
+    def __init__(
+        self,
+        ms: Callable[[Any], float] = landscape,
+        *,
+        broken: Callable[[Any], bool] = lambda config: False,
+        unproven: Callable[[Any], bool] = lambda config: False,
+        stop_after: float = math.inf,
+        modelled: bool = False,
+    ) -> None:
+        self.ms, self.broken, self.unproven, self.stop_after, self.modelled = ms, broken, unproven, stop_after, modelled
+        self.timed: list[Any] = []
+
+    def time(
+        self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
+    ) -> float:
+        if len(self.timed) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.timed.append(config)
+        if self.broken(config):
+            raise MeasurementError("ArithmeticError: wrong result")
+        return self.ms(config)
+
+    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
+        return [self.ms(config) for config in configs]
+
+    def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
+        if self.unproven(config):
+            raise MeasurementError("ArithmeticError: wrong result at the full shape")
+        return 0.001
+
+
+class Pool:
+    """Compiles nothing: every candidate needs the same, or what a test says."""
+
+    def __init__(self, arch: str = "sm90", workers: int | None = None, needs: Callable[..., Any] | None = None) -> None:
+        self.needs = needs or (lambda problem, config, with_states: NEEDS)
+
+    def submit(self, problem: Problem, config: Any, *, with_states: bool = False) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(self.needs(problem, config, with_states))
+        return future
+
+    def result(self, problem: Problem, config: Any, *, with_states: bool = False, seconds: float | None = None) -> Any:
+        return self.needs(problem, config, with_states)
+
+    def forget_waiting(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def tune(
+    judge: Judge,
+    *,
+    problems: list[Problem] | None = None,
+    pool: Pool | None = None,
+    effort: Effort = ALL,
+    seconds: float = 100.0,
+    incumbents: Callable[[Problem], list[Any]] = lambda problem: [],
+) -> Tuner:
+    deadline = time.monotonic() + seconds
+    tuner = Tuner(judge, pool or Pool(), SM90, effort, deadline, incumbents, lambda *progress: None)  # type: ignore[arg-type]
+    tuner.run(problems or [PROBLEM])
+    tuner.prove()
+    return tuner
+
+
+# The loop
+
+
+def test_the_best_of_a_known_landscape_is_found() -> None:
+    judge = Judge()
+    winner = tune(judge).winners[PROBLEM]
+    assert winner.config == min(candidates(), key=landscape)
+    assert (winner.ms, winner.default_ms, winner.error) == (1.0, landscape(PROBLEM.default()), 0.001)
+    assert len(judge.timed) == len(set(judge.timed)) == len({*candidates(), PROBLEM.default()})
+
+
+def test_a_good_one_is_found_with_little_effort() -> None:
+    winner = tune(Judge(), effort=Effort(10, 4, 5, 3)).winners[PROBLEM]
+    assert winner.ms <= sorted(map(landscape, candidates()))[6]
+
+
+def test_candidates_that_cannot_be_measured_are_named_and_never_win() -> None:
+    tuner = tune(Judge(broken=lambda config: config.BT == 32))
+    assert tuner.winners[PROBLEM].config.BT != 32
+    broken = [config for config in {*candidates(), PROBLEM.default()} if config.BT == 32]
+    assert len(tuner.funnel.rejected) == tuner.funnel.failures["ArithmeticError"] == len(broken)
+    assert all("'BT': 32" in line and "wrong result" in line for line in tuner.funnel.rejected)
+
+
+def test_nothing_wins_where_nothing_can_be_measured() -> None:
+    tuner = tune(Judge(broken=lambda config: True))
+    assert tuner.winners == {}
+
+
+def test_next_best_wins_where_the_best_cannot_be_proven() -> None:
+    best, second = sorted(candidates(), key=landscape)[:2]
+    tuner = tune(Judge(lambda c: landscape(c) + (c == second) * 1e-9, unproven=lambda config: config == best))
+    assert tuner.winners[PROBLEM].ms == pytest.approx(landscape(second))
+    assert [line for line in tuner.funnel.rejected if "at the full shape" in line]
+
+
+def test_what_does_not_fit_with_states_does_not_win() -> None:
+    best = min(candidates(), key=landscape)
+    too_much = replace(NEEDS, shared=SM90.shared + 1)
+    pool = Pool(needs=lambda problem, config, states: too_much if states and config == best else NEEDS)
+    assert tune(Judge(), pool=pool).winners[PROBLEM].config != best
+
+
+def test_what_does_not_compile_or_fit_is_not_timed() -> None:
+    def needs(problem: Problem, config: Any, with_states: bool) -> Resources | str:
+        return {16: "CompilationError: no", 32: replace(NEEDS, shared=SM90.shared + 1)}.get(config.BT, NEEDS)
+
+    judge = Judge()
+    tuner = tune(judge, pool=Pool(needs=needs))
+    assert {config.BT for config in judge.timed} == {64, 128}
+    assert set(tuner.funnel.failures) == {"CompilationError", "shared memory"}
+
+
+def test_model_recommends_nothing_that_spills() -> None:
+    pool = Pool(needs=lambda problem, config, states: replace(NEEDS, spills=8 * (config.num_warps == 8)))
+    assert tune(Judge(modelled=True), pool=pool).winners[PROBLEM].config.num_warps == 4
+    assert tune(Judge(modelled=False), pool=pool).winners[PROBLEM].config.num_warps == 8
+    everything = Pool(needs=lambda problem, config, states: replace(NEEDS, spills=8))
+    assert tune(Judge(modelled=True), pool=everything).winners == {}
+
+
+@pytest.mark.parametrize(("gain", "stays"), [(NOISE / 2, True), (NOISE * 2, False)])
+def test_incumbent_stays_unless_it_is_beaten_beyond_the_noise(gain: float, stays: bool) -> None:
+    incumbent, challenger = candidates()[:2]
+    times = {challenger: 1.0 - gain, incumbent: 1.0}
+    tuner = tune(Judge(lambda config: times.get(config, 2.0)), incumbents=lambda problem: [incumbent])
+    assert (tuner.winners[PROBLEM].config == incumbent) is stays
+
+
+def test_default_does_not_replace_the_incumbent_within_the_noise() -> None:
+    incumbent = next(config for config in candidates() if config != PROBLEM.default())
+    times = {PROBLEM.default(): 1.0 - NOISE / 2, incumbent: 1.0}
+    tuner = tune(Judge(lambda config: times.get(config, 2.0)), incumbents=lambda problem: [incumbent])
+    assert tuner.winners[PROBLEM].config == incumbent
+
+
+def test_interrupt_keeps_what_was_found() -> None:
+    judge = Judge(stop_after=7)
+    tuner = tune(judge, problems=[PROBLEM, replace(PROBLEM, K=128)])
+    assert tuner.interrupted
+    assert tuner.unfinished == 2
+    assert tuner.winners[PROBLEM].ms == min(map(landscape, judge.timed))
+
+
+def test_interrupt_while_proving_keeps_what_was_proven() -> None:
+    judge, calls = Judge(), iter([0.001])
+
+    def prove(*arguments: Any) -> float:
+        try:
+            return next(calls)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    judge.prove = prove  # type: ignore[method-assign]
+    tuner = tune(judge, problems=[PROBLEM, replace(PROBLEM, K=128)])
+    assert (list(tuner.winners), tuner.interrupted) == ([PROBLEM], True)
+
+
+def test_deadline_ends_the_search_after_the_first_result() -> None:
+    judge = Judge()
+    tuner = tune(judge, seconds=-1.0)
+    assert len(judge.timed) == tuner.unfinished == 1
+    assert tuner.winners[PROBLEM].config == PROBLEM.default()
+
+
+def test_deadline_does_not_wait_for_the_compiler() -> None:
+    def result(problem: Problem, config: Any, *, with_states: bool = False, seconds: float | None = None) -> Resources:
+        if seconds is not None:
+            assert seconds <= 0.2
+            raise TimeoutError
+        return NEEDS
+
+    pool = Pool()
+    pool.result = result  # type: ignore[method-assign]
+    tuner = tune(Judge(), pool=pool, seconds=0.2)
+    assert tuner.unfinished == 1
+    assert list(tuner.winners) == [PROBLEM]
+
+
+def test_incumbent_that_was_not_tried_in_time_is_not_replaced() -> None:
+    first, other = PROBLEM, replace(PROBLEM, K=128)
+    tuner = tune(Judge(stop_after=1), problems=[first, other], incumbents=lambda problem: candidates(problem)[:2])
+    assert tuner.interrupted
+    assert tuner.winners == {}
+
+
+def test_chunk_runs_with_the_states_pass_that_won() -> None:
+    problem = replace(PROBLEM, form="chunk")
+    seen: list[dict[str, Any]] = []
+
+    class Watching(Judge):
+        def time(self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: Any) -> float:
+            if problem.form == "chunk":
+                seen.append(extra)
+            return super().time(problem, config, needs, stop_above_ms, extra)
+
+    states = replace(PROBLEM, form="chunk_states")
+    tuner = tune(Watching(), problems=[problem, states], effort=Effort(10, 2, 5, 3))
+    assert seen
+    assert all(extra["states_config"] == tuner.winners[states].config for extra in seen)
+    assert list(tune(Judge(), problems=[problem], effort=Effort(5, 0, 0, 3)).winners) == [problem]
+
+
+# Search
+
+
+def test_search_tries_the_given_first_and_everything_once() -> None:
+    everything = candidates()
+    outside = type(PROBLEM.default())(BT=256, BV=16, num_warps=4, num_stages=1)
+    first = [everything[40], outside, everything[3], everything[40]]
+    search = Search(everything, first)
+    proposed = search.ask(3)
+    assert proposed == [everything[40], outside, everything[3]]
+    for config in proposed:
+        search.tell(config, landscape(config))
+    while batch := search.ask(7):
+        proposed += batch
+        for config in batch:
+            search.tell(config, None if config.BV == 16 else landscape(config))
+    assert len(proposed) == len(set(proposed))
+    assert set(proposed) == {*everything, outside}
+    assert search.ask(1) == []
+    assert search.best(1) == [min(everything, key=landscape)]
+
+
+def test_search_is_the_same_each_time() -> None:
+    def proposals() -> list[Any]:
+        search, found = Search(candidates(), [PROBLEM.default()]), []
+        for _ in range(6):
+            batch = search.ask(4)
+            found += batch
+            for config in batch:
+                search.tell(config, landscape(config))
+        return found
+
+    assert proposals() == proposals()
+
+
+# Rules
+
+
+def random_points(seed: int) -> list[Point]:
+    draw = random.Random(seed)  # noqa: S311 - shapes, no secrets
+    sizes = [1, 2, 3, 16, 33, 64, 100, 128, 200, 256, 428, 512]
+    points = [
+        Point(draw.choice(["bfloat16", "float32"]), draw.choice(sizes), draw.choice(sizes), draw.randint(1, 300), 1)
+        for _ in range(30)
+    ]
+    return list(dict.fromkeys(replace(point, T=draw.choice([1, 2, 100, 2048, 2**31])) for point in points))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_intervals_hold_their_own_point_and_overlap_no_other(seed: int) -> None:
+    boxes = rules.intervals(random_points(seed))
+    for point, box in boxes.items():
+        assert all(1 <= box[axis][0] <= getattr(point, axis) <= box[axis][1] for axis in AXES), (point, box)
+    items = list(boxes.items())
+    for i, (point, box) in enumerate(items):
+        for other, other_box in items[i + 1 :]:
+            apart = any(max(box[a][0], other_box[a][0]) > min(box[a][1], other_box[a][1]) for a in AXES)
+            assert apart or point.dtype != other.dtype, (point, other)
+
+
+USE = {"BT": 64, "BV": 32, "num_warps": 4, "num_stages": 2}
+FIGURES = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9}
+
+
+def entry(T: int = 1024, proof: str = "measured", kernel: str = PROBLEM.kernel, **use: int) -> Entry:
+    point = Point("bfloat16", 16, 16, 64, T)
+    return Entry(kernel, point, USE | use, proof, FIGURES | {"point": f"K=16 V=16 BH=64 T={T}"})
+
+
+def write(path: Path, *entries: Entry, device: dict[str, Any] | None = None) -> None:
+    rules.write(path, rules.document(list(entries), device or {"arch": "sm90"}, None))
+
+
+def test_merge_replaces_the_same_point_and_keeps_the_others() -> None:
+    merged = rules.merge([entry(64), entry(1024)], [entry(1024, BT=16), entry(9999)])
+    assert [(e.point.T, e.use["BT"]) for e in merged] == [(64, 64), (1024, 16), (9999, 64)]
+
+
+def test_entries_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.yaml"
+    write(path, entry(64), entry(1024))
+    assert rules.existing_entries(path) == [entry(64), entry(1024)]
+    assert rules.config_from(entry()) == type(PROBLEM.default())(**USE)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("source: ", "source: x"),
+        ("BT: 64", "BT: 63"),
+        ("kernels:", "kernels: ["),
+        ("point: K=16", "point: K=x"),
+        ("retention_fused_chunk", "retention_unheard_of"),
+    ],
+    ids=["stale", "bad knob", "broken", "no point", "unknown kernel"],
+)
+def test_entries_that_do_not_hold_are_dropped(tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "a.yaml"
+    write(path, entry())
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    assert rules.existing_entries(path) == []
+    assert rules.existing_entries(tmp_path / "absent.yaml") == []
+
+
+def full_disk(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.yaml"
+    write(path, entry())
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            write(path, entry(BT=16))
+    with pytest.raises(ValueError, match="spills"):  # what cannot be read back is not written
+        write(path, replace(entry(), figures=FIGURES | {"spills": -1}))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def only_this_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Configurations come from an empty directory, for a GPU that is pretended."""
+    with monkeypatch.context() as patch:
+        patch.setenv("RETGEN_CONFIG_DIR", str(tmp_path))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+        patch.setattr(configuration, "packaged_directory", lambda: tmp_path / "no package")
+        patch.setattr(configuration, "identify", lambda device: configuration.Gpu("Pretended", "sm90"))
+        yield tmp_path
+    configuration.reload()
+
+
+def chosen(T: int = 1024) -> Any:
+    configuration.reload()
+    shape = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "K": 16, "V": 16, "BH": 64, "T": T}
+    return configuration.select_config(PROBLEM.kernel, type(PROBLEM.default()), None, **shape)
+
+
+@pytest.mark.filterwarnings("ignore::generated.configuration.ConfigurationWarning")
+def test_written_rule_is_used_and_a_measured_one_beats_a_modelled_one(only_this_directory: Path) -> None:
+    assert chosen() is None
+    write(only_this_directory / "a.yaml", entry(proof="modelled", BT=16))
+    assert chosen() == type(PROBLEM.default())(**USE | {"BT": 16})
+    assert chosen(T=1024 * 4) is None
+    write(only_this_directory / "b.yaml", entry(BT=128), device={"arch": "sm90", "name": "Another"})
+    assert chosen().BT == 128
+
+
+# Workloads
+
+
+def test_every_builtin_workload_has_problems_of_every_form() -> None:
+    assert len(builtin()) >= 9
+    for workload in parse([]):
+        for form in FORMS:
+            found = problems_of(workload, form)
+            assert len(found) == len({(p.K, p.V) for p in found}) == (1 if workload.K == workload.V else 2)
+            assert {(p.K, p.V) for p in found} == {(workload.K, workload.V), (workload.V, workload.K)}
+
+
+def test_workload_is_given_by_name_or_shape() -> None:
+    small, own = parse(["small", "V=512,B=8,T=2048,H=8,K=256,dtype=float16"])
+    assert small == builtin()["small"]
+    assert own.shape == "B=8 T=2048 H=8 K=256 V=512 float16"
+    assert 0 < own.floor_ms(backward=False) < own.floor_ms(backward=True)
+
+
+MALFORMED = [
+    "nope",
+    "",
+    "=",
+    "B=1,T=2,H=3,K=4",
+    "B=1,T=2,H=3,K=4,V=5,junk",
+    "B=1,B=1,T=2,H=3,K=4,V=5",
+    "B=1,T=2,H=3,K=4,V=5,X=6",
+    "B=1,T=2,H=3,K=4,V=0",
+    "B=1,T=2,H=3,K=4,V=-1",
+    "B=1,T=2,H=3,K=4,V=\N{SUPERSCRIPT TWO}",
+    "B=1,T=2,H=3,K=4,V=\N{ARABIC-INDIC DIGIT FIVE}",
+    "B=1,T=2,H=3,K=4,V=1e2",
+    "B=1,T=2,H=3,K=4,V=513",
+    f"B=1,T={'9' * 5000},H=3,K=4,V=5",
+    "B=2000000000,T=2000000000,H=3,K=4,V=5",
+    "B=1,T=2,H=3,K=4,V=5,dtype=float64",
+    "B=1,T=2,H=3,K=4,V=5,dtype=float16,dtype=float16",
+    "B=1;T=2;H=3;K=4;V=5",
+]
+
+
+@pytest.mark.parametrize("text", MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_workload_is_an_error_of_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(WorkloadError, match="workload"):
+        parse([text])
+    assert main(["run", "--workload", text]) == 2
+    assert capsys.readouterr().err.startswith("error: workload ")
+
+
+# The model
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+def test_estimates_are_positive_for_every_candidate_of_every_space(arch: str) -> None:
+    assert set(RATES) == set(ARCHS)
+    shapes = [*parse([]), *parse(["B=1,T=1,H=1,K=1,V=1", "B=1,T=33,H=3,K=96,V=512,dtype=float32"])]
+    for problem in [problem for shape in shapes for form in FORMS for problem in problems_of(shape, form)]:
+        for config in candidates(problem):
+            for needs in (None, NEEDS, replace(NEEDS, shared=10**9, spills=100)):
+                assert 0 < predict(problem, config, ARCHS[arch], needs) < math.inf
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_more_programs_never_take_less_time(form: str) -> None:
+    problem = replace(PROBLEM, form=form)
+    for config in candidates(problem)[::5]:
+        times = [predict(replace(problem, B=B), config, SM90, NEEDS) for B in range(1, 200, 7)]
+        assert times == sorted(times)
+
+
+def test_spills_cost() -> None:
+    assert predict(PROBLEM, PROBLEM.default(), SM90, replace(NEEDS, spills=64)) > predict(
+        PROBLEM, PROBLEM.default(), SM90, NEEDS
+    )
+
+
+# Processes. What follows runs in children, which import it from here.
+
+
+def child_that_dies(pipe: Connection) -> None:
+    pipe.send(("ok", Gpu("Pretended", "sm90", 1, 1, "0")))
+    job = pipe.recv()
+    if job[2].BT == 32:
+        os._exit(1)
+    pipe.send(("ok", measurement.Timing(float(os.getpid()), 0.0, 1, 0.0)))
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+
+
+def child_that_hangs(pipe: Connection) -> None:
+    pipe.send(("ok", Gpu("Pretended", "sm90", 1, 1, "0")))
+    time.sleep(1000)
+
+
+@pytest.fixture
+def measurer_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Measurer]]:
+    made: list[Measurer] = []
+
+    def make(child: Any) -> Measurer:
+        monkeypatch.setattr(measurement, "_serve", child)
+        made.append(Measurer())
+        return made[-1]
+
+    yield make
+    for measurer in made:
+        measurer.close()
+
+
+def test_child_that_dies_is_an_error_of_that_job_alone(measurer_of: Callable[[Any], Measurer]) -> None:
+    measurer = measurer_of(child_that_dies)
+    config = PROBLEM.default()
+    with pytest.raises(MeasurementError, match="died"):
+        measurer.measure(PROBLEM, replace(config, BT=32), math.inf, {})
+    timing = measurer.measure(PROBLEM, replace(config, BT=64), math.inf, {})
+    assert timing.ms == measurer._process.pid
+
+
+def test_child_that_hangs_is_killed(measurer_of: Callable[[Any], Measurer], monkeypatch: pytest.MonkeyPatch) -> None:
+    measurer = measurer_of(child_that_hangs)
+    monkeypatch.setattr(measurement, "JOB_SECONDS", 0.3)
+    process, started = measurer._process, time.monotonic()
+    with pytest.raises(MeasurementError, match="hangs"):
+        measurer.prove(PROBLEM, PROBLEM.default(), {})
+    assert time.monotonic() - started < 10
+    assert not process_exists(process.pid)
+
+
+def test_interrupted_job_leaves_no_answer_for_the_next(
+    measurer_of: Callable[[Any], Measurer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurer = measurer_of(child_that_dies)
+    first = measurer._process.pid
+
+    def interrupt(seconds: float) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        measurer, "_pipe", type("Pipe", (), {"send": lambda *a: None, "poll": lambda *a: interrupt(0)})()
+    )
+    with pytest.raises(KeyboardInterrupt):
+        measurer.measure(PROBLEM, PROBLEM.default(), math.inf, {})
+    timing = measurer.measure(PROBLEM, replace(PROBLEM.default(), BT=64), math.inf, {})
+    assert first != timing.ms == measurer._process.pid
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_child_without_a_gpu_says_so(measurer_of: Callable[[Any], Measurer]) -> None:
+    with pytest.raises(MeasurementError, match=r"CUDA|NVIDIA"):
+        measurer_of(measurement._serve)
+
+
+def process_exists(pid: int) -> bool:
+    """Whether a process still runs; one that ended and waits for its parent does not."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+TINY = Problem("fused_chunk", "bfloat16", 1, 64, 2, 16, 16)
+
+
+class Sleeper(Problem):
+    """A problem whose compilation never ends."""
+
+    def inputs(self, device: str, seed: int = 0) -> Any:
+        while True:
+            time.sleep(0.01)
+
+
+class Stuck(Problem):
+    """A problem whose compilation does not even hear the alarm."""
+
+    def inputs(self, device: str, seed: int = 0) -> Any:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        time.sleep(1000)
+
+
+class Crash(Problem):
+    """A problem whose compilation ends the process."""
+
+    def inputs(self, device: str, seed: int = 0) -> Any:
+        os._exit(1)
+
+
+def like(kind: type[Problem]) -> Problem:
+    return kind(**{name: getattr(TINY, name) for name in ("form", "dtype", "B", "T", "H", "K", "V")})
+
+
+def test_compilation_over_the_limit_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_pool, "COMPILE_SECONDS", 1)
+    handler = signal.getsignal(signal.SIGALRM)
+    outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", with_states=False)
+    assert outcome == "TimeoutError: compiling took more than 1 s"
+    assert signal.getsignal(signal.SIGALRM) == handler
+
+
+def test_pool_survives_a_compiler_that_dies_and_leaves_no_process() -> None:
+    pool = CompilePool("sm90", 2)
+    with contextlib.closing(pool):
+        pool.submit(like(Crash), TINY.default())
+        outcomes = [pool.result(problem, TINY.default()) for problem in (like(Crash), TINY)]
+        assert outcomes[0] == "crash: the compiler died"
+        assert isinstance(outcomes[1], Resources)
+        assert outcomes[1].shared < SM90.shared
+        pool.submit(like(Stuck), TINY.default())
+        with pytest.raises(TimeoutError):
+            pool.result(like(Stuck), TINY.default(), seconds=0.1)
+        pids = list(pool._pool._processes)
+        assert pids
+        assert all(process_exists(pid) for pid in pids)
+    assert not any(process_exists(pid) for pid in pids)
+
+
+# The command line, with parts replaced
+
+
+@pytest.fixture
+def fake_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    parts: dict[str, Any] = {"judge": Judge(modelled=True)}
+    monkeypatch.setattr(run_module, "CompilePool", Pool)
+    monkeypatch.setattr(run_module, "ModelJudge", lambda arch: parts["judge"])
+    yield parts
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+RUN = ["run", "--arch", "sm90", "--workload", "small", "--form", "fused_chunk"]
+
+
+def test_interrupt_writes_what_was_found_and_says_so(
+    fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_parts["judge"] = judge = Judge(stop_after=7, modelled=True)
+    path = tmp_path / "a.yaml"
+    assert main([*RUN, "--out", str(path)]) == 130
+    written = parse_file(path).kernels[PROBLEM.kernel].rules
+    assert [rule.use for rule in written] == [knob_values(min(judge.timed, key=landscape))]
+    out = capsys.readouterr().out
+    assert "stopped: 1 of 1 search did not end" in out
+    assert f"wrote 1 rule to {path}" in out
+
+
+def test_spent_budget_is_said(fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.yaml"
+    assert main([*RUN, "--workload", "short", "--budget", "1e-9", "--out", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "the budget of 1e-09 s is spent: 2 of 2 searches did not end" in out
+    assert "took 0 s" in out
+    assert main([*RUN, "--budget", "1e300", "--out", str(path)]) == 0
+
+
+def test_next_run_keeps_the_other_points_and_the_incumbent(fake_parts: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    assert main([*RUN, "--workload", "short", "--out", str(path)]) == 0
+    before = parse_file(path).kernels
+    assert main([*RUN, "--out", str(path)]) == 0
+    after = parse_file(path).kernels
+    assert [rule.use for rule in after[PROBLEM.kernel].rules] == [rule.use for rule in before[PROBLEM.kernel].rules]
+    assert len(after[PROBLEM.kernel].rules) == 2
+
+
+def test_nothing_found_writes_nothing(
+    fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_parts["judge"] = Judge(broken=lambda config: True, modelled=True)
+    assert main([*RUN, "--out", str(tmp_path / "a.yaml")]) == 1
+    assert "wrote nothing" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_a_line_and_not_a_traceback(
+    fake_parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        assert main([*RUN, "--out", str(tmp_path / "a.yaml")]) == 1
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_place_that_cannot_be_written_is_said_before_tuning(
+    fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a.yaml"):
+        assert main([*RUN, "--out", str(path)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert str(tmp_path) in error
+    assert fake_parts["judge"].timed == []
+
+
+def test_file_of_another_gpu_is_not_overwritten(
+    fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    write(path, entry(), device={"arch": "sm90", "name": "NVIDIA H100"})
+    before = path.read_bytes()
+    assert main([*RUN, "--out", str(path)]) == 1
+    assert "holds rules for NVIDIA H100, and these are for sm90" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_gpu_that_does_not_start_is_a_line_and_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start() -> None:
+        raise MeasurementError("RuntimeError: CUDA error: out of memory")
+
+    monkeypatch.setattr(run_module, "gpu_present", lambda: True)
+    monkeypatch.setattr(run_module, "Measurer", start)
+    assert main(["run", "--workload", "small"]) == 1
+    assert capsys.readouterr().err == "error: RuntimeError: CUDA error: out of memory\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["go"],
+        ["run", "--budget", "0"],
+        ["run", "--budget", "nan"],
+        ["run", "--workers", "0"],
+        ["run", "--workers", "-1"],
+        ["run", "--arch", "sm1"],
+        ["run", "--form", "chunk_states"],
+        ["run", "--effort", "some"],
+    ],
+)
+def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["show"], ["bench"]])
+def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert "usage: python -m tuning" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::generated.configuration.ConfigurationWarning")
+def test_show_prints_the_rules_and_their_files(only_this_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = only_this_directory / "mine.yaml"
+    write(path, entry(), entry(proof="modelled", kernel="retention_chunk", L=256))
+    configuration.reload()
+    assert main(["show", "--arch", "sm90", "--kernel", "fused"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if PROBLEM.kernel in line)
+    assert "BT=64 BV=32 num_warps=4 num_stages=2" in line
+    assert "measured" in line
+    assert "mine.yaml" in line
+    assert "retention_chunk" not in out
+    assert f"1 rules from {path}" in out or f"1 rule from {path}" in out
+    assert main(["show", "--arch", "sm80"]) == 0
+    assert "no file" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--workload", "small"]) == 1
+    assert "no" in capsys.readouterr().out

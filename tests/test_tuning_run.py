@@ -1,0 +1,170 @@
+"""`python -m tuning run` as users run it: in a process of its own, with real compilers and no GPU used."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from generated import configuration
+from generated.configuration_file import File, Rule, parse_file
+from generated.retention import fused_chunk
+from tuning.compilation import ARCHS, Resources
+from tuning.compile_pool import CompilePool
+from tuning.problems import FORMS, Problem
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKLOAD = "B=2,T=128,H=2,K=16,V=16"
+PROBLEM = Problem("fused_chunk", "bfloat16", 2, 128, 2, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the module's processes have their files, Triton's cache among them: what is compiled is compiled once."""
+    return tmp_path_factory.mktemp("tuning")
+
+
+def environment(directory: Path) -> dict[str, str]:
+    own = {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(directory / "cache")}
+    own |= {"XDG_CONFIG_HOME": str(directory / "none")}
+    return {name: value for name, value in os.environ.items() if name != "RETGEN_CONFIG_DIR"} | own
+
+
+def tune(directory: Path, name: str, *arguments: str) -> tuple[File, str]:
+    """Run with a file to write; the file and what was printed."""
+    path = directory / name
+    command = [sys.executable, "-m", "tuning", "run", "--workload", WORKLOAD, "--out", str(path), *arguments]
+    done = subprocess.run(
+        command, env=environment(directory), cwd=directory, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return parse_file(path), done.stdout
+
+
+@pytest.fixture(scope="module")
+def modelled(directory: Path) -> tuple[File, str]:
+    return tune(directory, "first/a.yaml", "--form", "fused_chunk", "--arch", "sm90", "--budget", "60")
+
+
+def only_rule(file: File) -> Rule:
+    assert list(file.kernels) == [PROBLEM.kernel]
+    (rule,) = file.kernels[PROBLEM.kernel].rules
+    return rule
+
+
+def check_resources(problem: Problem, config: Any, arch: str) -> None:
+    pool = CompilePool(arch, 1)
+    try:
+        for with_states in (False, True):
+            needs = pool.result(problem, config, with_states=with_states)
+            assert isinstance(needs, Resources), needs
+            assert needs.shared <= ARCHS[arch].shared
+            assert with_states or needs.spills == 0
+    finally:
+        pool.close()
+
+
+def test_rule_is_modelled_and_its_kernel_fits_and_does_not_spill(modelled: tuple[File, str]) -> None:
+    file, output = modelled
+    rule = only_rule(file)
+    assert (file.device.arch, file.device.name, rule.proof) == ("sm90", None, "modelled")
+    assert rule.figures["spills"] == 0
+    assert 0 < rule.figures["ms"] <= rule.figures["default_ms"]
+    assert file.kernels[PROBLEM.kernel].source == fused_chunk.SOURCE
+    assert rule.when.matches("bfloat16", K=16, V=16, BH=4, T=128)
+    assert not rule.when.matches("float16", K=16, V=16, BH=4, T=128)
+    assert not rule.when.matches("bfloat16", K=17, V=16, BH=4, T=128)
+    check_resources(PROBLEM, fused_chunk.FusedChunkConfig(**rule.use), "sm90")
+    assert "modelling sm90" in output
+    assert re.search(r"^took \d+ s$", output, re.MULTILINE)
+    assert f"set RETGEN_CONFIG_DIR={file.path.resolve().parent}" in output
+    assert max(map(len, output.splitlines())) > 80  # a table that no terminal bounds is not broken
+
+
+def test_second_run_finds_the_same(modelled: tuple[File, str], directory: Path) -> None:
+    again, _ = tune(directory, "second.yaml", "--form", "fused_chunk", "--arch", "sm90")
+    assert again.kernels == modelled[0].kernels
+
+
+def test_run_over_its_own_file_is_no_worse(modelled: tuple[File, str], directory: Path) -> None:
+    path = directory / "copy.yaml"
+    path.write_bytes(modelled[0].path.read_bytes())
+    again, _ = tune(directory, "copy.yaml", "--form", "fused_chunk", "--arch", "sm90")
+    assert only_rule(again).figures["ms"] <= only_rule(modelled[0]).figures["ms"]
+
+
+def test_every_form_is_tuned_for_another_architecture(directory: Path) -> None:
+    file, _ = tune(directory, "sm80.yaml", "--arch", "sm80", "--budget", "8")
+    assert file.device.arch == "sm80"
+    assert set(file.kernels) <= {f"retention_{form}" for form in [*FORMS, "form"]}
+    assert PROBLEM.kernel in file.kernels
+    assert all(rule.proof == "modelled" for kernel in file.kernels.values() for rule in kernel.rules)
+    for form in FORMS.keys() & {name.removeprefix("retention_") for name in file.kernels}:
+        problem = Problem(form, "bfloat16", 2, 128, 2, 16, 16)
+        (rule,) = file.kernels[problem.kernel].rules
+        check_resources(problem, FORMS[form].config_type(**rule.use), "sm80")
+
+
+@pytest.fixture
+def pretended_gpu(modelled: tuple[File, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU of architecture sm90 whose rules are the tuner's file."""
+    with monkeypatch.context() as patch:
+        patch.setenv("RETGEN_CONFIG_DIR", str(modelled[0].path.parent))
+        patch.setattr(configuration, "identify", lambda device: configuration.Gpu("Pretended", "sm90"))
+        configuration.reload()
+        yield
+    configuration.reload()
+
+
+@pytest.mark.filterwarnings("ignore::generated.configuration.ConfigurationWarning")
+@pytest.mark.usefixtures("pretended_gpu")
+def test_written_rule_is_what_the_launcher_asks_for(modelled: tuple[File, str]) -> None:
+    def chosen(T: int) -> fused_chunk.FusedChunkConfig | None:
+        shape = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "K": 16, "V": 16, "BH": 4, "T": T}
+        return configuration.select_config(PROBLEM.kernel, fused_chunk.FusedChunkConfig, None, **shape)
+
+    assert chosen(128) == fused_chunk.FusedChunkConfig(**only_rule(modelled[0]).use)
+    assert chosen(128 * 100) is None
+
+
+SAYS_WHAT_IT_TIMES = """
+import sys
+from tuning import tuner
+from tuning.__main__ import main
+real = tuner.ModelJudge.time
+def time(*arguments):
+    print("timed", flush=True)
+    return real(*arguments)
+tuner.ModelJudge.time = time
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_signal_keeps_what_was_found_and_leaves_no_process(directory: Path, sent: signal.Signals) -> None:
+    path = directory / f"{sent.name}.yaml"
+    command = [sys.executable, "-c", SAYS_WHAT_IT_TIMES, "run", "--workload", WORKLOAD, "--effort", "full"]
+    command += ["--form", "fused_chunk", "--form", "parallel", "--arch", "sm90", "--workers", "2", "--out", str(path)]
+    with subprocess.Popen(
+        command, env=environment(directory), cwd=directory, text=True, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            while process.stdout.readline() != "timed\n":
+                assert process.poll() is None
+        process.send_signal(sent)
+        output = process.stdout.read()  # ends when the last process that could write has ended
+        assert process.wait(60) == 130
+    assert "stopped: " in output
+    rule = parse_file(path).kernels[PROBLEM.kernel].rules[0]
+    assert rule.proof == "modelled"
+    assert 2 <= rule.figures["trials"] < 200  # the third may have been stopped
