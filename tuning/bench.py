@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -161,21 +160,6 @@ def _repeat(run: Callable[[], object]) -> list[float]:
     run()
     estimate = statistics.median(time_calls(run, 3))
     return time_calls(run, max(5, min(50, int(BUDGET_MS / (estimate + 0.05)))))
-
-
-def host_microseconds(run: Callable[[], object], repeats: int = 200) -> float:
-    """Median host time of a call, the GPU never waited for within a batch of 20."""
-    for _ in range(20):
-        run()
-    times = []
-    for _ in range(repeats // 20):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(20):
-            run()
-        times.append((time.perf_counter() - begin) / 20 * 1e6)
-    torch.cuda.synchronize()
-    return statistics.median(times)
 
 
 def _spread(times: list[float]) -> float:
