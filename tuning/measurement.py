@@ -153,7 +153,8 @@ def _serve(pipe: Connection) -> None:
         try:
             pipe.send(("ok", jobs[name](*arguments)))
         except Exception as error:  # noqa: BLE001 - as above
-            sticky = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+            told = any(text in str(error) for text in ("CUDA error", "[CUDA]"))  # torch's words, and Triton's
+            sticky = told or isinstance(error, torch.AcceleratorError)
             pipe.send(("sticky" if sticky else "error", _in_a_line(error)))
             if sticky:
                 os._exit(1)

@@ -244,8 +244,11 @@ class Tuner:
 
     def extra(self, problem: Problem) -> dict[str, Any]:
         """What a sweep is run with beside its own configuration."""
-        ranked = self.ranked.get(_states_problem(problem)) if problem.form == "chunk" else None
-        return {"states_config": ranked[0].config} if ranked else {}
+        if problem.form != "chunk":
+            return {}
+        states = _states_problem(problem)
+        best = self.winners.get(states) or next(iter(self.ranked.get(states, [])), None)
+        return {"states_config": best.config} if best else {}
 
 
 def _states_problem(problem: Problem) -> Problem:
