@@ -765,7 +765,10 @@ def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.filterwarnings("ignore::generated.configuration.ConfigurationWarning")
-def test_show_prints_the_rules_and_their_files(only_this_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_the_rules_and_their_files(
+    only_this_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest's workers set one
     path = only_this_directory / "mine.yaml"
     write(path, entry(), entry(proof="modelled", kernel="retention_chunk", L=256))
     configuration.reload()

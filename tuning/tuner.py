@@ -217,7 +217,7 @@ class Tuner:
         for winner in ranked:
             # Compiled by a worker, so that the process that owns the GPU only loads it.
             needs = self.pool.result(problem, winner.config, with_states=True)
-            if not isinstance(needs, Resources) or needs.shared > self.arch.shared:
+            if not isinstance(needs, Resources) or not needs.fits(self.arch):
                 reason = needs if isinstance(needs, str) else f"{needs.shared} bytes of shared memory"
                 self.funnel.reject(problem, winner.config, f"with states: {reason}")
                 continue
@@ -347,7 +347,7 @@ class _Task:
         if isinstance(needs, str):
             funnel.fail(_kind(needs))
             return None
-        if needs.shared > self.tuner.arch.shared:
+        if not needs.fits(self.tuner.arch):
             funnel.fail("shared memory")
             return None
         if needs.spills and self.tuner.judge.modelled and config not in self.kept:
