@@ -93,6 +93,7 @@ def check_part(function: Function, problem: Problem, heads: list[int]) -> None:
 def test_any_length_gives_the_oracles_results(form: str, dtype: torch.dtype) -> None:
     for T in (1, 15, 63, 64, 65, 130, 257, 600):
         check(public(form), on_gpu(2, T, 3, 33, 20, dtype=dtype, states=has_states(form)))
+    check(public(form), on_gpu(2, 257, 3, 34, 18, dtype=dtype, states=has_states(form)))
 
 
 @forms_with_kernels
@@ -144,6 +145,18 @@ def test_any_chunk_size_gives_the_oracles_results(chunk_size: int, dtype: torch.
     check(public("chunk"), on_gpu(2, 330, 2, 64, 64, dtype=dtype), chunk_size=chunk_size)
 
 
+def test_more_than_2_to_the_31_numbers_of_stored_states_are_addressed_right() -> None:
+    T, H, D = 16 * 400, 96, 256
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    assert T // 16 * H * D * D > 2**31
+    q, k, v = (torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    with torch.no_grad():
+        o, _ = public("chunk")(q, k, v, chunk_size=16)
+    heads = [0, H - 1]
+    assert_matches({"o": o[:, :, heads]}, Problem(q, k, v, v).part([0], heads), formula=by_blocks)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_reverse_and_states_with_values_first_are_right(dtype: torch.dtype, reverse: bool) -> None:
@@ -159,7 +172,7 @@ def test_reverse_and_states_with_values_first_are_right(dtype: torch.dtype, reve
 
 @forms_with_kernels
 def test_float32_is_exact_unless_the_user_lowered_it(form: str) -> None:
-    """With "high" as exact as float16's mantissa, which is that of TF32, allows."""
+    """With "high" as exact as float16's mantissa, which is that of TF32, allows where it is cut off and not rounded."""
     problem = on_gpu(2, 300, 2, 64, 64, dtype=torch.float32, states=has_states(form))
     check(public(form), problem)
     torch.set_float32_matmul_precision("high")
@@ -169,7 +182,7 @@ def test_float32_is_exact_unless_the_user_lowered_it(form: str) -> None:
         torch.set_float32_matmul_precision("highest")
     expected, reference = solve(problem, formula=by_blocks), solve(problem, formula=by_blocks, operand=torch.float16)
     for name, x in lowered.items():
-        assert errors(x, expected[name])[0] <= 2 * errors(reference[name], expected[name])[0] + 1e-5, name
+        assert errors(x, expected[name])[0] <= 4 * errors(reference[name], expected[name])[0] + 1e-5, name
 
 
 @forms_with_kernels
@@ -408,6 +421,7 @@ def test_compiled_forms_equal_eager_ones(form: str, kind: str, nothing_compiled:
     assert_same(run(function, problem), run(public(form), problem))
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # the one that inductor makes to begin with
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_inductor_compiles_what_stands_around_a_form(mode: str, nothing_compiled: None) -> None:
     def layer(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, None]:
@@ -455,9 +469,9 @@ def test_every_operator_passes_opcheck(form: str, kind: str) -> None:
 @pytest.mark.parametrize("form", ["parallel", "chunk", "fused_chunk", "fused_recurrent", "auto"])
 def test_what_no_kernel_can_hold_is_refused(form: str) -> None:
     q, v = torch.randn(1, 20, 2, 513, device="cuda"), torch.randn(1, 20, 2, 16, device="cuda")
-    with pytest.raises(ValueError, match="at most 512 on a GPU, got 513"):
+    with pytest.raises(ValueError, match=r"is 513 and .* on a GPU both are at most 512"):
         public(form)(q, q, v)
-    with pytest.raises(TypeError, match="float64 is for the CPU"):
+    with pytest.raises(TypeError, match="is float64, which is for the CPU"):
         public(form)(v.double(), v.double(), v.double())
 
 

@@ -6,20 +6,12 @@ import pytest
 import torch
 
 import generated
-from generated.launch import addressable_segment, blocks, padded
+from generated.launch import padded
 
 
 @pytest.mark.parametrize(("size", "width"), [(1, 16), (16, 16), (17, 32), (256, 256), (428, 512)])
 def test_a_tile_is_a_power_of_two_that_holds_the_width(size: int, width: int) -> None:
     assert padded(size) == width
-
-
-def test_segments_grow_until_their_states_can_be_addressed() -> None:
-    q = torch.empty(1, 2**20, 32, 256, device="meta")
-    L = addressable_segment(64, q, q)
-    assert L > 64
-    assert blocks(2**20, L) * 32 * 256 * 256 <= 2**31
-    assert addressable_segment(64, q[:, :4096], q[:, :4096]) == 64
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from tuning.measurement import MeasurementError
 from tuning.problems import FORMS
 from tuning.run import RunError
 from tuning.tuner import EFFORTS
-from tuning.workloads import WorkloadError, builtin
+from tuning.workloads import DTYPES, WorkloadError, builtin
 
 FILE_WIDTH = 1000
 EXAMPLES = """examples:
@@ -23,7 +24,7 @@ EXAMPLES = """examples:
   python -m tuning run --workload B=4,T=4096,H=16,K=128,V=128 --budget 120
   python -m tuning run --arch sm80                         without a GPU: rules for the A100's architecture, modelled
   python -m tuning show                                    the rules that hold on this machine, and where they lie
-  python -m tuning bench --workload short --form chunk     times, tuned and default, against the floor and fla
+  python -m tuning bench --workload short --form chunk     times and errors, against the floor and fla
 """
 
 
@@ -68,9 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     show_parser.add_argument("--kernel", metavar="TEXT", help="only kernels whose names hold this text")
     show_parser.set_defaults(command=show.show)
     bench_parser = commands.add_parser(
-        "bench", help="time the forms over workloads, tuned and default, against the floor"
+        "bench", help="time the forms over workloads and hold them against float64, the floor and fla"
     )
-    _add_selection(bench_parser)
+    _add_selection(bench_parser, bench.FORMS)
+    bench_parser.add_argument("--dtype", choices=DTYPES, help="of all inputs (default: each workload's own)")
     bench_parser.add_argument("--no-default", action="store_true", help="leave out the default configuration")
     bench_parser.add_argument("--no-fla", action="store_true", help="leave out fla even where it is installed")
     bench_parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
@@ -84,7 +86,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="tune, and write a configuration file",
         description="Tune the kernels: by measuring where there is a GPU, by a model of one where there is none.",
     )
-    _add_selection(parser)
+    _add_selection(parser, [form for form in FORMS if form != "chunk_states"])
     parser.add_argument(
         "--effort", choices=sorted(EFFORTS), default="quick", help="how many candidates (default: quick)"
     )
@@ -104,7 +106,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(command=run.run)
 
 
-def _add_selection(parser: argparse.ArgumentParser) -> None:
+def _add_selection(parser: argparse.ArgumentParser, forms: Sequence[str]) -> None:
     names = ", ".join(builtin())
     parser.add_argument(
         "--workload",
@@ -113,7 +115,6 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{names}, or B=..,T=..,H=..,K=..,V=..[,dtype=..]; may be repeated (default: all)",
     )
-    forms = [form for form in FORMS if form != "chunk_states"]
     parser.add_argument("--form", action="append", default=[], choices=forms, help="may be repeated (default: all)")
 
 

@@ -6,160 +6,263 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 import generated
-from generated.configuration import defaults_only
+from generated.configuration import ConfigurationWarning, active_rules, defaults_only
 from tuning.measurement import describe_gpu, gpu_present, time_calls
+from tuning.oracle import relative_error, sweep_reference
+from tuning.rules import check_writable
 from tuning.workloads import Workload, parse
 
 FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto")
+DEVICE = "cuda"
 BUDGET_MS = 300.0
+ROUNDS = 5
+WIDTH = 120
+HALF = f"{{:>11}} {'±':>7} {'floor':>6} {'vs fla':>7}"
+HEAD = f"{'form':15} {'':8} {HALF.format('fwd ms')} {HALF.format('fwd+bwd ms')} {'extra MiB':>10} {'error':>8}"
+
+Context = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Times:
+    """A call's median milliseconds, the distance between its quartiles, and the time that an H100 cannot beat."""
+
+    ms: float
+    spread: float
+    samples: int
+    floor_ms: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """One form at one workload: median milliseconds and quartile spread; memory above the inputs, in MiB."""
+    """One variant of a form at one workload.
+
+    The errors are relative, of o, dq, dk and dv; the memory is the peak above the inputs; the speed-ups, of the tuned
+    variant alone, are fla's medians over its own: forward, and forward + backward.
+    """
 
     workload: str
     shape: str
     form: str
     variant: str
-    forward_ms: float
-    forward_spread: float
-    both_ms: float
-    both_spread: float
-    peak_mb: float
-    floor_forward_ms: float
-    floor_both_ms: float
-
-
-def bench(options: argparse.Namespace, console: Console) -> int:
-    """Time what the options select and print a table."""
-    if not gpu_present():
-        console.print("bench times kernels on a GPU, and this machine shows none; `python -m tuning run` can model one")
-        return 1
-    gpu = describe_gpu()
-    peer = None if options.no_fla else _fla()
-    console.print(
-        escape(
-            f"{gpu.name}, driver {gpu.driver}, torch {torch.__version__}, triton {version('triton')}, "
-            f"fla {peer.version if peer else 'not installed or left out'}; medians, L2 flushed before each call"
-        )
-    )
-    jobs = [(w, f) for w in parse(options.workload) for f in (options.form or FORMS)]
-    rows = [
-        row for job in track(jobs, console=console) for row in _rows(*job, peer, with_default=not options.no_default)
-    ]
-    console.print(_table(rows))
-    if options.json:
-        found = {
-            "gpu": asdict(gpu),
-            "torch": torch.__version__,
-            "triton": version("triton"),
-            "fla": peer.version if peer else None,
-            "rows": [asdict(row) for row in rows],
-        }
-        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return 0
+    forward: Times
+    both: Times
+    speedups: list[float]
+    extra_mib: float
+    errors: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Peer:
-    """fla's operators by form."""
+class Failure:
+    """Why there are no figures of a variant."""
 
-    version: str
-    functions: dict[str, Callable[..., Any]]
+    workload: str
+    shape: str
+    form: str
+    variant: str
+    failure: str
 
 
-def _fla() -> Peer | None:
+def bench(options: argparse.Namespace, console: Console) -> int:
+    """Time what the options select, and print every row when it is measured; 1 if nothing could be."""
+    if not gpu_present():
+        console.print("bench times kernels on a GPU, and this machine shows none; `python -m tuning run` can model one")
+        return 1
+    workloads = [replace(w, dtype=options.dtype or w.dtype) for w in parse(options.workload)]
+    path = Path(options.json).resolve() if options.json else None
+    if path:
+        check_writable(path)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    gpu = describe_gpu()
+    peer, functions = ("left out", {}) if options.no_fla else _fla()
+    rules = [rule.status == "active" for rule in active_rules(gpu.name, gpu.arch)]
+    say(f"{gpu.name}, driver {gpu.driver}, torch {torch.__version__}, triton {version('triton')}, fla {peer}")
+    say(f"{sum(rules)} of {len(rules)} rules in use; medians and quartile distances, L2 flushed before each call")
+    machine = {"gpu": asdict(gpu), "torch": torch.__version__, "triton": version("triton"), "fla": peer}
+    rows: list[Row | Failure] = []
+    for workload in workloads:
+        say(f"\n{workload.name}: {workload.shape}\n{HEAD}")
+        for found in _measure(workload, options.form or FORMS, functions, with_default=not options.no_default):
+            rows += found
+            say("\n".join(map(line, found)))
+            if path:
+                _write(path, {**machine, "rows": [asdict(row) for row in rows]})
+    say(f"\n{summary(rows)}")
+    return int(not any(isinstance(row, Row) for row in rows))
+
+
+def _fla() -> tuple[str, dict[str, Callable[..., Any]]]:
+    """The version of fla, or why there is none, and its operators by form."""
     try:
         retention = importlib.import_module("fla.ops.retention")
         naive = importlib.import_module("fla.ops.retention.naive").naive_retention
         found = version("fla-core")
-    except (ImportError, PackageNotFoundError):
-        return None
-    forms = ("fused_chunk", "chunk", "parallel", "fused_recurrent")
-    functions = {form: getattr(retention, f"{form}_retention") for form in forms}
+    except ImportError:
+        return "not installed", {}
+    except Exception as error:  # noqa: BLE001 - whatever ails the peer, the run goes on
+        return f"does not import ({_in_a_line(error)})", {}
+    functions = {form: getattr(retention, f"{form}_retention", None) for form in FORMS}
     functions["naive"] = lambda q, k, v: (naive(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), None)
-    return Peer(found, functions)
+    return found, {form: function for form, function in functions.items() if function is not None}
 
 
-def _rows(workload: Workload, form: str, peer: Peer | None, *, with_default: bool) -> list[Row]:
-    own = generated.retention if form == "auto" else getattr(generated, f"{form}_retention")
-    variants: list[tuple[str, Callable[..., Any], contextlib.AbstractContextManager[None]]] = []
-    variants.append(("tuned", own, contextlib.nullcontext()))
-    if with_default and form not in ("naive", "auto"):
-        variants.append(("default", own, defaults_only()))
-    if peer and form in peer.functions:
-        variants.append(("fla", peer.functions[form], contextlib.nullcontext()))
-    rows = []
-    for variant, function, context in variants:
-        with context:
-            try:
-                rows.append(_time(workload, form, variant, function))
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-    return rows
+def _measure(
+    workload: Workload, forms: Sequence[str], peers: dict[str, Callable[..., Any]], *, with_default: bool
+) -> Iterator[list[Row | Failure]]:
+    """The rows of one form after the other."""
+    try:
+        inputs = make_inputs(workload, DEVICE)
+        expected = reference(*inputs)
+    except RuntimeError as error:  # too large, or an earlier failure has broken the GPU's context
+        yield [Failure(workload.name, workload.shape, "every form", "", _in_a_line(error))]
+        return
+    for form in forms:
+        own = generated.retention if form == "auto" else getattr(generated, f"{form}_retention")
+        contenders = [Contender("tuned", own, inputs, expected)]
+        if with_default and form not in ("naive", "auto"):
+            contenders.append(Contender("default", own, inputs, expected, defaults_only))
+        if form in peers:
+            contenders.append(Contender("fla", peers[form], inputs, expected))
+        race(contenders)
+        peer = next((c for c in contenders if c.variant == "fla" and not c.failure), None)
+        yield [c.row(workload, form, peer if c.variant == "tuned" else None) for c in contenders]
 
 
-def _time(workload: Workload, form: str, variant: str, function: Callable[..., Any]) -> Row:
-    q, k, v, do = _inputs(workload)
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+def make_inputs(workload: Workload, device: str) -> tuple[Tensor, ...]:
+    """Random q, k, v and do."""
+    generator = torch.Generator(device).manual_seed(0)
+    widths = (workload.K, workload.K, workload.V, workload.V)
+    shape = (workload.B, workload.T, workload.H)
+    normal = (torch.randn(*shape, width, device=device, generator=generator) for width in widths)
+    return tuple(x.to(workload.torch_dtype) for x in normal)
 
-    def forward() -> Tensor:
+
+def reference(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Tensor]:
+    """o, dq, dk and dv in float64, of the first row of the batch and the heads of `_sample`."""
+    rates = torch.log1p(-torch.exp2(-5.0 - torch.arange(q.shape[2], dtype=torch.float64)))
+    rates, scale = rates[_heads(q)].to(q.device), q.shape[3] ** -0.5
+    q, k, v, do = map(_sample, (q, k, v, do))
+    return {
+        "o": sweep_reference(q, k, v, rates, scale)[0],
+        "dq": sweep_reference(do, v, k, rates, scale)[0],
+        "dk": sweep_reference(v, do, q, rates, scale, reverse=True)[0],
+        "dv": sweep_reference(k, q, do, rates, scale, reverse=True)[0],
+    }
+
+
+def errors_of(results: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """The relative errors of whole results against the `reference`."""
+    return {name: relative_error(_sample(result), expected[name]) for name, result in results.items()}
+
+
+def _sample(x: Tensor) -> Tensor:
+    return x.detach()[:1, :, _heads(x)]
+
+
+def _heads(x: Tensor) -> list[int]:
+    """The first, the middle and the last: decays differ most between them."""
+    return sorted({0, x.shape[2] // 2, x.shape[2] - 1})
+
+
+class Contender:
+    """One variant of a form at one workload, and its times so far; `failure` says why it is out of the race."""
+
+    def __init__(
+        self,
+        variant: str,
+        function: Callable[..., Any],
+        inputs: tuple[Tensor, ...],
+        expected: dict[str, Tensor],
+        context: Context = contextlib.nullcontext,
+    ) -> None:
+        self.variant, self.context, self.failure = variant, context, ""
+        self._function, self._inputs, self._expected = function, inputs, expected
+        self._leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        self._calls: tuple[Callable[[], object], ...] = (self._forward, self._both)
+        self._samples: list[int] = []  # of each call in a turn
+        self._times: tuple[list[float], ...] = ([], [])
+        self._errors: dict[str, float] = {}
+        self._extra_mib = 0.0
+
+    def prepare(self) -> None:
+        """Compile, hold the results against the reference, and decide how many calls a turn has."""
+        results = dict(zip(("o", "dq", "dk", "dv"), self._both(), strict=True))
+        self._errors = errors_of(results, self._expected)
+        del results
+        estimates = [time_calls(call, 2)[1] for call in self._calls]
+        self._samples = [max(1, min(50, int(BUDGET_MS / (ms + 0.05))) // ROUNDS) for ms in estimates]
+        self._extra_mib = _extra_mib(self._both)
+
+    def turn(self) -> None:
+        """Time some calls of each kind, after one that finds the configurations again and fills the queue."""
+        for call, samples, times in zip(self._calls, self._samples, self._times, strict=True):
+            times += time_calls(call, samples + 1)[1:]
+
+    def row(self, workload: Workload, form: str, peer: Contender | None) -> Row | Failure:
+        """What was found, and how many times as fast as the peer that is."""
+        where = (workload.name, workload.shape, form, self.variant)
+        if self.failure:
+            return Failure(*where, self.failure)
+        forward, both = (
+            Times(ms, _spread(times), len(times), workload.floor_ms(backward=backward))
+            for ms, times, backward in zip(self._medians(), self._times, (False, True), strict=True)
+        )
+        speedups = [theirs / own for theirs, own in zip(peer._medians(), self._medians(), strict=True)] if peer else []
+        return Row(*where, forward, both, speedups, self._extra_mib, self._errors)
+
+    def _medians(self) -> list[float]:
+        return [statistics.median(times) for times in self._times]
+
+    def _forward(self) -> Tensor:
         with torch.no_grad():
-            o: Tensor = function(q, k, v)[0]
+            o: Tensor = self._function(*self._inputs[:3])[0]
         return o
 
-    def both() -> object:
-        return torch.autograd.grad(function(*inputs)[0], inputs, do)
+    def _both(self) -> tuple[Tensor, ...]:
+        o: Tensor = self._function(*self._leaves)[0]
+        return o, *torch.autograd.grad(o, self._leaves, self._inputs[3])
 
-    both()
+
+def race(contenders: list[Contender]) -> None:
+    """Prepare all, then time them in turns, the order rotating; one that raises is out."""
+    for number in range(ROUNDS + 1):
+        for i in range(len(contenders)):
+            contender = contenders[(i + number) % len(contenders)]
+            if contender.failure:
+                continue
+            try:
+                # Which rules are in use is said above the rows; `defaults_only` forgets what has been warned of.
+                with warnings.catch_warnings(), contender.context():
+                    warnings.simplefilter("ignore", ConfigurationWarning)
+                    contender.turn() if number else contender.prepare()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+                contender.failure = _in_a_line(error)
+
+
+def _extra_mib(call: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    both()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    forward_times, both_times = _repeat(forward), _repeat(both)
-    return Row(
-        workload.name,
-        workload.shape,
-        form,
-        variant,
-        statistics.median(forward_times),
-        _spread(forward_times),
-        statistics.median(both_times),
-        _spread(both_times),
-        peak,
-        workload.floor_ms(backward=False),
-        workload.floor_ms(backward=True),
-    )
-
-
-def _inputs(workload: Workload) -> list[Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    widths = (workload.K, workload.K, workload.V, workload.V)
-    shape = (workload.B, workload.T, workload.H)
-    return [torch.randn(*shape, w, device="cuda", generator=generator).to(workload.torch_dtype) for w in widths]
-
-
-def _repeat(run: Callable[[], object]) -> list[float]:
-    run()
-    estimate = statistics.median(time_calls(run, 3))
-    return time_calls(run, max(5, min(50, int(BUDGET_MS / (estimate + 0.05)))))
+    call()
+    return float(torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _spread(times: list[float]) -> float:
@@ -167,19 +270,36 @@ def _spread(times: list[float]) -> float:
     return quartiles[2] - quartiles[0]
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table("workload", "form", "", "fwd ms", "±", "fwd+bwd ms", "±", "floor fwd", "floor both", "extra MiB")
-    for row in rows:
-        table.add_row(
-            row.workload,
-            row.form,
-            row.variant,
-            f"{row.forward_ms:.3f}",
-            f"{row.forward_spread:.3f}",
-            f"{row.both_ms:.3f}",
-            f"{row.both_spread:.3f}",
-            f"{100 * row.floor_forward_ms / row.forward_ms:.0f} %",
-            f"{100 * row.floor_both_ms / row.both_ms:.0f} %",
-            f"{row.peak_mb:.0f}",
-        )
-    return table
+def _in_a_line(error: Exception) -> str:
+    return traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
+
+
+def line(row: Row | Failure) -> str:
+    """A row below HEAD."""
+    head = f"{row.form:15} {row.variant:8}"
+    if isinstance(row, Failure):
+        return f"{head} failed: {row.failure}"[:WIDTH]
+    speedups = [f"{speedup:.2f}x" for speedup in row.speedups] or ["", ""]
+    halves = [
+        f"{times.ms:11.3f} {times.spread:7.3f} {times.floor_ms / times.ms:6.0%} {speedup:>7}"
+        for times, speedup in zip((row.forward, row.both), speedups, strict=True)
+    ]
+    worst = max(row.errors.values(), key=lambda error: math.inf if math.isnan(error) else error)
+    return f"{head} {' '.join(halves)} {row.extra_mib:10.0f} {worst:8.1e}"
+
+
+def summary(rows: list[Row | Failure]) -> str:
+    """The geometric means of the speed-ups."""
+    pairs = [row.speedups for row in rows if isinstance(row, Row) and row.speedups]
+    if not pairs:
+        return "no row to compare with fla"
+    forward, both = map(statistics.geometric_mean, zip(*pairs, strict=True))
+    count = f"{len(pairs)} row{'s' if len(pairs) > 1 else ''}"
+    return f"vs fla, geometric mean of {count}: {forward:.2f}x forward, {both:.2f}x forward + backward"
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Replace the file at once, so that it is whole whenever the run is stopped."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    temporary.replace(path)

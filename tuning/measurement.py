@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tuning.oracle import relative_error, segment_states, sweep_reference
-from tuning.problems import STATES_SEGMENT, WITH_STATES, Problem
+from tuning.problems import GRADIENTS, STATES_SEGMENT, WITH_STATES, Problem
 
 # The largest relative error against float64 that is taken for rounding: a few units of each dtype.
 ERROR_LIMITS = {"bfloat16": 1e-2, "float16": 1.3e-3, "float32": 1e-5}
@@ -191,7 +191,7 @@ class _Inputs:
     problem: Problem | None = None
     inputs: tuple[Tensor, ...] = ()
     small: tuple[Tensor, ...] = ()
-    expected: tuple[Tensor, ...] = ()
+    expected: tuple[tuple[Tensor, ...], ...] = ()
 
 
 def _prepare(problem: Problem) -> None:
@@ -205,11 +205,15 @@ def _prepare(problem: Problem) -> None:
     _Inputs.problem = problem
 
 
-def _reference(problem: Problem, inputs: tuple[Tensor, ...], *, reverse: bool = False) -> Tensor:
-    q, k, v, g_gamma = inputs
+def _reference(problem: Problem, inputs: tuple[Tensor, ...], *, reverse: bool = False) -> tuple[Tensor, ...]:
+    q, k, v, *do, g_gamma = inputs
     if problem.form == "chunk_states":
-        return segment_states(k, v, g_gamma, STATES_SEGMENT, reverse=reverse)
-    return sweep_reference(q, k, v, g_gamma, problem.K**-0.5, reverse=reverse)[0]
+        return (segment_states(k, v, g_gamma, STATES_SEGMENT, reverse=reverse),)
+    if problem.form == GRADIENTS:
+        sweeps = [(do[0], v, k, reverse), (v, do[0], q, not reverse), (k, q, do[0], not reverse)]
+    else:
+        sweeps = [(q, k, v, reverse)]
+    return tuple(sweep_reference(a, b, c, g_gamma, problem.K**-0.5, reverse=r)[0] for a, b, c, r in sweeps)
 
 
 def _check(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
@@ -219,20 +223,25 @@ def _check(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
         runs = [problem.run(_Inputs.small, config, reverse=reverse, **extra) for reverse in (False, True, False)]
     finally:
         torch.use_deterministic_algorithms(False)
-    errors = [relative_error(got, expected) for got, expected in zip(runs[:2], _Inputs.expected, strict=True)]
+    errors = [e for got, expected in zip(runs[:2], _Inputs.expected, strict=True) for e in _errors(got, expected)]
     limit = ERROR_LIMITS[problem.dtype]
     if not all(error < limit for error in errors):
         raise ArithmeticError(f"wrong result: relative errors {errors}, allowed {limit:.0e}")
-    if not torch.equal(runs[0], runs[2]):
+    if not all(torch.equal(one, other) for one, other in zip(runs[0], runs[2], strict=True)):
         raise ArithmeticError("two runs on the same inputs differ")
     return max(errors)
+
+
+def _errors(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:
+    """The relative errors of results, of as many rows as are expected."""
+    return [relative_error(x[: len(y)], y) for x, y in zip(got, expected, strict=True)]
 
 
 def _measure(problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
     _prepare(problem)
     error = _check(problem, config, extra)
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, ...]:
         return problem.run(_Inputs.inputs, config, **extra)
 
     run()
@@ -259,9 +268,8 @@ def _compare(problem: Problem, configs: list[Any], extra: dict[str, Any]) -> lis
 def _prove(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
     """The largest error at the problem's own shape (its first row), and with states where the form has them."""
     _prepare(problem)
-    row = (*(x[:1] for x in _Inputs.inputs[:3]), _Inputs.inputs[3])
-    got, expected = problem.run(_Inputs.inputs, config, **extra), _reference(problem, row)
-    errors = [relative_error(got[: len(expected)], expected)]
+    row = (*(x[:1] for x in _Inputs.inputs[:-1]), _Inputs.inputs[-1])
+    errors = _errors(problem.run(_Inputs.inputs, config, **extra), _reference(problem, row))
     if problem.form in WITH_STATES:
         errors += _state_errors(problem, row, config, extra)
     worst = max(errors, key=lambda error: float("inf") if math.isnan(error) else error)
@@ -275,7 +283,7 @@ def _state_errors(problem: Problem, inputs: tuple[Tensor, ...], config: Any, ext
     shape = (1, problem.H, problem.K, problem.V)
     initial = torch.randn(shape, device=q.device)
     final = torch.full(shape, float("nan"), device=q.device)
-    o = problem.run((q, k, v, g_gamma), config, initial_state=initial, final_state=final, **extra)
+    (o,) = problem.run((q, k, v, g_gamma), config, initial_state=initial, final_state=final, **extra)
     expected = sweep_reference(q, k, v, g_gamma, problem.K**-0.5, initial_state=initial)
     return [relative_error(o, expected[0]), relative_error(final, expected[1])]
 

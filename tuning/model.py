@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuning.compilation import Arch, Resources
-from tuning.problems import Problem
+from tuning.problems import GRADIENTS, Problem
 
 STEP_LATENCY_MS = 1.2e-3
 TOKEN_LATENCY_MS = 0.5e-3
@@ -101,7 +101,8 @@ def _work(problem: Problem, config: Any) -> Work:
         flops = 2.0 * config.BT * config.BS * (K + config.BV)
         return Work(programs, max(1.0, T / 2 / config.BS), flops, size * config.BS * (K + config.BV), hidden)
     length = min(T, getattr(config, "L", T))
-    programs = _blocks(V, config.BV) * _blocks(T, length) * rows
+    sweeps = 3 if problem.form == GRADIENTS else 1
+    programs = sweeps * _blocks(V, config.BV) * _blocks(T, length) * rows
     flops = 2.0 * config.BT * (config.BT * (K + config.BV) + 2 * K * config.BV)
     return Work(programs, length / config.BT, flops, size * config.BT * (2 * K + 2 * config.BV), 1.5 * hidden)
 

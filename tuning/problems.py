@@ -2,8 +2,8 @@
 
 Every kernel runs the same mathematics, a sweep (see generated/retention/operators.py), so a problem is told by the
 sweep's own widths: the output and the gradient of v sweep with K and V, the gradients of q and k with the two
-exchanged. The direction is an argument of the kernels and changes no instruction: it is checked both ways and timed
-forwards.
+exchanged. Where the two are equal, one launch can run the gradients' three sweeps, which is a kernel of its own. The
+direction is an argument of the kernels and changes no instruction: it is checked both ways and timed forwards.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ STATES_SEGMENT = 256  # the segment length at which the pass that stores states 
 
 @dataclass(frozen=True)
 class Form:
-    """One form as the tuner sees it: its configurations and how to run a sweep with one."""
+    """One form as the tuner sees it: its configurations and how to run a sweep, or a pass, with one."""
 
     config_type: type[Any]
     default: Callable[[torch.dtype, int, int], Any]
-    sweep: Callable[..., Tensor]
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def _chunk_states_sweep(q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale: float, **options: Any) -> Tensor:
@@ -40,8 +40,16 @@ def _chunk_states_sweep(q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale:
     return hs
 
 
+def _fused_chunk_gradients(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, g_gamma: Tensor, scale: float, **options: Any
+) -> tuple[Tensor, ...]:
+    given = {name: options[name] for name in ("config", "cu_seqlens", "reverse", "chunk_size")}
+    return fused_chunk.fused_chunk_gradients(q, k, v, do, g_gamma, scale, h0=None, dht=None, dh0=None, **given)
+
+
 FORMS = {
     "fused_chunk": Form(fused_chunk.FusedChunkConfig, fused_chunk.default_config, fused_chunk.fused_chunk_sweep),
+    "fused_chunk_gradients": Form(fused_chunk.FusedChunkConfig, fused_chunk.default_config, _fused_chunk_gradients),
     "chunk_states": Form(chunk.ChunkStatesConfig, chunk.default_states_config, _chunk_states_sweep),
     "chunk": Form(chunk.ChunkConfig, chunk.default_config, chunk.chunk_sweep),
     "parallel": Form(parallel.ParallelConfig, parallel.default_config, parallel.parallel_sweep),
@@ -50,7 +58,9 @@ FORMS = {
     ),
 }
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
-FORM_KERNEL = auto.KERNEL
+GRADIENTS = "fused_chunk_gradients"
+PASSES = ("chunk_states", GRADIENTS)  # no sweeps of their own
+FORM_KERNEL, GRADIENTS_FORM_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL
 
 
 @dataclass(frozen=True)
@@ -87,25 +97,29 @@ class Problem:
         return FORMS[self.form].default(self.torch_dtype, self.K, self.V)
 
     def inputs(self, device: str, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random q, k, v and RetNet's decays; of shapes only on the meta device."""
-        shapes = [(self.B, self.T, self.H, width) for width in (self.K, self.K, self.V)]
+        """Random q, k, v (for gradients also do) and RetNet's decays; of shapes only on the meta device."""
+        widths = (self.K, self.K, self.V, *([self.V] if self.form == GRADIENTS else []))
+        shapes = [(self.B, self.T, self.H, width) for width in widths]
         if device == "meta":
-            q, k, v = (torch.empty(shape, device="meta", dtype=self.torch_dtype) for shape in shapes)
-            return q, k, v, torch.empty(self.H, device="meta")
+            tensors = [torch.empty(shape, device="meta", dtype=self.torch_dtype) for shape in shapes]
+            return *tensors, torch.empty(self.H, device="meta")
         generator = torch.Generator(device).manual_seed(seed)
-        q, k, v = (torch.randn(s, device=device, generator=generator).to(self.torch_dtype) for s in shapes)
+        tensors = [torch.randn(s, device=device, generator=generator).to(self.torch_dtype) for s in shapes]
         decays = torch.log1p(-torch.exp2(-5.0 - torch.arange(self.H, dtype=torch.float64)))
-        return q, k, v, decays.to(device=device, dtype=torch.float32)
+        return *tensors, decays.to(device=device, dtype=torch.float32)
 
-    def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> Tensor:
-        """Launch the kernel or kernels with a configuration (or, for the chunk form, with two)."""
+    def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
+        """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results."""
         given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
         given |= {"adjoint": False, "reverse": False} | options
-        return FORMS[self.form].sweep(*inputs, self.K**-0.5, config=config, **given)
+        results = FORMS[self.form].run(*inputs, self.K**-0.5, config=config, **given)
+        return results if isinstance(results, tuple) else (results,)
 
 
 def problems_of(workload: Workload, form: str) -> list[Problem]:
-    """The problems of one form at one workload: one, or two where K and V differ."""
+    """The problems of one form at one workload: one, or two where K and V differ (none of gradients in one launch)."""
     w = workload
+    if form == GRADIENTS and w.K != w.V:
+        return []
     widths = dict.fromkeys([(w.K, w.V), (w.V, w.K)])
     return [Problem(form, w.dtype, w.B, w.T, w.H, K, V) for K, V in widths]

@@ -18,7 +18,7 @@ import yaml
 
 from generated.configuration import kernel_problem, kernel_registry
 from generated.configuration_file import ConfigurationError, Rule, parse_file
-from tuning.problems import FORM_KERNEL, Problem
+from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
 from tuning.space import knob_values
 from tuning.tuner import Winner
 
@@ -70,21 +70,33 @@ def entry_of(winner: Winner) -> Entry:
 
 
 def form_entries(winners: Iterable[Winner]) -> list[Entry]:
-    """Which form sweeps fastest at each point, where at least two were tuned; chunk counts as the default."""
+    """Which form sweeps fastest at each point, where at least two were tuned, and which way gives the gradients.
+
+    The form chunk counts as the default, and for gradients three sweeps by the fastest form.
+    """
     points: dict[Point, dict[str, Winner]] = {}
+    gradients: dict[Point, Winner] = {}
     for winner in winners:
-        if winner.problem.form != "chunk_states":
+        if winner.problem.form == GRADIENTS:
+            gradients[point_of(winner.problem)] = winner
+        elif winner.problem.form not in PASSES:
             points.setdefault(point_of(winner.problem), {})[winner.problem.form] = winner
-    return [_form_entry(point, forms) for point, forms in points.items() if len(forms) > 1]
+    entries = []
+    for point, forms in points.items():
+        if len(forms) > 1:
+            best = min(forms.values(), key=lambda winner: winner.ms)
+            default = forms.get("chunk", best).ms
+            entries.append(_form_entry(FORM_KERNEL, best.problem.form, best, default, len(forms)))
+            if together := gradients.get(point):
+                apart = replace(best, ms=3 * best.ms)
+                faster = min(together, apart, key=lambda winner: winner.ms)
+                form = "fused_chunk" if faster is together else "sweeps"
+                entries.append(_form_entry(GRADIENTS_FORM_KERNEL, form, faster, apart.ms, 2))
+    return entries
 
 
-def _form_entry(point: Point, forms: dict[str, Winner]) -> Entry:
-    form, best = min(forms.items(), key=lambda item: item[1].ms)
-    return replace(
-        entry_of(replace(best, default_ms=forms.get("chunk", best).ms, trials=len(forms))),
-        kernel=FORM_KERNEL,
-        use={"form": form},
-    )
+def _form_entry(kernel: str, form: str, best: Winner, default_ms: float, trials: int) -> Entry:
+    return replace(entry_of(replace(best, default_ms=default_ms, trials=trials)), kernel=kernel, use={"form": form})
 
 
 def existing_entries(path: Path) -> list[Entry]:

@@ -20,7 +20,7 @@ from tuning import rules
 from tuning.compilation import ARCHS, Arch
 from tuning.compile_pool import CompilePool
 from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
-from tuning.problems import Problem, problems_of
+from tuning.problems import GRADIENTS, Problem, problems_of
 from tuning.space import knob_values
 from tuning.tuner import EFFORTS, GpuJudge, Judge, ModelJudge, Tuner, Winner
 from tuning.workloads import Workload, parse
@@ -83,9 +83,10 @@ def _check_output(path: Path, device: str) -> None:
 
 
 def _problems(workloads: list[Workload], forms: list[str]) -> list[Problem]:
-    """What to tune, the cheap and widely used first; the chunk form's states belong to chunk."""
+    """What to tune, the cheap and widely used first, with the passes that a form's own launches are made of."""
+    passes = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk", GRADIENTS)}
     wanted = forms or ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
-    parts = [part for form in wanted for part in (("chunk_states", "chunk") if form == "chunk" else (form,))]
+    parts = [part for form in wanted for part in passes.get(form, (form,))]
     found = [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
     return list(dict.fromkeys(found))
 

@@ -31,7 +31,6 @@ SEGMENT = Knob("L", (128, 256, 512, 1024, 1 << 20))
 WARPS = Knob("num_warps", (4, 8))
 FEW_WARPS = Knob("num_warps", (1, 2, 4, 8))
 STAGES = Knob("num_stages", (1, 2, 3))
-ONE_STAGE = Knob("num_stages", (1,))
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,10 @@ def _recurrent_registers(K: int, c: Any) -> float:
     return float((2 * K * c.BV + 2 * K) / (32 * c.num_warps))
 
 
+FUSED_CHUNK = Space((BT, BV, WARPS, STAGES), _known_good, _sweep_registers, _sweep_shared)
 SPACES = {
-    "fused_chunk": Space((BT, BV, WARPS, STAGES), _known_good, _sweep_registers, _sweep_shared),
+    "fused_chunk": FUSED_CHUNK,
+    "fused_chunk_gradients": FUSED_CHUNK,
     "chunk": Space((SEGMENT, BT, BV, WARPS, STAGES), _known_good, _sweep_registers, _sweep_shared),
     "chunk_states": Space(
         (BT, BK, BV, WARPS, STAGES), lambda c: _known_good(c) and c.BT >= 32, _states_registers, _states_shared
@@ -129,7 +130,5 @@ SPACES = {
         _parallel_registers,
         _parallel_shared,
     ),
-    "fused_recurrent": Space(
-        (NARROW_BV, FEW_WARPS, ONE_STAGE), lambda c: True, _recurrent_registers, lambda K, itemsize, c: 0
-    ),
+    "fused_recurrent": Space((NARROW_BV, FEW_WARPS), lambda c: True, _recurrent_registers, lambda K, itemsize, c: 0),
 }

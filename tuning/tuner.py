@@ -12,7 +12,7 @@ from tuning.compilation import Arch, Resources
 from tuning.compile_pool import CompilePool
 from tuning.measurement import MeasurementError, Measurer
 from tuning.model import predict
-from tuning.problems import Problem
+from tuning.problems import GRADIENTS, Problem
 from tuning.search import Search
 from tuning.space import knob_values
 
@@ -235,10 +235,12 @@ class Tuner:
         return [p for p in waiting if p not in ready], [_Task(self, p) for p in ready]
 
     def neighbours(self, problem: Problem) -> list[Any]:
-        """What won where the work is alike: for chunk, fused_chunk's tiles at several segment lengths."""
-        if problem.form != "chunk":
+        """What won where the work is alike: fused_chunk's tiles, for chunk at several segment lengths."""
+        if problem.form not in ("chunk", GRADIENTS):
             return []
         ranked = self.ranked.get(replace(problem, form="fused_chunk"), [])
+        if problem.form == GRADIENTS:
+            return [winner.config for winner in ranked[:2]]
         tiles = [knob_values(winner.config) for winner in ranked[:2]]
         return [type(problem.default())(L=L, **tile) for L in NEIGHBOUR_SEGMENTS for tile in tiles]
 

@@ -55,6 +55,6 @@ def _interpreted_operator(form: str) -> Any:
     if form not in _operators:
         module = importlib.import_module(f"generated.retention.{form}")
         define_operator = importlib.import_module("generated.retention.operators").define_operator
-        sweep = getattr(module, f"{form}_sweep")
-        _operators[form] = define_operator(f"interpreted_{form}", sweep, cpu=sweep)
+        sweep, gradients = getattr(module, f"{form}_sweep"), getattr(module, f"{form}_gradients", None)
+        _operators[form] = define_operator(f"interpreted_{form}", sweep, cpu=sweep, cpu_gradients=gradients)
     return _operators[form]

@@ -160,7 +160,7 @@ def test_other_tiles_of_fused_chunk_are_right(
 @pytest.mark.parametrize("BV", [1, 64])
 def test_other_tiles_of_fused_recurrent_are_right(function: Function, BV: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fused_recurrent = importlib.import_module("generated.retention.fused_recurrent")
-    config = fused_recurrent.FusedRecurrentConfig(BV=BV, num_warps=1, num_stages=1)
+    config = fused_recurrent.FusedRecurrentConfig(BV=BV, num_warps=1)
     monkeypatch.setattr(fused_recurrent, "choose_config", lambda *_: config)
     check(function, make_problem(1, 10, 1, 5, 7))
 
@@ -204,3 +204,36 @@ def test_a_rule_for_parallel_is_not_followed_where_states_are_wanted(
     problem = make_problem(1, 20, 1, 8, 8)
     check(function, problem)
     check(function, replace(problem, h0=None, dht=None))
+
+
+@pytest.mark.forms("fused_chunk", "chunk", "auto")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [None, [40, 1, 29]])
+def test_gradients_of_one_shape_share_a_launch(
+    function: Function, form: str, lengths: list[int] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused_chunk = importlib.import_module("generated.retention.fused_chunk")
+    auto = importlib.import_module("generated.retention.auto")
+    launches = []
+    launch = fused_chunk.launch
+    monkeypatch.setattr(fused_chunk, "launch", lambda kernel, *rest: launches.append(kernel) or launch(kernel, *rest))
+    monkeypatch.setattr(auto, "default_gradients_config", lambda *_: auto.GradientsFormConfig("fused_chunk"))
+    problem = make_problem(1, 70, 2, 24, 24, dtype, lengths=lengths, states=False)
+    check(function, problem)
+    forwards = [] if form == "auto" else [fused_chunk.fused_chunk_kernel]
+    assert launches[-1:] == [fused_chunk.fused_chunk_gradients_kernel]
+    assert launches[:-1] in (forwards, [fused_chunk.fused_chunk_kernel])
+
+
+@pytest.mark.forms("fused_chunk")
+def test_the_gradients_of_a_sweep_from_the_end_share_a_launch_too(function: Function) -> None:
+    operators = importlib.import_module("generated.retention.operators")
+    fused_chunk = importlib.import_module("generated.retention.fused_chunk")
+    problem = make_problem(1, 45, 2, 8, 8, states=False)
+    rates = torch.tensor([-0.3, -0.02])
+    arguments = (problem.q, problem.k, problem.v, problem.do, rates, 0.5)
+    options = dict.fromkeys(("h0", "dht", "dh0", "cu_seqlens", "chunk_size")) | {"reverse": True}
+    together = fused_chunk.fused_chunk_gradients(*arguments, **options)
+    apart = operators.sweep_gradients(fused_chunk.fused_chunk_sweep, *arguments, **options)
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one, other)

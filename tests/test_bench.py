@@ -1,0 +1,358 @@
+"""`python -m tuning bench` without a GPU: what it measures in which order, what it computes, and what it prints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import generated
+from tuning import bench
+from tuning.__main__ import main
+from tuning.bench import HEAD, WIDTH, Contender, Failure, Row, Times
+from tuning.measurement import Gpu
+from tuning.workloads import parse
+
+SHAPE = "B=2,T=70,H=5,K=16,V=24"
+WORKLOAD = parse([SHAPE + ",dtype=float32"])[0]
+INPUTS = bench.make_inputs(WORKLOAD, "cpu")
+EXPECTED = bench.reference(*INPUTS)
+NAMES = ("o", "dq", "dk", "dv")
+
+
+def row(
+    variant: str = "tuned", speedups: tuple[float, ...] = (), errors: tuple[float, ...] = (1e-3,) * 4, **changes: Any
+) -> Row:
+    times = Times(ms=2.0, spread=0.125, samples=5, floor_ms=0.5)
+    places = {"workload": "small", "shape": "B=1", "form": "chunk", "forward": times, "both": times, **changes}
+    named = dict(zip(NAMES, errors, strict=True))
+    return Row(variant=variant, speedups=list(speedups), extra_mib=32.0, errors=named, **places)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stand in for CUDA: every call is made and takes 60 ms; the numbers of calls that were asked for."""
+    asked: list[int] = []
+
+    def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
+        asked.append(repeats)
+        for _ in range(repeats):
+            run()
+        return [60.0] * repeats
+
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "time_calls", time_calls)
+    monkeypatch.setattr(bench, "_extra_mib", lambda call: 1.0)
+    monkeypatch.setattr(bench, "gpu_present", lambda: True)
+    monkeypatch.setattr(bench, "describe_gpu", lambda: Gpu("Imagined GPU", "sm90", 132, 80, "1.2"))
+    monkeypatch.setattr(bench, "_fla", lambda: ("0.0", {}))
+    return asked
+
+
+# Errors
+
+
+def test_reference_is_the_oracles_for_the_first_row_and_three_heads() -> None:
+    q, k, v, do = INPUTS
+    expected = oracle.solve(oracle.Problem(q, k, v, do).part([0], [0, 2, 4]))
+    assert EXPECTED.keys() == set(NAMES)
+    for name in NAMES:
+        torch.testing.assert_close(EXPECTED[name], expected[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("H", [1, 2])
+def test_reference_takes_few_heads_once(H: int) -> None:
+    inputs = bench.make_inputs(parse([f"B=1,T=9,H={H},K=4,V=8,dtype=float32"])[0], "cpu")
+    expected = oracle.solve(oracle.Problem(*inputs))
+    torch.testing.assert_close(bench.reference(*inputs)["dk"], expected["dk"], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("wrong", NAMES)
+def test_error_is_told_for_the_result_that_has_it(wrong: str) -> None:
+    results = oracle.solve(oracle.Problem(*INPUTS))
+    results = {name: results[name] * (1.01 if name == wrong else 1.0) for name in NAMES}
+    errors = bench.errors_of(results, EXPECTED)
+    assert errors.pop(wrong) == pytest.approx(0.01)
+    assert max(errors.values()) < 1e-10
+
+
+def test_errors_of_a_low_precision_are_those_against_the_oracle() -> None:
+    inputs = tuple(x.to(torch.bfloat16) for x in INPUTS)
+    problem = oracle.Problem(*inputs)
+    results = oracle.run(generated.fused_chunk_retention, problem)
+    heads = [0, 2, 4]
+    expected = oracle.solve(problem.part([0], heads))
+    found = bench.errors_of(results, bench.reference(*inputs))
+    for name in NAMES:
+        error, _ = oracle.errors(results[name][:1, :, heads], expected[name])
+        assert error > 1e-4
+        assert found[name] == pytest.approx(error)
+
+
+# Times
+
+
+def test_variants_take_turns_in_a_rotating_order_each_in_its_context(calls: list[int]) -> None:
+    order: list[str] = []
+    strayed: list[str] = []
+
+    def contender(name: str) -> Contender:
+        inside: list[bool] = []
+
+        @contextlib.contextmanager
+        def entered() -> Iterator[None]:
+            order.append(name)
+            inside.append(True)
+            yield
+            inside.clear()
+
+        def function(*inputs: Tensor) -> Any:
+            if not inside:
+                strayed.append(name)
+            return generated.chunk_retention(*inputs)
+
+        return Contender(name, function, INPUTS, EXPECTED, entered)
+
+    bench.race([contender(name) for name in "abc"])
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc" + "bca" + "cab"  # the first turns prepare
+    assert not strayed
+
+
+def test_a_default_is_timed_without_the_rules(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[bool] = []
+
+    @contextlib.contextmanager
+    def defaults_only() -> Iterator[None]:
+        entered.append(True)
+        yield
+
+    monkeypatch.setattr(bench, "defaults_only", defaults_only)
+    (rows,) = bench._measure(WORKLOAD, ["chunk"], {}, with_default=True)
+    assert [row.variant for row in rows] == ["tuned", "default"]
+    assert len(entered) == 1 + bench.ROUNDS
+
+
+@pytest.mark.parametrize(("ms", "samples"), [(0.01, 50), (7.0, 40), (200.0, 5), (5000.0, 5)])
+def test_samples_of_all_rounds_fill_the_budget(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch, ms: float, samples: int
+) -> None:
+    monkeypatch.setattr(bench, "time_calls", lambda run, repeats: [1e9] + [ms] * (repeats - 1))
+    contender = Contender("tuned", generated.chunk_retention, INPUTS, EXPECTED)
+    bench.race([contender])
+    found = contender.row(WORKLOAD, "chunk", None)
+    assert isinstance(found, Row)
+    assert found.forward == Times(ms, 0.0, samples, WORKLOAD.floor_ms(backward=False))
+    assert found.both == Times(ms, 0.0, samples, WORKLOAD.floor_ms(backward=True))
+
+
+def test_median_and_quartiles_are_over_all_rounds(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    series = iter([60.0, 60.0, 5.0, 8.0, 1.0, 8.0, 4.0, 8.0, 2.0, 8.0, 3.0, 8.0])  # forward and both in turn
+    monkeypatch.setattr(bench, "time_calls", lambda run, repeats: [1e9, next(series)][:repeats])
+    contender = Contender("tuned", generated.chunk_retention, INPUTS, EXPECTED)
+    bench.race([contender])
+    found = contender.row(WORKLOAD, "chunk", None)
+    assert isinstance(found, Row)
+    assert (found.forward.ms, found.forward.spread, found.forward.samples) == (3.0, 3.0, 5)
+    assert (found.both.ms, found.both.spread, found.both.samples) == (8.0, 0.0, 5)
+
+
+def test_speed_ups_are_the_peers_medians_over_the_variants_own() -> None:
+    own, peer = (Contender(name, generated.chunk_retention, INPUTS, EXPECTED) for name in ("tuned", "fla"))
+    own._times, peer._times = ([1.0, 2.0, 9.0], [4.0, 4.0]), ([6.0, 6.0], [1.0, 2.0, 3.0])
+    found = own.row(WORKLOAD, "chunk", peer)
+    assert isinstance(found, Row)
+    assert found.speedups == [3.0, 0.5]
+
+
+# Failures
+
+
+def refuse(*inputs: Tensor) -> Any:
+    raise ValueError("unsupported shape\nand more")
+
+
+def test_a_peer_that_fails_says_so_and_the_others_go_on(calls: list[int]) -> None:
+    peers = {"chunk": refuse, "parallel": generated.parallel_retention}
+    chunk, parallel = bench._measure(WORKLOAD, ["chunk", "parallel"], peers, with_default=False)
+    assert isinstance(chunk[0], Row)
+    assert chunk[0].speedups == []
+    assert chunk[1] == Failure(WORKLOAD.name, WORKLOAD.shape, "chunk", "fla", "ValueError: unsupported shape")
+    assert isinstance(parallel[0], Row)
+    assert parallel[0].speedups == [1.0, 1.0]
+
+
+def test_a_peer_that_fails_while_it_is_timed_is_out(calls: list[int]) -> None:
+    made: list[int] = []
+
+    def late(*inputs: Tensor) -> Any:
+        made.append(len(made))
+        return refuse() if len(made) > 10 else generated.chunk_retention(*inputs)
+
+    peer, own = (
+        Contender(name, f, INPUTS, EXPECTED) for name, f in (("fla", late), ("tuned", generated.chunk_retention))
+    )
+    bench.race([peer, own])
+    assert isinstance(peer.row(WORKLOAD, "chunk", None), Failure)
+    assert isinstance(own.row(WORKLOAD, "chunk", None), Row)
+    assert len(made) == 11
+
+
+def test_a_workload_that_does_not_fit_is_one_row(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*arguments: object) -> Any:
+        raise torch.OutOfMemoryError("640 GiB")
+
+    monkeypatch.setattr(bench, "make_inputs", too_large)
+    ((found,),) = bench._measure(WORKLOAD, ["chunk", "parallel"], {}, with_default=False)
+    assert isinstance(found, Failure)
+    assert "OutOfMemoryError: 640 GiB" in found.failure
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(ImportError("none"), "not installed"), (RuntimeError("too old"), "RuntimeError: too old")]
+)
+def test_a_peer_that_does_not_import_is_left_out(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
+    def import_module(name: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(bench.importlib, "import_module", import_module)
+    said, functions = bench._fla()
+    assert words in said
+    assert functions == {}
+
+
+# What is printed and written
+
+
+def test_summary_is_the_geometric_mean_of_the_rows_with_fla() -> None:
+    rows = [row(speedups=(2.0, 1.0)), row(speedups=(8.0, 1.5)), row("fla"), row()]
+    failure = Failure("small", "B=1", "chunk", "fla", "too large")
+    assert bench.summary([*rows, failure]) == (
+        "vs fla, geometric mean of 2 rows: 4.00x forward, 1.22x forward + backward"
+    )
+    assert bench.summary([row(), failure]) == "no row to compare with fla"
+
+
+def test_a_line_holds_the_figures_below_their_names() -> None:
+    text = bench.line(row(speedups=(2.345, 0.5), errors=(1e-3, 4e-3, 2e-3, 3e-3)))
+    assert text.split() == [
+        "chunk", "tuned", "2.000", "0.125", "25%", "2.35x", "2.000", "0.125", "25%", "0.50x", "32", "4.0e-03",
+    ]  # fmt: skip
+    assert len(text) == len(HEAD) <= WIDTH
+    for name, cell in (("fwd ms", "2.000"), ("floor", "25%"), ("vs fla", "2.35x"), ("error", "4.0e-03")):
+        assert HEAD.index(name) + len(name) == text.index(cell) + len(cell)
+
+
+def test_a_line_without_a_peer_leaves_the_speed_ups_out() -> None:
+    assert "x" not in bench.line(row("default"))
+    assert len(bench.line(row("default"))) == len(HEAD)
+
+
+def test_an_error_that_is_no_number_is_the_largest() -> None:
+    assert bench.line(row(errors=(1e-3, float("nan"), 2e-3, 3e-3))).endswith(" nan")
+
+
+def test_a_failures_line_keeps_to_the_width() -> None:
+    text = bench.line(Failure("small", "B=1", "chunk", "fla", "RuntimeError: " + "long " * 99))
+    assert text.startswith("chunk           fla      failed: RuntimeError: long")
+    assert len(text) == WIDTH
+
+
+def test_bench_prints_every_row_and_writes_the_figures(
+    calls: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest's workers set one
+    monkeypatch.setattr(bench, "_fla", lambda: ("7.8", {"chunk": refuse, "parallel": generated.parallel_retention}))
+    path = tmp_path / "figures.json"
+    forms = ["--form", "chunk", "--form", "parallel"]
+    assert main(["bench", "--workload", SHAPE, "--dtype", "float16", *forms, "--json", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "Imagined GPU" in lines[0]
+    assert "fla 7.8" in lines[0]
+    assert f"{SHAPE}: B=2 T=70 H=5 K=16 V=24 float16" in lines
+    begin = lines.index(HEAD) + 1
+    assert [line.split()[:2] for line in lines[begin : begin + 6]] == [
+        [form, variant] for form in ("chunk", "parallel") for variant in ("tuned", "default", "fla")
+    ]
+    assert "1.00x" in lines[begin + 3]
+    assert lines[begin + 2].endswith("failed: ValueError: unsupported shape")
+    assert lines[-1] == "vs fla, geometric mean of 1 row: 1.00x forward, 1.00x forward + backward"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["fla"] == "7.8"
+    assert [row["variant"] for row in found["rows"]] == ["tuned", "default", "fla"] * 2
+    assert found["rows"][0]["shape"].endswith("float16")
+    assert found["rows"][0]["forward"]["ms"] == 60.0
+    assert set(found["rows"][0]["errors"]) == set(NAMES)
+    assert all(1e-5 < error < 2e-3 for error in found["rows"][0]["errors"].values())
+    assert found["rows"][2]["failure"] == "ValueError: unsupported shape"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_measured_is_written_before_the_run_ends(
+    calls: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*inputs: Tensor) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generated, "parallel_retention", stop)
+    path = tmp_path / "figures.json"
+    forms = ["--form", "chunk", "--form", "parallel", "--no-default", "--no-fla"]
+    assert main(["bench", "--workload", SHAPE, *forms, "--json", str(path)]) == 130
+    assert [row["form"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["chunk"]
+    assert "\nchunk           tuned" in capsys.readouterr().out
+
+
+def test_bench_that_measures_nothing_fails(
+    calls: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generated, "chunk_retention", refuse)
+    assert main(["bench", "--workload", SHAPE, "--form", "chunk"]) == 1
+    assert capsys.readouterr().out.count("failed: ValueError: unsupported shape") == 2
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(
+    calls: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--workload", SHAPE, "--form", "chunk", "--json", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+    assert calls == []
+
+
+@pytest.mark.parametrize("given", [["--dtype", "float64"], ["--dtype", "half"], ["--dtype"]])
+def test_a_dtype_that_no_workload_has_is_refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *given])
+    assert ended.value.code == 2
+    assert "--dtype" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [[], ["--dtype", "bfloat16"], ["--dtype", "float16"], ["--dtype", "float32"]])
+def test_dtype_overrides_the_workloads_own(
+    given: list[str], calls: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "--workload", f"{SHAPE},dtype=float32", "--form", "chunk", "--no-default"]
+    assert main([*arguments, *given]) == 0
+    assert f"V=24 {given[1] if given else 'float32'}\n" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::generated.configuration.ConfigurationWarning")
+def test_bench_on_a_gpu_measures_what_the_oracle_accepts(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    forms = ["--form", "chunk", "--form", "naive", "--no-fla"]
+    assert main(["bench", "--workload", "B=2,T=300,H=4,K=32,V=64", *forms, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["form"], row["variant"]) for row in rows] == [
+        ("chunk", "tuned"),
+        ("chunk", "default"),
+        ("naive", "tuned"),
+    ]
+    assert all(0 < row["forward"]["ms"] < row["both"]["ms"] for row in rows)
+    assert all(row["extra_mib"] > 0 for row in rows)
+    assert all(0 < error < 1e-2 for row in rows for error in row["errors"].values())
