@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import timeit
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -640,14 +642,13 @@ def test_slug_is_a_file_name() -> None:
     assert configuration.slug("NVIDIA GeForce RTX 4090 (D)") == "nvidia_geforce_rtx_4090_d"
 
 
-def test_source_hash_ignores_the_comments_at_the_top_and_nothing_else(tmp_path: Path) -> None:
-    texts = ["# by gen, from abc\nx = 1\n", "# by gen, from def\n# more\n\nx = 1\n", "# by gen, from abc\nx = 2\n"]
-    for index, text in enumerate(texts):
-        (tmp_path / f"{index}.py").write_text(text)
-    first, second, third = (configuration.source_hash(str(tmp_path / f"{index}.py")) for index in range(3))
-    assert first == second != third
-    assert len(first) == 16
-    assert configuration.source_hash(str(tmp_path / "absent.py")) == "unreadable"
+def test_source_hash_is_of_the_kernels_texts_and_their_order() -> None:
+    one, other = (SimpleNamespace(src=text) for text in ("def one(): ...", "def other(): ..."))
+    hashes = {configuration.source_hash(*kernels) for kernels in ([one], [other], [one, other], [other, one])}
+    assert len(hashes) == 4
+    assert all(re.fullmatch("[0-9a-f]{16}", text) for text in hashes)
+    assert configuration.source_hash(one) == configuration.source_hash(SimpleNamespace(src=one.src))
+    assert configuration.source_hash(one, SimpleNamespace()) == "interpreted"
 
 
 def test_every_registered_kernel_names_its_source() -> None:

@@ -102,6 +102,8 @@ def test_any_length_gives_the_oracles_results(form: str, dtype: torch.dtype) -> 
     [
         (torch.bfloat16, 1, 1),
         (torch.bfloat16, 3, 300),
+        (torch.bfloat16, 511, 129),
+        (torch.float16, 255, 64),
         (torch.float16, 256, 428),
         (torch.float32, 256, 512),
         (torch.float32, 128, 128),
