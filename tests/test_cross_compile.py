@@ -20,7 +20,7 @@ from cross_compile import Case, Problem
 
 from generated import configuration
 from tuning.compilation import ARCHS, offline
-from tuning.problems import FORM_KERNEL, FORMS
+from tuning.problems import FORM_KERNEL, FORMS, GRADIENTS, GRADIENTS_FORM_KERNEL
 
 SCRIPT = Path(cross_compile.__file__)
 SHIPPED = [path for path in configuration.packaged_directory().glob("*.yaml") if ".modelled" not in path.name]
@@ -64,7 +64,7 @@ def test_every_shipped_rule_is_compiled(path: Path) -> None:
         (kernel, file["device"]["arch"], rule["when"]["dtype"], *rule["use"].values())
         for kernel, entry in file["kernels"].items()
         for rule in entry["rules"]
-        if kernel != FORM_KERNEL  # which names a form, and is no kernel
+        if kernel not in (FORM_KERNEL, GRADIENTS_FORM_KERNEL)  # which name a form, and are no kernels
     }
     compiled = {
         (case.problem.kernel, case.arch, case.problem.dtype, *vars(case.config).values())
@@ -109,8 +109,9 @@ def test_every_combination_is_each_architecture_form_dtype_and_width() -> None:
 @pytest.mark.parametrize("form", sorted({*FORMS} - {"chunk_states"}))
 def test_every_form_is_compiled_with_packed_sequences(form: str) -> None:
     words = {word for case in cross_compile.variant_cases() if case.problem.form == form for word in case.variant}
-    states = {"initial_state", "final_state", "adjoint"} if form != "parallel" else set()
-    assert words >= {"int32", "int64"} | states
+    states = {"initial_state", "final_state", "adjoint"}
+    assert words >= {"int32", "int64"}
+    assert words & states == (set() if form in ("parallel", GRADIENTS) else states)
 
 
 # How it is compiled

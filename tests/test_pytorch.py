@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,11 @@ from forms import FORMS, Function, all_forms, forms_with_states, has_states, pub
 from oracle import Problem, assert_matches, assert_same, errors, make_problem, run, solve
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import generated
@@ -345,3 +349,240 @@ def test_an_input_changed_after_the_call_is_noticed(form: str) -> None:
     k2.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         o.sum().backward()
+
+
+# The shortcut: public functions call the operator where somebody may be looking, and else what it comes to
+
+
+def names_of(form: str) -> list[str]:
+    return [f"retgen::{form}_retention", f"retgen::{form}_retention_backward"]
+
+
+def through_the_operator(form: str) -> Function:
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        g_gamma: Tensor | None = None,
+        reverse: bool = False,
+        state_v_first: bool = False,
+        chunk_size: int | None = None,
+    ) -> Any:
+        inputs = (q, k, v, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+        return operator(form)(*inputs, reverse, state_v_first, chunk_size)
+
+    return call
+
+
+def is_ours(function: object) -> bool:
+    return isinstance(function, OpOverload) and function.namespace == "retgen"
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the operators of ours that are called from Python, which no mode, tensor or profiler has to see."""
+    names: list[str] = []
+    call = OpOverload.__call__
+
+    def record(self: OpOverload, /, *args: Any, **kwargs: Any) -> Any:
+        names.extend([self.name()] if is_ours(self) else [])
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(OpOverload, "__call__", record)
+    return names
+
+
+def assert_same_as_through_the_operator(form: str, problem: Problem, called: list[str], **options: Any) -> None:
+    """The results, gradients and strides agree, and only one of the two calls was the operator's."""
+    got = run(public(form), problem, **options)
+    assert called == []
+    expected = run(through_the_operator(form), problem, **options)
+    assert set(called) == set(names_of(form))
+    assert_same(got, expected)
+    assert {name: x.stride() for name, x in got.items()} == {name: x.stride() for name, x in expected.items()}
+
+
+@all_forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_the_shortcut_gives_the_operators_bits(form: str, case: str, dtype: torch.dtype, called: list[str]) -> None:
+    problem = make_case(case, states=has_states(form))
+    problem = replace(problem, **{name: getattr(problem, name).to(dtype) for name in ("q", "k", "v", "do")})
+    assert_same_as_through_the_operator(form, problem, called)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("fused_recurrent", {"reverse": True}),
+        ("fused_recurrent", {"state_v_first": True}),
+        ("fused_recurrent", {"reverse": True, "state_v_first": True}),
+        ("chunk", {"chunk_size": 16}),
+    ],
+)
+def test_the_shortcut_gives_the_operators_bits_with_a_forms_own_options(
+    form: str, options: dict[str, Any], called: list[str]
+) -> None:
+    problem = make_problem(2, 50, 3, 4, 6)
+    if "state_v_first" in options:
+        problem = replace(problem, h0=problem.h0.mT.contiguous(), dht=problem.dht.mT.contiguous())
+    assert_same_as_through_the_operator(form, problem, called, **options)
+
+
+@all_forms
+@pytest.mark.parametrize("recording", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_shortcut_gives_the_operators_bits_without_gradients(
+    form: str, recording: Callable[[], Any], called: list[str]
+) -> None:
+    problem = make_case("bare")
+    with recording():
+        got, _ = public(form)(problem.q, problem.k, problem.v)
+        assert called == []
+        expected, _ = through_the_operator(form)(problem.q, problem.k, problem.v)
+    assert names_of(form)[0] in called
+    assert (got.requires_grad, got.is_inference()) == (expected.requires_grad, expected.is_inference())
+    assert_same({"o": got}, {"o": expected})
+
+
+def test_a_parameter_takes_the_shortcut(called: list[str]) -> None:
+    q = torch.nn.Parameter(torch.randn(1, 5, 2, 4))
+    generated.chunk_retention(q, q, q)[0].sum().backward()
+    assert called == []
+
+
+class DispatchWatch(TorchDispatchMode):
+    """Sees the operators that kernels are found for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += [func.name()] if is_ours(func) else []
+        return func(*args, **(kwargs or {}))
+
+
+class FunctionWatch(TorchFunctionMode):
+    """Sees the functions that are called from Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += [func.name()] if is_ours(func) else []
+        return func(*args, **(kwargs or {}))
+
+
+@all_forms
+@pytest.mark.parametrize("case", ["bare", "everything"])
+def test_a_dispatch_mode_sees_the_operators(form: str, case: str) -> None:
+    problem = make_case(case, states=has_states(form))
+    with DispatchWatch() as watch:
+        got = run(public(form), problem)
+    assert watch.seen == names_of(form)
+    assert_same(got, run(public(form), problem))
+
+
+@all_forms
+@pytest.mark.parametrize("case", ["bare", "everything"])
+def test_a_function_mode_sees_the_operator(form: str, case: str) -> None:
+    """The backward operator is called within torch.autograd.grad, which is what the mode sees there."""
+    problem = make_case(case, states=has_states(form))
+    with FunctionWatch() as watch:
+        got = run(public(form), problem)
+    assert watch.seen == names_of(form)[:1]
+    assert_same(got, run(public(form), problem))
+
+
+@all_forms
+def test_a_mode_that_comes_later_sees_the_backward_operator(form: str) -> None:
+    q = torch.randn(1, 5, 2, 4, requires_grad=True)
+    o, _ = public(form)(q, q, q)
+    with DispatchWatch() as watch:
+        o.sum().backward()
+    assert watch.seen == names_of(form)[1:]
+
+
+@all_forms
+@pytest.mark.parametrize("profiler", [torch.profiler.profile, torch.autograd.profiler.profile])
+def test_a_profiler_sees_the_operators(form: str, profiler: Callable[[], Any]) -> None:
+    problem = make_case("bare")
+    with profiler() as profile:
+        got = run(public(form), problem)
+    assert {event.key for event in profile.key_averages()} >= {*names_of(form)}
+    assert_same(got, run(public(form), problem))
+
+
+@all_forms
+def test_a_profiler_that_comes_later_sees_the_backward_operator(form: str) -> None:
+    q = torch.randn(1, 5, 2, 4, requires_grad=True)
+    o, _ = public(form)(q, q, q)
+    with torch.profiler.profile() as profile:
+        o.sum().backward()
+    assert names_of(form)[1] in {event.key for event in profile.key_averages()}
+
+
+class Watched(Tensor):
+    """A tensor that sees the functions that it is given to."""
+
+    seen: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen += [func.name()] if is_ours(func) else []
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Wrapped(Tensor):
+    """A tensor without data of its own, which sees the operators that kernels are found for and keeps its results."""
+
+    seen: list[str]
+
+    def __new__(cls, inner: Tensor) -> Any:
+        same = {"strides": inner.stride(), "dtype": inner.dtype, "device": inner.device}
+        return Tensor._make_wrapper_subclass(cls, inner.shape, **same)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen += [func.name()] if is_ours(func) else []
+        args, kwargs = tree_map_only(cls, lambda x: x.inner, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+
+@all_forms
+@pytest.mark.parametrize("name", ["q", "k", "v", "g_gamma", "cu_seqlens"])
+def test_a_subclass_sees_the_operator(form: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_case("everything", states=has_states(form))
+    watched = getattr(problem, name).as_subclass(Watched)
+    monkeypatch.setattr(Watched, "seen", [], raising=False)
+    got = run(public(form), replace(problem, **{name: watched}))
+    assert Watched.seen[0] == names_of(form)[0]
+    assert type(got["o"]) is Watched
+    assert_same({key: x.as_subclass(Tensor) for key, x in got.items()}, run(public(form), problem))
+
+
+@all_forms
+@pytest.mark.parametrize("case", ["bare", "strided", "states"])
+def test_a_wrapper_sees_the_operators(form: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_case(case, states=has_states(form))
+    monkeypatch.setattr(Wrapped, "seen", [], raising=False)
+    wrapped = {name: Wrapped(x) for name, x in vars(problem).items() if isinstance(x, Tensor)}
+    got = run(public(form), replace(problem, **wrapped))
+    assert Wrapped.seen == names_of(form)
+    assert_same({key: x.inner for key, x in got.items()}, run(public(form), problem))
+
+
+@all_forms
+def test_vmap_sees_the_operator(form: str, called: list[str]) -> None:
+    rows = torch.randn(3, 1, 5, 2, 4)
+    got = torch.func.vmap(lambda q: public(form)(q, q, q)[0])(rows)
+    assert set(called) == {names_of(form)[0]}  # once for all rows, and then by PyTorch for each
+    assert_same({"o": got}, {"o": torch.stack([public(form)(q, q, q)[0] for q in rows])})

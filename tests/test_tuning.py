@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
 
@@ -28,11 +29,11 @@ from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
 from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
-from tuning.problems import FORMS, Problem, problems_of
+from tuning.problems import FORMS, GRADIENTS, Problem, problems_of
 from tuning.rules import AXES, Entry, Point
 from tuning.search import Search
 from tuning.space import knob_values
-from tuning.tuner import NOISE, Effort, Tuner
+from tuning.tuner import NOISE, Effort, Tuner, Winner
 from tuning.workloads import WorkloadError, builtin, parse
 
 SM90 = ARCHS["sm90"]
@@ -375,6 +376,47 @@ def test_entries_that_do_not_hold_are_dropped(tmp_path: Path, old: str, new: str
     assert rules.existing_entries(tmp_path / "absent.yaml") == []
 
 
+def won(form: str, ms: float, **changes: int) -> Winner:
+    problem = replace(PROBLEM, form=form, **changes)
+    return Winner(problem, problem.default(), ms, 100.0, 0.001, 0, 9, modelled=False)
+
+
+TUNED = [won("fused_chunk", 3.0), won("chunk", 4.0), won("parallel", 2.0), won("chunk_states", 0.1)]
+
+
+@pytest.mark.parametrize(("together", "form", "ms"), [(5.9, "fused_chunk", 5.9), (6.1, "sweeps", 6.0)])
+def test_gradients_share_a_launch_where_it_is_faster_than_three_of_the_fastest_sweep(
+    together: float, form: str, ms: float, tmp_path: Path
+) -> None:
+    found = rules.form_entries([won(GRADIENTS, together), *TUNED])
+    assert {entry.kernel: entry.use for entry in found} == {
+        "retention_form": {"form": "parallel"},
+        "retention_form_gradients": {"form": form},
+    }
+    assert [entry.point for entry in found] == [Point("bfloat16", 64, 64, 64, 1024)] * 2
+    assert [(entry.figures["ms"], entry.figures["default_ms"]) for entry in found] == [(2.0, 4.0), (ms, 6.0)]
+    assert [entry.figures["trials"] for entry in found] == [3, 2]
+    write(tmp_path / "a.yaml", *found)
+    assert rules.existing_entries(tmp_path / "a.yaml") == found
+    assert [rules.config_from(entry).form for entry in found] == ["parallel", form]
+
+
+@pytest.mark.parametrize(
+    "winners",
+    [
+        TUNED,
+        [*TUNED, won(GRADIENTS, 0.1, K=128, V=128)],
+        [*TUNED, won(GRADIENTS, 0.1, T=2048)],
+        [TUNED[0], won(GRADIENTS, 0.1)],
+        [won(GRADIENTS, 0.1)],
+    ],
+    ids=["no gradients", "another width", "another length", "one sweep", "no sweep"],
+)
+def test_no_way_to_the_gradients_is_chosen_where_there_are_not_both(winners: list[Winner]) -> None:
+    kernels = [entry.kernel for entry in rules.form_entries(winners)]
+    assert kernels == (["retention_form"] if len(winners) >= len(TUNED) else [])
+
+
 def full_disk(*arguments: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -426,11 +468,40 @@ def test_written_rule_is_used_and_a_measured_one_beats_a_modelled_one(only_this_
 
 def test_every_builtin_workload_has_problems_of_every_form() -> None:
     assert len(builtin()) >= 9
+    assert {workload.K == workload.V for workload in parse([])} == {True, False}
     for workload in parse([]):
         for form in FORMS:
             found = problems_of(workload, form)
-            assert len(found) == len({(p.K, p.V) for p in found}) == (1 if workload.K == workload.V else 2)
-            assert {(p.K, p.V) for p in found} == {(workload.K, workload.V), (workload.V, workload.K)}
+            widths = {(workload.K, workload.V), (workload.V, workload.K)}
+            if form == GRADIENTS and workload.K != workload.V:  # whose sweeps have two shapes, and no common launch
+                widths = set()
+            assert len(found) == len(widths)
+            assert {(p.K, p.V) for p in found} == widths
+
+
+SWEEPS = ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
+
+
+@pytest.mark.parametrize(
+    ("forms", "tuned"),
+    [
+        (["fused_chunk"], ["fused_chunk", GRADIENTS]),
+        (["chunk"], ["chunk_states", "chunk", GRADIENTS]),
+        (["parallel"], ["parallel"]),
+        (["fused_recurrent"], ["fused_recurrent"]),
+        (["fused_chunk", "chunk"], ["fused_chunk", GRADIENTS, "chunk_states", "chunk"]),
+        (["chunk", "fused_chunk", "chunk"], ["chunk_states", "chunk", GRADIENTS, "fused_chunk"]),
+        ([], ["fused_chunk", GRADIENTS, "chunk_states", "chunk", "parallel", "fused_recurrent"]),
+    ],
+    ids=lambda forms: "+".join(forms) or "all",
+)
+def test_a_form_is_tuned_with_the_passes_that_it_launches(forms: list[str], tuned: list[str]) -> None:
+    equal, unequal = parse(["small", "retnet_1.3b"])
+    assert [problem.form for problem in run_module._problems([equal], forms)] == tuned
+    both_ways = [(form, K, V) for form in tuned if form != GRADIENTS for K, V in ((256, 512), (512, 256))]
+    assert [(p.form, p.K, p.V) for p in run_module._problems([unequal], forms)] == both_ways
+    together = run_module._problems([equal, unequal, equal], forms)
+    assert sorted(p.form for p in together) == sorted([*tuned, *(form for form, _, _ in both_ways)])
 
 
 def test_workload_is_given_by_name_or_shape() -> None:
@@ -495,6 +566,20 @@ def test_spills_cost() -> None:
     assert predict(PROBLEM, PROBLEM.default(), SM90, replace(NEEDS, spills=64)) > predict(
         PROBLEM, PROBLEM.default(), SM90, NEEDS
     )
+
+
+# The check against float64
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_in_one_launch_are_held_against_the_right_ones(reverse: bool) -> None:
+    problem = Problem(GRADIENTS, "float32", B=2, T=200, H=3, K=8, V=8)
+    q, k, v, do, g_gamma = inputs = problem.inputs("cpu")
+    expected = oracle.solve(oracle.Problem(q, k, v, do, g_gamma=g_gamma, reverse=reverse))
+    got = measurement._reference(problem, inputs, reverse=reverse)
+    for name, x in zip(("dq", "dk", "dv"), got, strict=True):
+        assert x.dtype == torch.float64
+        assert oracle.errors(x, expected[name])[0] < 1e-12, name
 
 
 # Processes. What follows runs in children, which import it from here.
@@ -655,10 +740,11 @@ def test_interrupt_writes_what_was_found_and_says_so(
     fake_parts["judge"] = judge = Judge(stop_after=7, modelled=True)
     path = tmp_path / "a.yaml"
     assert main([*RUN, "--out", str(path)]) == 130
-    written = parse_file(path).kernels[PROBLEM.kernel].rules
-    assert [rule.use for rule in written] == [knob_values(min(judge.timed, key=landscape))]
+    kernels = parse_file(path).kernels
+    assert list(kernels) == [PROBLEM.kernel]  # the turn of the gradients' kernel had not come
+    assert [rule.use for rule in kernels[PROBLEM.kernel].rules] == [knob_values(min(judge.timed, key=landscape))]
     out = capsys.readouterr().out
-    assert "stopped: 1 of 1 search did not end" in out
+    assert "stopped: 2 of 2 searches did not end" in out
     assert f"wrote 1 rule to {path}" in out
 
 
@@ -666,7 +752,7 @@ def test_spent_budget_is_said(fake_parts: dict[str, Any], tmp_path: Path, capsys
     path = tmp_path / "a.yaml"
     assert main([*RUN, "--workload", "short", "--budget", "1e-9", "--out", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "the budget of 1e-09 s is spent: 2 of 2 searches did not end" in out
+    assert "the budget of 1e-09 s is spent: 4 of 4 searches did not end" in out
     assert "took 0 s" in out
     assert main([*RUN, "--budget", "1e300", "--out", str(path)]) == 0
 
@@ -746,6 +832,7 @@ def test_gpu_that_does_not_start_is_a_line_and_not_a_traceback(
         ["run", "--workers", "-1"],
         ["run", "--arch", "sm1"],
         ["run", "--form", "chunk_states"],
+        ["run", "--form", GRADIENTS],
         ["run", "--effort", "some"],
     ],
 )
@@ -754,6 +841,16 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
         main(arguments)
     assert ended.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_run_offers_the_forms_of_sweeps(
+    fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert f"--form {{{','.join(SWEEPS)}}}" in capsys.readouterr().out
+    for form in SWEEPS:
+        assert main([*RUN[:-1], form, "--budget", "1e-9", "--out", str(tmp_path / f"{form}.yaml")]) == 0
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["show"], ["bench"]])

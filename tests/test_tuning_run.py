@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,18 @@ from generated.configuration_file import File, Rule, parse_file
 from generated.retention import fused_chunk
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
-from tuning.problems import FORMS, Problem
+from tuning.problems import FORMS, GRADIENTS, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOAD = "B=2,T=128,H=2,K=16,V=16"
 PROBLEM = Problem("fused_chunk", "bfloat16", 2, 128, 2, 16, 16)
+# What `--form fused_chunk` tunes, and the kernels: K is V.
+KERNELS = {
+    PROBLEM: fused_chunk.fused_chunk_kernel,
+    replace(PROBLEM, form=GRADIENTS): fused_chunk.fused_chunk_gradients_kernel,
+}
+
+every_problem = pytest.mark.parametrize("problem", KERNELS, ids=lambda problem: problem.form)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +63,10 @@ def modelled(directory: Path) -> tuple[File, str]:
     return tune(directory, "first/a.yaml", "--form", "fused_chunk", "--arch", "sm90", "--budget", "60")
 
 
-def only_rule(file: File) -> Rule:
-    assert list(file.kernels) == [PROBLEM.kernel]
-    (rule,) = file.kernels[PROBLEM.kernel].rules
+def only_rule(file: File, problem: Problem) -> Rule:
+    """The problem's rule in a file that holds one rule for each of them, and nothing else."""
+    assert list(file.kernels) == [one.kernel for one in KERNELS]
+    (rule,) = file.kernels[problem.kernel].rules
     return rule
 
 
@@ -73,18 +82,21 @@ def check_resources(problem: Problem, config: Any, arch: str) -> None:
         pool.close()
 
 
-def test_rule_is_modelled_and_its_kernel_fits_and_does_not_spill(modelled: tuple[File, str]) -> None:
+@every_problem
+def test_rule_is_modelled_and_its_kernel_fits_and_does_not_spill(modelled: tuple[File, str], problem: Problem) -> None:
     file, output = modelled
-    rule = only_rule(file)
+    rule = only_rule(file, problem)
     assert (file.device.arch, file.device.name, rule.proof) == ("sm90", None, "modelled")
     assert rule.figures["spills"] == 0
     assert 0 < rule.figures["ms"] <= rule.figures["default_ms"]
-    assert file.kernels[PROBLEM.kernel].source == fused_chunk.SOURCE
+    assert file.kernels[problem.kernel].source == configuration.source_hash(KERNELS[problem])
     assert rule.when.matches("bfloat16", K=16, V=16, BH=4, T=128)
     assert not rule.when.matches("float16", K=16, V=16, BH=4, T=128)
     assert not rule.when.matches("bfloat16", K=17, V=16, BH=4, T=128)
-    check_resources(PROBLEM, fused_chunk.FusedChunkConfig(**rule.use), "sm90")
+    check_resources(problem, fused_chunk.FusedChunkConfig(**rule.use), "sm90")
     assert "modelling sm90" in output
+    assert "2 searches for 1 workload" in output
+    assert "wrote 2 rules to" in output
     assert re.search(r"^took \d+ s$", output, re.MULTILINE)
     assert f"set RETGEN_CONFIG_DIR={file.path.resolve().parent}" in output
     assert max(map(len, output.splitlines())) > 80  # a table that no terminal bounds is not broken
@@ -99,13 +111,14 @@ def test_run_over_its_own_file_is_no_worse(modelled: tuple[File, str], directory
     path = directory / "copy.yaml"
     path.write_bytes(modelled[0].path.read_bytes())
     again, _ = tune(directory, "copy.yaml", "--form", "fused_chunk", "--arch", "sm90")
-    assert only_rule(again).figures["ms"] <= only_rule(modelled[0]).figures["ms"]
+    for problem in KERNELS:
+        assert only_rule(again, problem).figures["ms"] <= only_rule(modelled[0], problem).figures["ms"]
 
 
 def test_every_form_is_tuned_for_another_architecture(directory: Path) -> None:
     file, _ = tune(directory, "sm80.yaml", "--arch", "sm80", "--budget", "8")
     assert file.device.arch == "sm80"
-    assert set(file.kernels) <= {f"retention_{form}" for form in [*FORMS, "form"]}
+    assert set(file.kernels) <= {f"retention_{form}" for form in [*FORMS, "form", "form_gradients"]}
     assert PROBLEM.kernel in file.kernels
     assert all(rule.proof == "modelled" for kernel in file.kernels.values() for rule in kernel.rules)
     for form in FORMS.keys() & {name.removeprefix("retention_") for name in file.kernels}:
@@ -125,14 +138,15 @@ def pretended_gpu(modelled: tuple[File, str], monkeypatch: pytest.MonkeyPatch) -
     configuration.reload()
 
 
+@every_problem
 @pytest.mark.filterwarnings("ignore::generated.configuration.ConfigurationWarning")
 @pytest.mark.usefixtures("pretended_gpu")
-def test_written_rule_is_what_the_launcher_asks_for(modelled: tuple[File, str]) -> None:
+def test_written_rule_is_what_the_launcher_asks_for(modelled: tuple[File, str], problem: Problem) -> None:
     def chosen(T: int) -> fused_chunk.FusedChunkConfig | None:
         shape = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "K": 16, "V": 16, "BH": 4, "T": T}
-        return configuration.select_config(PROBLEM.kernel, fused_chunk.FusedChunkConfig, None, **shape)
+        return configuration.select_config(problem.kernel, fused_chunk.FusedChunkConfig, None, **shape)
 
-    assert chosen(128) == fused_chunk.FusedChunkConfig(**only_rule(modelled[0]).use)
+    assert chosen(128) == fused_chunk.FusedChunkConfig(**only_rule(modelled[0], problem).use)
     assert chosen(128 * 100) is None
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from tuning import bench, run, show
 from tuning.compilation import ARCHS
 from tuning.measurement import MeasurementError
-from tuning.problems import FORMS
+from tuning.problems import FORMS, PASSES
 from tuning.run import RunError
 from tuning.tuner import EFFORTS
 from tuning.workloads import DTYPES, WorkloadError, builtin
@@ -86,7 +86,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="tune, and write a configuration file",
         description="Tune the kernels: by measuring where there is a GPU, by a model of one where there is none.",
     )
-    _add_selection(parser, [form for form in FORMS if form != "chunk_states"])
+    _add_selection(parser, [form for form in FORMS if form not in PASSES])
     parser.add_argument(
         "--effort", choices=sorted(EFFORTS), default="quick", help="how many candidates (default: quick)"
     )

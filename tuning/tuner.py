@@ -17,6 +17,10 @@ from tuning.search import Search
 from tuning.space import knob_values
 
 NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
+AFTER = {
+    "chunk": "chunk_states",
+    GRADIENTS: "fused_chunk",
+}  # which runs the other's kernel too, or starts from its winners
 NOISE = 0.01  # a challenger must beat the incumbent and the default by more than this
 
 
@@ -174,8 +178,8 @@ class Tuner:
         self.pool.forget_waiting()
 
     def _search(self, problems: list[Problem], tasks: list[_Task]) -> None:
-        waiting, started = self._startable([p for p in problems if p.form == "chunk"], problems)
-        tasks += [_Task(self, p) for p in problems if p.form != "chunk"] + started
+        waiting, started = self._startable(problems, problems)
+        tasks += started
         done, total = 0, len(problems) * (self.effort.first + self.effort.rounds * self.effort.per_round)
         while tasks:
             task = next((t for t in tasks if t.ready()), tasks[0])
@@ -230,8 +234,8 @@ class Tuner:
         return None
 
     def _startable(self, waiting: list[Problem], pending: list[Problem]) -> tuple[list[Problem], list[_Task]]:
-        """The chunk form's problems start when the pass over its states, which they run too, has been tuned."""
-        ready = [p for p in waiting if _states_problem(p) not in pending]
+        """A problem starts when that on whose results it builds has been tuned."""
+        ready = [p for p in waiting if p.form not in AFTER or replace(p, form=AFTER[p.form]) not in pending]
         return [p for p in waiting if p not in ready], [_Task(self, p) for p in ready]
 
     def neighbours(self, problem: Problem) -> list[Any]:
