@@ -188,6 +188,12 @@ def test_float32_is_exact_unless_the_user_lowered_it(form: str) -> None:
 
 
 @forms_with_kernels
+def test_a_scale_may_be_a_whole_number(form: str) -> None:
+    for scale in (1, 0.5, 2, 1.0):
+        check(public(form), plain(100, scale=scale))
+
+
+@forms_with_kernels
 @pytest.mark.parametrize("H", [96, 128])
 def test_many_heads_with_late_decays_are_right(form: str, H: int) -> None:
     check(public(form), on_gpu(1, 200, H, 64, 64, dtype=torch.float32, states=has_states(form)))

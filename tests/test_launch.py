@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 import generated
-from generated.launch import padded
+from generated import launch as launching
+from generated.launch import has_aligned_rows, padded
 
 
 @pytest.mark.parametrize(("size", "width"), [(1, 16), (16, 16), (17, 32), (256, 256), (428, 512)])
@@ -33,3 +40,124 @@ def test_compiled_code_refuses_wrong_offsets_too() -> None:
     run = torch.compile(lambda q, offsets: generated.chunk_retention(q, q, q, cu_seqlens=offsets)[0], backend="eager")
     with pytest.raises(ValueError, match="must end at T = 8"):
         run(x, torch.tensor([0, 3, 7]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "K", "V", "aligned"),
+    [
+        (torch.bfloat16, 64, 33, False),
+        (torch.float16, 1, 2, False),
+        (torch.bfloat16, 34, 18, True),
+        (torch.float32, 1, 3, True),
+    ],
+)
+def test_rows_are_aligned_at_multiples_of_four_bytes(dtype: torch.dtype, K: int, V: int, aligned: bool) -> None:
+    assert has_aligned_rows(dtype, K, V) is aligned
+
+
+class Device:
+    """Stands for Triton, its driver and a GPU: records what is dispatched by Triton and what is launched directly."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.dispatched: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+        self.hooked: list[tuple[Any, ...]] = []
+        active = SimpleNamespace(get_current_stream=lambda index: f"stream {index}")
+        monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
+        monkeypatch.setattr(launching, "_compiled", {})
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def dispatch(*arguments: Any, **options: Any) -> Any:
+            self.dispatched.append((grid, arguments, options))
+            return Compiled(self)
+
+        return dispatch
+
+    def launch(
+        self, *addresses: int | None, programs: int = 7, numbers: tuple[float, ...] = (0.5, 3), warps: int = 4
+    ) -> None:
+        tensors = tuple(None if address is None else fake_tensor(address) for address in addresses)
+        launching.launch(self, programs, tensors, numbers, (8, 1), {"BT": 64, "EVEN": True}, warps, 2)
+
+
+class Compiled:
+    """Stands for a compiled kernel."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, device: Device) -> None:
+        self.run = lambda *arguments: device.launched.append(arguments)
+        self._hooked = device.hooked
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self._hooked.append((grid, arguments))
+
+
+def fake_tensor(address: int) -> Any:
+    return SimpleNamespace(data_ptr=lambda: address, dtype=torch.bfloat16, device=torch.device("cuda", 1), is_cuda=True)
+
+
+def test_triton_dispatches_a_kernel_once_and_then_it_is_launched_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    device.launch(16, None, 32)
+    device.launch(48, None, 64, programs=9, numbers=(0.25, 4))
+    ((grid, arguments, options),) = device.dispatched
+    assert grid == (7,)
+    assert [None if x is None else x.data_ptr() for x in arguments[:3]] == [16, None, 32]
+    assert arguments[3:] == (0.5, 3, 8, 1)
+    assert options == {"BT": 64, "EVEN": True, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    head = (9, 1, 1, "stream 1", "function", "metadata", None, None, None)
+    assert device.launched == [(*head, 48, None, 64, 0.25, 4, 8, 1, 64, True)]
+
+
+def test_what_triton_would_compile_otherwise_is_dispatched_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    device.launch(16, None)
+    device.launch(16, 32)  # a tensor where there was none
+    device.launch(16, None, warps=8)
+    assert len(device.dispatched) == 3
+    device.launch(16, 40)  # not a multiple of 16: another kernel, which is not kept
+    device.launch(16, 40)
+    assert len(device.dispatched) == 5
+    assert not device.launched
+    device.launch(16, 32)
+    assert len(device.launched) == 1
+
+
+def test_a_profilers_hook_sees_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    device.launch(16)
+    monkeypatch.setattr(launching, "runtime", SimpleNamespace(launch_enter_hook=lambda _: None, launch_exit_hook=None))
+    device.launch(16)
+    ((grid, arguments),) = device.hooked
+    assert grid == (7, 1, 1)
+    assert arguments[1:] == (0.5, 3, 8, 1, 64, True)
+    assert not device.launched
+
+
+@pytest.mark.parametrize("scale", [1, 2, True, 0.5])
+def test_kernels_get_a_float_for_every_scale(scale: float) -> None:
+    """Triton compiles another kernel for an integer, and a third one for 1."""
+    operators = importlib.import_module("generated.retention.operators")
+    seen = []
+
+    def sweep(q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale: float, **_: Any) -> Tensor:
+        seen.append(scale)
+        return torch.empty_like(v)
+
+    x = torch.randn(1, 2, 1, 3)
+    operators._forward(sweep, x, x, x, None, scale, None, False, None, False, False, None)
+    assert seen == [scale]
+    assert type(seen[0]) is float
+
+
+@pytest.mark.parametrize("name", ["q", "v", "initial_state", "g_gamma"])
+@pytest.mark.parametrize("form", ["naive", "chunk"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_no_inputs_tangent_is_lost(form: str, name: str) -> None:
+    x = torch.randn(1, 4, 2, 3)
+    inputs = {"q": x, "k": x, "v": x, "initial_state": torch.randn(1, 2, 3, 3), "g_gamma": torch.tensor([-0.1, -0.2])}
+    with forward_ad.dual_level():
+        inputs[name] = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            getattr(generated, f"{form}_retention")(**inputs)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import generated
+from generated.retention import operators
 
 
 def operator(form: str, suffix: str = "") -> Any:
@@ -586,3 +587,20 @@ def test_vmap_sees_the_operator(form: str, called: list[str]) -> None:
     got = torch.func.vmap(lambda q: public(form)(q, q, q)[0])(rows)
     assert set(called) == {names_of(form)[0]}  # once for all rows, and then by PyTorch for each
     assert_same({"o": got}, {"o": torch.stack([public(form)(q, q, q)[0] for q in rows])})
+
+
+def test_lazy_tensors_are_not_plain() -> None:
+    is_plain = operators._is_plain
+    x = torch.randn(3)
+    assert is_plain((x, None, 0.5, torch.nn.Parameter(x)))
+    assert not is_plain((x, torch._neg_view(x)))
+    assert not is_plain((x, torch._efficientzerotensor(3)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_trace_records_the_operator(gradient: bool) -> None:
+    x = torch.randn(1, 20, 2, 8, requires_grad=gradient)
+    traced = torch.jit.trace(lambda q: generated.chunk_retention(q, q, q)[0], (x,), check_trace=False)
+    assert "retgen::chunk_retention" in str(traced.graph)
+    torch.testing.assert_close(traced(2 * x), generated.chunk_retention(2 * x, 2 * x, 2 * x)[0], rtol=0, atol=0)

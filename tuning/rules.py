@@ -20,7 +20,7 @@ from generated.configuration import kernel_problem, kernel_registry
 from generated.configuration_file import ConfigurationError, Rule, parse_file
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
 from tuning.space import knob_values
-from tuning.tuner import Winner
+from tuning.tuner import NOISE, Winner
 
 REACH = 2.0  # a rule holds from half to twice the measured B * H and T
 AXES = ("K", "V", "BH", "T")
@@ -89,7 +89,7 @@ def form_entries(winners: Iterable[Winner]) -> list[Entry]:
             entries.append(_form_entry(FORM_KERNEL, best.problem.form, best, default, len(forms)))
             if together := gradients.get(point):
                 apart = replace(best, ms=3 * best.ms)
-                faster = min(together, apart, key=lambda winner: winner.ms)
+                faster = together if together.ms < (1 - NOISE) * apart.ms else apart
                 form = "fused_chunk" if faster is together else "sweeps"
                 entries.append(_form_entry(GRADIENTS_FORM_KERNEL, form, faster, apart.ms, 2))
     return entries

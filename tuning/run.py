@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from generated import configuration
+from generated.launch import has_aligned_rows
 from tuning import rules
 from tuning.compilation import ARCHS, Arch
 from tuning.compile_pool import CompilePool
@@ -36,6 +37,9 @@ class RunError(Exception):
 def run(options: argparse.Namespace, console: Console) -> int:
     """Tune what the options select; write even after Ctrl-C what was found until then."""
     started, workloads = time.monotonic(), parse(options.workload)
+    for workload in workloads:
+        if not has_aligned_rows(workload.torch_dtype, workload.K, workload.V):
+            raise RunError(f"{workload.name}: an odd K or V in {workload.dtype} always runs the defaults, never a rule")
     measurer = None if options.arch or not gpu_present() else Measurer()
     try:
         arch = _architecture(options.arch, measurer)

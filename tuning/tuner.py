@@ -17,10 +17,8 @@ from tuning.search import Search
 from tuning.space import knob_values
 
 NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
-AFTER = {
-    "chunk": "chunk_states",
-    GRADIENTS: "fused_chunk",
-}  # which runs the other's kernel too, or starts from its winners
+# Which runs the others' kernels too, or starts from their winners.
+AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
 NOISE = 0.01  # a challenger must beat the incumbent and the default by more than this
 
 
@@ -190,7 +188,7 @@ class Tuner:
                 tasks.remove(task)
                 done += task.left
                 self._finish(task)
-                waiting, started = self._startable(waiting, [t.problem for t in tasks])
+                waiting, started = self._startable(waiting, [*waiting, *(t.problem for t in tasks)])
                 tasks += started
 
     def seconds_left(self) -> float | None:
@@ -235,7 +233,7 @@ class Tuner:
 
     def _startable(self, waiting: list[Problem], pending: list[Problem]) -> tuple[list[Problem], list[_Task]]:
         """A problem starts when that on whose results it builds has been tuned."""
-        ready = [p for p in waiting if p.form not in AFTER or replace(p, form=AFTER[p.form]) not in pending]
+        ready = [p for p in waiting if not any(replace(p, form=form) in pending for form in AFTER.get(p.form, ()))]
         return [p for p in waiting if p not in ready], [_Task(self, p) for p in ready]
 
     def neighbours(self, problem: Problem) -> list[Any]:
