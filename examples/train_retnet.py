@@ -7,12 +7,13 @@
 The model is that of Sun et al., "Retentive Network" (arXiv 2307.08621): blocks of multi-scale retention and a GELU
 feed-forward layer, each behind a layer norm. Its tokens are bytes. Training runs any form of the operator; writing
 reads the prompt with the chunk form, then goes on one token at a time with the recurrent form, whose memory does not
-grow with the text. Needs the package `generated`: install this project first, or put its root on PYTHONPATH.
+grow with the text.
 """
 
 import argparse
 import csv
 import math
+import sys
 import sysconfig
 import time
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
 from generated import (
     chunk_retention,

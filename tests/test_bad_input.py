@@ -78,6 +78,7 @@ INPUTS = {
     "no_values": (change("v", lambda x: x[..., :0]), ValueError, "v has V = 0", "at least 1"),
     "scale_is_nan": (put(scale=float("nan")), ValueError, "scale is nan", "must be finite and not 0"),
     "scale_is_infinite": (put(scale=float("inf")), ValueError, "scale is inf", "must be finite"),
+    "scale_is_beyond_float32": (put(scale=10**400), ValueError, "scale is 1000", "must be finite"),
     "scale_is_0": (put(scale=0), ValueError, "scale is 0", "not 0"),
     "scale_is_text": (put(scale="1"), TypeError, "scale is a str", "must be a number"),
     "scale_is_a_tensor": (put(scale=torch.ones(())), TypeError, "scale is a Tensor", "must be a number"),

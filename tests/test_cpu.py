@@ -434,3 +434,10 @@ def test_forward_and_backward_end_within_two_seconds(form: str, two_threads: Non
         if seconds[-1] < 2:
             return
     pytest.fail(f"{form}: {seconds} s")
+
+
+@all_forms
+def test_float64_has_decays_in_float64(form: str) -> None:
+    problem = make_problem(1, 300, 3, 4, 4, torch.float64, states=False)
+    given = replace(problem, g_gamma=retnet_rates(3))
+    assert_same(run(public(form), problem), run(public(form), given))

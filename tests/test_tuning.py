@@ -885,3 +885,41 @@ def test_show_prints_the_rules_and_their_files(
 def test_bench_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--workload", "small"]) == 1
     assert "no" in capsys.readouterr().out
+
+
+def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--workload", "small", "--out", str(tmp_path / "rules.txt")]) != 0
+    assert "only files that end in .yaml or .yml are read" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_read_is_kept_under_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "sm90.yaml"
+    path.write_text("not yaml: [", encoding="utf-8")
+    kept = rules.set_aside(path)
+    assert kept is not None
+    assert kept.name.startswith("sm90.yaml.broken-")
+    assert kept.read_text(encoding="utf-8") == "not yaml: ["
+    assert not path.exists()
+    assert rules.set_aside(path) is None  # nothing there
+
+
+def test_a_file_that_can_be_read_stays(tmp_path: Path) -> None:
+    path = tmp_path / "sm90.yaml"
+    rules.write(path, rules.document([], {"arch": "sm90"}, None))
+    assert rules.set_aside(path) is None
+    assert path.is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    path = tmp_path / "file" / "sm90.yaml"
+    with pytest.raises(OSError, match="cannot be written here") as caught:
+        rules.check_writable(path)
+    assert caught.value.filename == str(path)
+
+
+@pytest.mark.parametrize("shape", ["B=1,T=64,H=1,K=33,V=16", "B=1,T=64,H=1,K=16,V=3,dtype=float16"])
+def test_odd_widths_are_not_tuned(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--workload", shape]) != 0
+    assert "an odd K or V in" in capsys.readouterr().err

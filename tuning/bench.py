@@ -80,10 +80,10 @@ class Failure:
 
 def bench(options: argparse.Namespace, console: Console) -> int:
     """Time what the options select, and print every row when it is measured; 1 if nothing could be."""
+    workloads = [replace(w, dtype=options.dtype or w.dtype) for w in parse(options.workload)]
     if not gpu_present():
         console.print("bench times kernels on a GPU, and this machine shows none; `python -m tuning run` can model one")
         return 1
-    workloads = [replace(w, dtype=options.dtype or w.dtype) for w in parse(options.workload)]
     path = Path(options.json).resolve() if options.json else None
     if path:
         check_writable(path)

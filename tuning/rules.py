@@ -124,6 +124,17 @@ def owner(path: Path) -> str | None:
     return device.name or device.arch
 
 
+def set_aside(path: Path) -> Path | None:
+    """Rename a file that is there and cannot be read, so that nothing in it is lost; return its new name."""
+    try:
+        parse_file(path)
+    except ConfigurationError:
+        if path.is_file():
+            broken = path.with_name(f"{path.name}.broken-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}")
+            return path.rename(broken)
+    return None
+
+
 def merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
     """The new entries, and the old ones at other points."""
     merged = {(entry.kernel, entry.point): entry for entry in old}
@@ -198,9 +209,12 @@ def check_writable(path: Path) -> None:
     path = path.resolve()
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder, not a file", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent):
-        pass
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written here: {error.strerror}", str(path)) from error
 
 
 class _Flow(dict[str, Any]):

@@ -53,6 +53,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         if winners:
             entries = [rules.entry_of(winner) for winner in winners] + rules.form_entries(winners)
             merged = rules.merge(rules.existing_entries(path), entries)
+            if kept := rules.set_aside(path):
+                console.print(escape(f"{path} could not be read: what it held is now {kept}"), soft_wrap=True)
             device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
             rules.write(path, rules.document(merged, device, measurer.gpu.driver if measurer else None))
         _report(console, winners, tuner, len(problems), options.budget)
@@ -79,7 +81,9 @@ def _architecture(name: str | None, measurer: Measurer | None) -> Arch:
 
 
 def _check_output(path: Path, device: str) -> None:
-    """Say before tuning that the file cannot be written or holds another GPU's rules."""
+    """Say before tuning that the file cannot be written, would not be read or holds another GPU's rules."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise RunError(f"--out {path}: only files that end in .yaml or .yml are read")
     rules.check_writable(path)
     owner = rules.owner(path)
     if owner not in (None, device):

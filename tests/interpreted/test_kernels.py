@@ -70,9 +70,12 @@ def test_decay_that_runs_out_within_a_chunk_gives_no_nan(function: Function, for
     check(function, make_problem(1, 80, 2, 8, 8, states=form in STATES, g_gamma=rates))
 
 
-def test_offsets_may_be_int32(function: Function, form: str) -> None:
+def test_offsets_may_be_int32_and_have_any_stride(function: Function, form: str) -> None:
     problem = make_problem(1, 20, 1, 8, 8, lengths=[3, 17], states=form in STATES)
     check(function, replace(problem, cu_seqlens=problem.cu_seqlens.int()))
+    strided = torch.stack([problem.cu_seqlens, problem.cu_seqlens + 99], 1)[:, 0]
+    assert not strided.is_contiguous()
+    check(function, replace(problem, cu_seqlens=strided))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
