@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -182,3 +183,39 @@ def test_signal_keeps_what_was_found_and_leaves_no_process(directory: Path, sent
     rule = parse_file(path).kernels[PROBLEM.kernel].rules[0]
     assert rule.proof == "modelled"
     assert 2 <= rule.figures["trials"] < 200  # the third may have been stopped
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 1.5])
+def test_ctrl_c_while_the_workers_start_says_no_more_than_that(directory: Path, seconds: float) -> None:
+    """A terminal sends it to all processes at once."""
+    command = [
+        sys.executable,
+        "-m",
+        "tuning",
+        "run",
+        "--workload",
+        WORKLOAD,
+        "--effort",
+        "full",
+        "--form",
+        "fused_chunk",
+    ]
+    command += ["--arch", "sm90", "--workers", "2", "--out", str(directory / f"early{seconds}.yaml")]
+    with subprocess.Popen(
+        command,
+        env=environment(directory) | {"PYTHONUNBUFFERED": "1"},
+        cwd=directory,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        while "rules go to" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.stdout.read()
+        assert process.wait(60) == 130
+    assert "Traceback" not in output
+    assert "stopped" in output

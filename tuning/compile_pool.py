@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tuning import forkserver
 from tuning.compilation import ARCHS, Resources, compile_launch
 from tuning.problems import WITH_STATES, Problem
 
@@ -61,12 +62,13 @@ class CompilePool:
         _end(self._pool)
 
     def _start(self, problem: Problem, config: Any, with_states: bool) -> Future[Resources | str]:
-        try:
-            return self._pool.submit(_compile, problem, config, self._arch, with_states)
-        except BrokenExecutor:
-            _end(self._pool)
-            self._pool = _executor(self._count)
-            return self._pool.submit(_compile, problem, config, self._arch, with_states)
+        with forkserver.uninterrupted():
+            try:
+                return self._pool.submit(_compile, problem, config, self._arch, with_states)
+            except BrokenExecutor:
+                _end(self._pool)
+                self._pool = _executor(self._count)
+                return self._pool.submit(_compile, problem, config, self._arch, with_states)
 
     def _alone(
         self, broken: Future[Resources | str], problem: Problem, config: Any, with_states: bool
@@ -84,7 +86,7 @@ class CompilePool:
 
 
 def _executor(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, _context(), initializer=_quiet)
+    return ProcessPoolExecutor(workers, forkserver.context(), initializer=_quiet)
 
 
 def _ended(future: Future[Any], seconds: float | None) -> bool:
@@ -93,18 +95,11 @@ def _ended(future: Future[Any], seconds: float | None) -> bool:
 
 def _end(pool: ProcessPoolExecutor) -> None:
     processes = list((pool._processes or {}).values())  # shutdown forgets them
+    for process in processes:  # first, so that none that is just starting misses what shutdown takes away
+        process.kill()
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
-        process.kill()
-    for process in processes:
         process.join()
-
-
-def _context() -> Any:
-    """Workers are forked from a server that has imported everything, and that never touches CUDA."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tuning.compile_pool", "tuning.measurement"])
-    return context
 
 
 def _compile(problem: Problem, config: Any, arch: str, with_states: bool) -> Resources | str:

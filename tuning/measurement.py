@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import signal
 import statistics
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuning import forkserver
 from tuning.oracle import relative_error, segment_states, sweep_reference
 from tuning.problems import GRADIENTS, STATES_SEGMENT, WITH_STATES, Problem
 
@@ -61,9 +61,7 @@ class Measurer:
     """A child process that owns the GPU; the parent never touches CUDA."""
 
     def __init__(self) -> None:
-        # Forked from a server that has imported everything but never touched CUDA: a restart takes no second import.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tuning.compile_pool", "tuning.measurement"])
+        self._context = forkserver.context()
         self._process: Any = None
         self._pipe: Connection | None = None
         self.gpu = self._start()
@@ -93,7 +91,8 @@ class Measurer:
     def _start(self) -> Gpu:
         self._pipe, theirs = self._context.Pipe()
         self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
+        with forkserver.uninterrupted():
+            self._process.start()
         theirs.close()
         try:
             gpu: Gpu = self._receive(START_SECONDS, "it does not start")
