@@ -23,7 +23,7 @@ from torch import Tensor
 import generated
 from generated.configuration import ConfigurationWarning, active_rules, defaults_only
 from tuning.measurement import describe_gpu, gpu_present, time_calls
-from tuning.oracle import relative_error, sweep_reference
+from tuning.oracle import gradients_reference, relative_error, retnet_rates, sweep_reference
 from tuning.rules import check_writable
 from tuning.workloads import Workload, parse
 
@@ -157,15 +157,11 @@ def make_inputs(workload: Workload, device: str) -> tuple[Tensor, ...]:
 
 def reference(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Tensor]:
     """o, dq, dk and dv in float64, of the first row of the batch and the heads of `_sample`."""
-    rates = torch.log1p(-torch.exp2(-5.0 - torch.arange(q.shape[2], dtype=torch.float64)))
-    rates, scale = rates[_heads(q)].to(q.device), q.shape[3] ** -0.5
+    rates, scale = retnet_rates(q.shape[2])[_heads(q)].to(q.device), q.shape[3] ** -0.5
     q, k, v, do = map(_sample, (q, k, v, do))
-    return {
-        "o": sweep_reference(q, k, v, rates, scale)[0],
-        "dq": sweep_reference(do, v, k, rates, scale)[0],
-        "dk": sweep_reference(v, do, q, rates, scale, reverse=True)[0],
-        "dv": sweep_reference(k, q, do, rates, scale, reverse=True)[0],
-    }
+    o, _ = sweep_reference(q, k, v, rates, scale)
+    dq, dk, dv = gradients_reference(q, k, v, do, rates, scale)
+    return {"o": o, "dq": dq, "dk": dk, "dv": dv}
 
 
 def errors_of(results: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tuning import forkserver
-from tuning.oracle import relative_error, segment_states, sweep_reference
+from tuning.oracle import gradients_reference, relative_error, segment_states, sweep_reference
 from tuning.problems import GRADIENTS, STATES_SEGMENT, WITH_STATES, Problem
 
 # The largest relative error against float64 that is taken for rounding: a few units of each dtype.
@@ -209,10 +209,8 @@ def _reference(problem: Problem, inputs: tuple[Tensor, ...], *, reverse: bool = 
     if problem.form == "chunk_states":
         return (segment_states(k, v, g_gamma, STATES_SEGMENT, reverse=reverse),)
     if problem.form == GRADIENTS:
-        sweeps = [(do[0], v, k, reverse), (v, do[0], q, not reverse), (k, q, do[0], not reverse)]
-    else:
-        sweeps = [(q, k, v, reverse)]
-    return tuple(sweep_reference(a, b, c, g_gamma, problem.K**-0.5, reverse=r)[0] for a, b, c, r in sweeps)
+        return gradients_reference(q, k, v, do[0], g_gamma, problem.K**-0.5, reverse=reverse)
+    return (sweep_reference(q, k, v, g_gamma, problem.K**-0.5, reverse=reverse)[0],)
 
 
 def _check(problem: Problem, config: Any, extra: dict[str, Any]) -> float:

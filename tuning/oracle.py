@@ -40,6 +40,22 @@ def sweep_reference(
     return o.flip(1) if reverse else o, state
 
 
+def gradients_reference(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, g_gamma: Tensor, scale: float, *, reverse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv in float64: sweeps with the arguments permuted, the last two in the other direction."""
+    return (
+        sweep_reference(do, v, k, g_gamma, scale, reverse=reverse)[0],
+        sweep_reference(v, do, q, g_gamma, scale, reverse=not reverse)[0],
+        sweep_reference(k, q, do, g_gamma, scale, reverse=not reverse)[0],
+    )
+
+
+def retnet_rates(heads: int) -> Tensor:
+    """log(1 - 2^(-5-h)) for h < heads, [H] in float64."""
+    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float64)))
+
+
 def segment_states(k: Tensor, v: Tensor, g_gamma: Tensor, length: int, *, reverse: bool = False) -> Tensor:
     """The states at the starts of segments of `length` tokens, [B * segments, H, K, V] in float64."""
     k, v = (x.double().flip(1) if reverse else x.double() for x in (k, v))

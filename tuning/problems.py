@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from generated.retention import auto, chunk, fused_chunk, fused_recurrent, parallel
+from tuning.oracle import retnet_rates
 from tuning.space import SPACES, Space
 from tuning.workloads import Workload
 
@@ -105,8 +106,7 @@ class Problem:
             return *tensors, torch.empty(self.H, device="meta")
         generator = torch.Generator(device).manual_seed(seed)
         tensors = [torch.randn(s, device=device, generator=generator).to(self.torch_dtype) for s in shapes]
-        decays = torch.log1p(-torch.exp2(-5.0 - torch.arange(self.H, dtype=torch.float64)))
-        return *tensors, decays.to(device=device, dtype=torch.float32)
+        return *tensors, retnet_rates(self.H).to(device=device, dtype=torch.float32)
 
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results."""
