@@ -77,7 +77,7 @@ class Device:
         self, *addresses: int | None, programs: int = 7, numbers: tuple[float, ...] = (0.5, 3), warps: int = 4
     ) -> None:
         tensors = tuple(None if address is None else fake_tensor(address) for address in addresses)
-        launching.launch(self, programs, tensors, numbers, (8, 1), {"BT": 64, "EVEN": True}, warps, 2)
+        launching.Launch(self, programs, numbers, (8, 1), {"BT": 64, "EVEN": True}, warps, 2)(*tensors)
 
 
 class Compiled:
@@ -122,6 +122,15 @@ def test_what_triton_would_compile_otherwise_is_dispatched_anew(monkeypatch: pyt
     assert not device.launched
     device.launch(16, 32)
     assert len(device.launched) == 1
+
+
+def test_a_launch_may_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    launch = launching.Launch(device, 5, (0.5,), (), {"BT": 64}, 4, 2)
+    for address in (16, 32, 8, 48):
+        launch(fake_tensor(address))
+    assert len(device.dispatched) == 2  # the first, and the one that is not aligned
+    assert [arguments[9:] for arguments in device.launched] == [(32, 0.5, 64), (48, 0.5, 64)]
 
 
 def test_a_profilers_hook_sees_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ def function(form: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     package = importlib.import_module("generated.retention")
     owner = package if form == "auto" else importlib.import_module(f"generated.retention.{form}")
     monkeypatch.setattr(owner, "OPERATOR", _interpreted_operator(form))
+    importlib.import_module("generated.configuration").clear_caches()  # a test may choose configurations
     return package.retention if form == "auto" else getattr(owner, f"{form}_retention")
 
 
@@ -54,7 +55,7 @@ _operators: dict[str, Any] = {}
 def _interpreted_operator(form: str) -> Any:
     if form not in _operators:
         module = importlib.import_module(f"generated.retention.{form}")
-        define_operator = importlib.import_module("generated.retention.operators").define_operator
-        sweep, gradients = getattr(module, f"{form}_sweep"), getattr(module, f"{form}_gradients", None)
-        _operators[form] = define_operator(f"interpreted_{form}", sweep, cpu=sweep, cpu_gradients=gradients)
+        operators = importlib.import_module("generated.retention.operators")
+        own = operators.Form(*(getattr(module, f"{form}_{part}", None) for part in ("sweep", "gradients", "ready")))
+        _operators[form] = operators.define_operator(f"interpreted_{form}", own, cpu=own)
     return _operators[form]
