@@ -65,9 +65,10 @@ def test_own_decays_and_scale_are_used(function: Function, form: str, dtype: tor
     check(function, make_problem(1, 33, 3, 8, 8, dtype, states=form in STATES, g_gamma=rates, scale=-1.5))
 
 
-def test_decay_that_runs_out_within_a_chunk_gives_no_nan(function: Function, form: str) -> None:
-    rates = torch.tensor([-20.0, -3.0])
-    check(function, make_problem(1, 80, 2, 8, 8, states=form in STATES, g_gamma=rates))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decay_that_runs_out_within_a_chunk_gives_no_nan(function: Function, form: str, dtype: torch.dtype) -> None:
+    rates = torch.tensor([-60.0, -20.0, -3.0])
+    check(function, make_problem(1, 80, 3, 8, 8, dtype, states=form in STATES, g_gamma=rates))
 
 
 def test_offsets_may_be_int32_and_have_any_stride(function: Function, form: str) -> None:
