@@ -627,3 +627,12 @@ def macros_of(path: Path) -> dict[str, list[str]]:
     tree = Environment(extensions=[IndentedExpressions]).parse(path.read_text(encoding="utf-8"))  # noqa: S701
     found = [macro for macro in tree.find_all(nodes.Macro) if not macro.name.startswith("_")]
     return {macro.name: [argument.name for argument in macro.args] for macro in found}
+
+
+def test_every_familys_text_uses_what_it_defines(tmp_path: Path) -> None:
+    for family in ("retention", "linear_attention"):
+        out = tmp_path / family
+        assert main(["build", "--family", family, "--out", str(out)]) == 0
+        command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
