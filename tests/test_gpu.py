@@ -111,7 +111,8 @@ def test_any_length_gives_the_oracles_results(form: str, dtype: torch.dtype) -> 
     ids=str,
 )
 def test_any_width_gives_the_oracles_results(form: str, dtype: torch.dtype, K: int, V: int) -> None:
-    check(public(form), on_gpu(2, 330, 2, K, V, dtype=dtype, states=has_states(form)))
+    heads = max(2, 64 // K)  # a few numbers alone may all be badly rounded
+    check(public(form), on_gpu(2, 330, heads, K, V, dtype=dtype, states=has_states(form)))
 
 
 @forms_with_kernels
