@@ -205,10 +205,17 @@ def test_rule_holds_up_to_its_bounds_and_never_beyond(
     assert expected == select(**shape).BT
 
 
-def test_rule_holds_for_its_dtype_alone(directories: Directories) -> None:
-    (directories.named / "a.yaml").write_text(GOOD)
+def test_rule_holds_for_its_dtype_and_float16_goes_by_bfloat16s_without_its_own(directories: Directories) -> None:
+    file = directories.named / "a.yaml"
+    file.write_text(GOOD)
     configuration.reload()
-    assert select(dtype=torch.float16) == DEFAULT
+    assert (select(dtype=torch.float16).BT, select(dtype=torch.float32)) == (64, DEFAULT)
+    file.write_text(document(kernel(rule(64), rule(32, when=WHEN.replace("bfloat16", "float16")))))
+    configuration.reload()
+    assert (select(dtype=torch.float16).BT, select(dtype=torch.bfloat16).BT) == (32, 64)
+    file.write_text(document(kernel(rule(32, when=WHEN.replace("bfloat16", "float16")))))
+    configuration.reload()
+    assert select(dtype=torch.bfloat16) == DEFAULT
 
 
 def test_shape_outside_all_rules_is_only_logged(directories: Directories, caplog: pytest.LogCaptureFixture) -> None:
