@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,12 @@ Function = Callable[..., Any]
 
 
 def public(form: str) -> Function:
-    """The function that a user calls."""
+    """The function that a user calls; `segments` is chunk in segments of two chunks or more, also where T is small."""
+    if form == "segments":
+        return functools.partial(generated.chunk_retention, chunk_size=128)
     return generated.retention if form == "auto" else getattr(generated, f"{form}_retention")
 
 
 def has_states(form: str) -> bool:
     """Whether a form takes and returns states."""
-    return form in WITH_STATES
+    return form != "parallel"

@@ -153,7 +153,7 @@ def test_what_needs_too_much_tensor_memory_does_not_fit() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_launch_of_tensors_uses_what_a_launch_of_shapes_compiled(form: str) -> None:
     with offline(ARCHS["sm90"].target) as compiled:
-        shapes, tensors = (Problem(form, "float16", 1, T, H, 16, 16) for T, H in ((2048, 16), (333, 1)))
+        shapes, tensors = (Problem(form, "float16", 1, T, H, 16, 16) for T, H in ((2048, 16), (1333, 1)))
         shapes.run(shapes.inputs("meta"), shapes.default())
         tensors.run(tensors.inputs("cpu"), tensors.default())
     first, second = compiled[: len(compiled) // 2], compiled[len(compiled) // 2 :]

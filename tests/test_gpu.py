@@ -45,6 +45,7 @@ WITH_KERNELS = tuple(form for form in FORMS if form != "naive")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 forms_with_kernels = pytest.mark.parametrize("form", WITH_KERNELS)
+all_kernels = pytest.mark.parametrize("form", [*WITH_KERNELS, "segments"])
 
 WORKLOADS = {  # B, T, H, K, V
     "retnet_1.3b": (8, 2048, 8, 256, 512),
@@ -88,7 +89,7 @@ def check_part(function: Function, problem: Problem, heads: list[int]) -> None:
 # Numbers
 
 
-@forms_with_kernels
+@all_kernels
 @all_dtypes
 def test_any_length_gives_the_oracles_results(form: str, dtype: torch.dtype) -> None:
     for T in (1, 15, 63, 64, 65, 130, 257, 600):
@@ -96,7 +97,7 @@ def test_any_length_gives_the_oracles_results(form: str, dtype: torch.dtype) -> 
     check(public(form), on_gpu(2, 257, 3, 34, 18, dtype=dtype, states=has_states(form)))
 
 
-@forms_with_kernels
+@all_kernels
 @pytest.mark.parametrize(
     ("dtype", "K", "V"),
     [
@@ -115,7 +116,7 @@ def test_any_width_gives_the_oracles_results(form: str, dtype: torch.dtype, K: i
     check(public(form), on_gpu(2, 330, heads, K, V, dtype=dtype, states=has_states(form)))
 
 
-@forms_with_kernels
+@all_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [GEOMETRIC, [1], [700, 1, 1, 64], [1] * 40], ids=["many", "one", "mixed", "ones"])
 def test_packed_sequences_do_not_see_each_other(form: str, dtype: torch.dtype, lengths: list[int]) -> None:

@@ -129,7 +129,7 @@ def test_states_may_have_values_first(function: Function, reverse: bool) -> None
 
 @pytest.mark.forms("chunk", "auto")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk_size", [1, 16, 64])
+@pytest.mark.parametrize("chunk_size", [1, 16, 64, 128])
 @pytest.mark.parametrize("lengths", [None, [1, 50, 16, 63]])
 def test_any_chunk_size_gives_the_same_results(
     function: Function, lengths: list[int] | None, chunk_size: int, dtype: torch.dtype
