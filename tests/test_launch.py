@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import generated
+from generated import configuration
 from generated import launch as launching
-from generated.launch import has_aligned_rows, padded
+from generated.launch import dot_precision, has_aligned_rows, padded
+from generated.retention import operators
 
 
 @pytest.mark.parametrize(("size", "width"), [(1, 16), (16, 16), (17, 32), (256, 256), (428, 512)])
@@ -53,6 +56,38 @@ def test_compiled_code_refuses_wrong_offsets_too() -> None:
 )
 def test_rows_are_aligned_at_multiples_of_four_bytes(dtype: torch.dtype, K: int, V: int, aligned: bool) -> None:
     assert has_aligned_rows(dtype, K, V) is aligned
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[Any]:
+    """PyTorch's switches of the float32 precision, set back afterwards."""
+    matmul = torch.backends.cuda.matmul
+    yield matmul
+    matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_float32_is_multiplied_as_pytorch_was_told_by_either_of_its_switches(matmul_precision: Any) -> None:
+    found = []
+    for precision in ("highest", "high", "medium", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        found.append(dot_precision(torch.float32))
+    for precision in ("tf32", "ieee"):
+        matmul_precision.fp32_precision = precision
+        found.append(dot_precision(torch.float32))
+    assert found == ["tf32x3", "tf32", "tf32", "tf32x3", "tf32", "tf32x3"]
+    assert dot_precision(torch.float16) == "ieee"
+
+
+def test_prepared_calls_of_ever_new_shapes_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "CACHE_LIMIT", 4)
+    prepared: list[int] = []
+    calls = operators._PreparedCalls(lambda q, *_: prepared.append(q.shape[1]), lambda q, *_: q.shape[1], None)
+    for T in (1, 2, 3, 3, 4, 5, 5, 6):
+        x = torch.randn(1, T, 1, 2)
+        assert calls(x, x, x, None, None, None, False, None, False, False, None) == T
+        assert len(calls._kinds) <= 4
+    assert prepared == [1, 2, 3, 4, 5, 6]
 
 
 class Device:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from oracle import assert_matches, assert_same, check, errors, make_problem, run, solve
 
 pytestmark = [
@@ -244,3 +245,30 @@ def test_the_gradients_of_a_sweep_from_the_end_share_a_launch_too(function: Func
     apart = operators.sweep_gradients(fused_chunk.fused_chunk_sweep, *arguments, **options)
     for one, other in zip(together, apart, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.forms("fused_chunk", "chunk", "auto")
+@pytest.mark.parametrize("V", [8, 12])
+def test_a_second_derivative_of_prepared_calls_is_refused(function: Function, V: int) -> None:
+    problem = make_problem(1, 20, 1, 8, V, states=False)
+    leaves = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    o, _ = function(*leaves)
+    plain = torch.autograd.grad(o.square().sum(), leaves, retain_graph=True)
+    first = torch.autograd.grad(o.square().sum(), leaves, create_graph=True)
+    for one, other in zip(first, plain, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(NotImplementedError, match=r"retention.*first derivatives only"):
+        first[0].sum().backward()
+
+
+@pytest.mark.forms("fused_chunk")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # PyTorch's own
+def test_compiled_autograd_sees_operators_and_not_launches(function: Function) -> None:
+    problem = make_problem(1, 20, 1, 8, 8, states=False)
+    leaves = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    loss = function(*leaves)[0].square().sum()
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager", fullgraph=True)):
+        loss.backward()
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, gradient)
