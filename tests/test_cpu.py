@@ -416,7 +416,7 @@ def test_inference_mode_before_training_does_no_harm(form: str) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As on a machine with one core: threads that wait for each other are slow where other tests run beside this one."""
+    """Threads that wait for each other are slow where other tests run beside this one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

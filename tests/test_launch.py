@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import all_forms, public
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -38,9 +39,10 @@ def test_a_decay_that_is_none_is_refused(rate: float) -> None:
         generated.chunk_retention(x, x, x, g_gamma=torch.tensor([rate]))
 
 
-def test_compiled_code_refuses_wrong_offsets_too() -> None:
+@all_forms
+def test_compiled_code_refuses_wrong_offsets_too(form: str) -> None:
     x = torch.randn(1, 8, 1, 2)
-    run = torch.compile(lambda q, offsets: generated.chunk_retention(q, q, q, cu_seqlens=offsets)[0], backend="eager")
+    run = torch.compile(lambda q, offsets: public(form)(q, q, q, cu_seqlens=offsets)[0], backend="eager")
     with pytest.raises(ValueError, match="must end at T = 8"):
         run(x, torch.tensor([0, 3, 7]))
 
