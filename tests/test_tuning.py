@@ -378,7 +378,7 @@ def test_entries_that_do_not_hold_are_dropped(tmp_path: Path, old: str, new: str
 
 def won(form: str, ms: float, **changes: int) -> Winner:
     problem = replace(PROBLEM, form=form, **changes)
-    return Winner(problem, problem.default(), ms, 100.0, 0.001, 0, 9, modelled=False)
+    return Winner(problem, problem.default(), ms, 100.0, 0.001, NEEDS, 9, modelled=False)
 
 
 TUNED = [won("fused_chunk", 3.0), won("chunk", 4.0), won("parallel", 2.0), won("chunk_states", 0.1)]
@@ -497,10 +497,10 @@ SWEEPS = ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
 )
 def test_a_form_is_tuned_with_the_passes_that_it_launches(forms: list[str], tuned: list[str]) -> None:
     equal, unequal = parse(["small", "retnet_1.3b"])
-    assert [problem.form for problem in run_module._problems([equal], forms)] == tuned
+    assert [problem.form for problem in run_module.problems_for([equal], forms)] == tuned
     both_ways = [(form, K, V) for form in tuned if form != GRADIENTS for K, V in ((256, 512), (512, 256))]
-    assert [(p.form, p.K, p.V) for p in run_module._problems([unequal], forms)] == both_ways
-    together = run_module._problems([equal, unequal, equal], forms)
+    assert [(p.form, p.K, p.V) for p in run_module.problems_for([unequal], forms)] == both_ways
+    together = run_module.problems_for([equal, unequal, equal], forms)
     assert sorted(p.form for p in together) == sorted([*tuned, *(form for form, _, _ in both_ways)])
 
 

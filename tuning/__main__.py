@@ -1,4 +1,4 @@
-"""Command line of the tuner: `python -m tuning run`, `show` and `bench`."""
+"""Command line of the tuner: `python -m tuning run`, `compile`, `check`, `show` and `bench`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from tuning import bench, run, show
+from tuning import bench, check, precompile, run, show
 from tuning.compilation import ARCHS
 from tuning.measurement import MeasurementError
 from tuning.problems import FORMS, PASSES
@@ -23,6 +23,8 @@ EXAMPLES = """examples:
   python -m tuning run --workload retnet_1.3b --form chunk one workload, one form
   python -m tuning run --workload B=4,T=4096,H=16,K=128,V=128 --budget 120
   python -m tuning run --arch sm80                         without a GPU: rules for the A100's architecture, modelled
+  python -m tuning compile --arch sm90                     ahead of a run, on any machine: fill Triton's cache
+  python -m tuning check                                   without a GPU: are the files whole, fresh and compilable
   python -m tuning show                                    the rules that hold on this machine, and where they lie
   python -m tuning bench --workload short --form chunk     times and errors, against the floor and fla
 """
@@ -64,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_compile(commands)
+    _add_check(commands)
     show_parser = commands.add_parser("show", help="print the rules that hold on this machine and where each came from")
     show_parser.add_argument("--arch", choices=sorted(ARCHS), help="show another architecture's instead")
     show_parser.add_argument("--kernel", metavar="TEXT", help="only kernels whose names hold this text")
@@ -90,20 +94,56 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--effort", choices=sorted(EFFORTS), default="quick", help="how many candidates (default: quick)"
     )
-    parser.add_argument(
-        "--budget",
-        type=_seconds,
-        metavar="SECONDS",
-        help="stop after this time with what was found, once there is something",
-    )
+    _add_budget(parser, "stop after this time with what was found, once there is something")
     parser.add_argument(
         "--out", metavar="FILE", help="the file to write (default: generated/configs or the user directory)"
     )
     parser.add_argument(
         "--arch", choices=sorted(ARCHS), help="model this architecture, GPU or not (default without a GPU: sm90)"
     )
-    parser.add_argument("--workers", type=_positive, metavar="N", help="compiling processes (default: one a core)")
+    _add_workers(parser)
     parser.set_defaults(command=run.run)
+
+
+def _add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "compile",
+        help="compile candidates ahead of a run, without a GPU",
+        description="Compile what a run would, into Triton's cache. A run that finds the cache (TRITON_CACHE_DIR; copy "
+        "it to the machine that has the GPU) and has the same Triton does not compile it again.",
+    )
+    _add_selection(parser, [form for form in FORMS if form not in PASSES])
+    parser.add_argument("--arch", choices=sorted(ARCHS), default="sm90", help="for which GPUs (default: sm90)")
+    parser.add_argument(
+        "--effort",
+        choices=sorted(EFFORTS),
+        default="quick",
+        help="quick: the candidates that the model likes best; full: all (default: quick)",
+    )
+    _add_budget(parser, "stop after this time")
+    _add_workers(parser)
+    parser.set_defaults(command=precompile.precompile)
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="check configuration files, without a GPU",
+        description="Check configuration files: schema, kernels' hashes, intervals, and that every rule compiles with "
+        "the installed Triton; tells where registers, spills or shared memory are no longer what the file says.",
+    )
+    parser.add_argument("file", nargs="*", metavar="FILE", help="files to check (default: all that imports look for)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiler")
+    _add_workers(parser)
+    parser.set_defaults(command=check.check)
+
+
+def _add_budget(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help=what)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=_positive, metavar="N", help="compiling processes (default: one a core)")
 
 
 def _add_selection(parser: argparse.ArgumentParser, forms: Sequence[str]) -> None:

@@ -34,8 +34,7 @@ class CompilePool:
 
     def submit(self, problem: Problem, config: Any, *, with_states: bool = False) -> Future[Resources | str]:
         """Resources of the compiled kernel, or in words why there is none; `with_states`: with both states."""
-        # B, T and H are arguments of the kernels, not part of them; chunk does without states where L reaches T.
-        key = (replace(problem, B=1, H=1, T=problem.T if problem.form == "chunk" else 0), config, with_states)
+        key = (*compile_key(problem, config), with_states)
         if key not in self._futures or self._futures[key].cancelled():
             self._futures[key] = self._start(problem, config, with_states)
         return self._futures[key]
@@ -83,6 +82,11 @@ class CompilePool:
             _end(pool)
         self._futures |= {key: outcome for key, future in self._futures.items() if future is broken}
         return outcome.result()
+
+
+def compile_key(problem: Problem, config: Any) -> tuple[Problem, Any]:
+    """What a compiled kernel depends on: not B, T and H, its arguments; but chunk has no states where L reaches T."""
+    return replace(problem, B=1, H=1, T=problem.T if problem.form == "chunk" else 0), config
 
 
 def _executor(workers: int) -> ProcessPoolExecutor:

@@ -116,6 +116,11 @@ class Problem:
         return results if isinstance(results, tuple) else (results,)
 
 
+def problem_at(kernel: str, dtype: str, K: int, V: int, BH: int, T: int) -> Problem:
+    """The problem of a kernel's name in configuration files at a point of a rule."""
+    return Problem(kernel.removeprefix(f"{FAMILY}_"), dtype, 1, T, BH, K, V)
+
+
 def problems_of(workload: Workload, form: str) -> list[Problem]:
     """The problems of one form at one workload: one, or two where K and V differ (none of gradients in one launch)."""
     w = workload

@@ -17,13 +17,14 @@ from typing import Any
 import yaml
 
 from generated.configuration import kernel_problem, kernel_registry
-from generated.configuration_file import ConfigurationError, Rule, parse_file
+from generated.configuration_file import ConfigurationError, Rule, When, parse_file
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
 from tuning.space import knob_values
 from tuning.tuner import NOISE, Winner
 
 REACH = 2.0  # a rule holds from half to twice the measured B * H and T
 AXES = ("K", "V", "BH", "T")
+NEEDS = ("registers", "spills", "shared")  # what a rule tells of the compiled kernel
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def entry_of(winner: Winner) -> Entry:
         # A default that does not launch or is wrong has no time: the winner's own stands for it.
         figures.setdefault("default_ms", figures["ms"])
         figures["error"] = float(f"{winner.error or 0.0:.2g}")
-    figures |= {"spills": winner.spills, "trials": winner.trials}
+    figures |= {name: getattr(winner.needs, name) for name in NEEDS} | {"trials": winner.trials}
     point = point_of(winner.problem)
     figures["point"] = _point_text(point)
     proof = "modelled" if winner.modelled else "measured"
@@ -110,7 +111,7 @@ def existing_entries(path: Path) -> list[Entry]:
         for kernel, found in file.kernels.items()
         if kernel_problem(kernel, found) is None
         for rule in found.rules
-        for point in [_point_from(rule)]
+        for point in [point_from(rule)]
         if point is not None
     ]
 
@@ -245,6 +246,25 @@ def _box(point: Point) -> dict[str, tuple[int, int]]:
     return {"K": padded(point.K), "V": padded(point.V), "BH": around(point.BH), "T": around(point.T)}
 
 
+def overlap(one: When, other: When) -> bool:
+    """Whether there is a shape that both cover."""
+    return one.dtype == other.dtype and _overlap(_intervals(one), _intervals(other))
+
+
+def stretches(when: When, point: Point) -> list[tuple[str, int, int]]:
+    """Axis and farthest allowed bounds where a rule reaches farther from the point of its figures than they hold."""
+    allowed = _box(point)
+    return [
+        (axis, *allowed[axis])
+        for axis, (low, high) in _intervals(when).items()
+        if low < allowed[axis][0] or high > allowed[axis][1]
+    ]
+
+
+def _intervals(when: When) -> dict[str, tuple[int, int]]:
+    return {axis: getattr(when, axis) for axis in AXES}
+
+
 def _overlap(one: dict[str, tuple[int, int]], other: dict[str, tuple[int, int]]) -> bool:
     return all(max(one[axis][0], other[axis][0]) <= min(one[axis][1], other[axis][1]) for axis in AXES)
 
@@ -265,7 +285,7 @@ def _point_text(point: Point) -> str:
     return " ".join(f"{axis}={getattr(point, axis)}" for axis in AXES)
 
 
-def _point_from(rule: Rule) -> Point | None:
+def point_from(rule: Rule) -> Point | None:
     """Where the tuner measured; None in a rule that it did not write."""
     found = re.fullmatch(
         " ".join(rf"{axis}=([1-9]\d{{0,17}})" for axis in AXES), str(rule.figures.get("point")), re.ASCII

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         path = Path(options.out) if options.out else default_path(measurer.gpu if measurer else None, arch)
         _check_output(path, measurer.gpu.name if measurer else arch.name)
         judge: Judge = GpuJudge(measurer) if measurer else ModelJudge(arch)
-        problems = _problems(workloads, options.form)
+        problems = problems_for(workloads, options.form)
         _announce(console, measurer, arch, workloads, problems, path)
         tuner = _tune(options, console, judge, arch, problems, path)
         winners = list(tuner.winners.values())
@@ -90,7 +90,7 @@ def _check_output(path: Path, device: str) -> None:
         raise RunError(f"{path} holds rules for {owner}, and these are for {device}: give another file with --out")
 
 
-def _problems(workloads: list[Workload], forms: list[str]) -> list[Problem]:
+def problems_for(workloads: list[Workload], forms: list[str]) -> list[Problem]:
     """What to tune, the cheap and widely used first, with the passes that a form's own launches are made of."""
     passes = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk", GRADIENTS)}
     wanted = forms or ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
@@ -132,7 +132,7 @@ def _tune(
     with (
         _termination_as_interrupt(),
         contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
-        _Progress(console) as progress,
+        SearchProgress(console) as progress,
     ):
         tuner = Tuner(judge, pool, arch, EFFORTS[options.effort], deadline, incumbents, progress)
         tuner.run(problems)
@@ -152,7 +152,7 @@ def _termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-class _Progress:
+class SearchProgress:
     """A bar with an estimate on a terminal; elsewhere a line every few seconds."""
 
     def __init__(self, console: Console) -> None:

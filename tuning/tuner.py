@@ -44,7 +44,7 @@ class Winner:
     ms: float
     default_ms: float | None
     error: float | None
-    spills: int
+    needs: Resources
     trials: int
     modelled: bool
 
@@ -259,17 +259,20 @@ def _states_problem(problem: Problem) -> Problem:
     return replace(problem, form="chunk_states")
 
 
+def likely_first(problem: Problem, arch: Arch) -> list[Any]:
+    """The configurations worth compiling for a problem, those that the model likes best first."""
+    itemsize = problem.torch_dtype.itemsize
+    candidates = problem.space.candidates(type(problem.default()), problem.K, problem.V, problem.T, itemsize, arch)
+    return sorted(candidates, key=lambda config: predict(problem, config, arch))
+
+
 class _Task:
     """One problem's search, a batch of candidates at a time."""
 
     def __init__(self, tuner: Tuner, problem: Problem) -> None:
         self.tuner, self.problem = tuner, problem
-        itemsize = problem.torch_dtype.itemsize
-        candidates = problem.space.candidates(
-            type(problem.default()), problem.K, problem.V, problem.T, itemsize, tuner.arch
-        )
+        candidates = likely_first(problem, tuner.arch)
         tuner.funnel.enumerated += len(candidates)
-        candidates.sort(key=lambda config: predict(problem, config, tuner.arch))
         self.default = problem.default()
         incumbents = tuner.incumbents(problem)
         guesses = [*tuner.neighbours(problem), *candidates][: tuner.effort.first - 1]
@@ -334,11 +337,10 @@ class _Task:
         # What is in use stays unless it is beaten beyond the noise.
         order = sorted(times, key=lambda config: times[config] * (1 - NOISE if config in self.in_use else 1))
         winners = [
-            Winner(self.problem, c, times[c], default_ms, None, self.needs[c].spills, trials, judge.modelled)
-            for c in order
+            Winner(self.problem, c, times[c], default_ms, None, self.needs[c], trials, judge.modelled) for c in order
         ]
         # What no GPU has run is not recommended where it spills, not even the default.
-        return [winner for winner in winners if not (winner.modelled and winner.spills)]
+        return [winner for winner in winners if not (winner.modelled and winner.needs.spills)]
 
     def _ask(self, count: int) -> None:
         self.batch: list[tuple[Any, Future[Resources | str]]] = [

@@ -1,0 +1,233 @@
+"""`tuning check` finds what is wrong with a file, and `tuning compile` leaves nothing to compile twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generated import configuration
+from generated.configuration_file import When
+from tuning import check as checking
+from tuning import precompile, rules
+from tuning.__main__ import main
+from tuning.compilation import ARCHS, Resources
+from tuning.problems import Problem, problem_at
+from tuning.rules import Entry, Point
+
+SM90 = ARCHS["sm90"]
+NEEDS = Resources(registers=100, spills=8, shared=8192, warps=4)
+KERNEL = "retention_fused_chunk"
+USE = {"BT": 16, "BV": 16, "num_warps": 4, "num_stages": 2}
+WHEN = When("bfloat16", (9, 16), (9, 16), (32, 128), (512, 2048))
+POINT = Point("bfloat16", 16, 16, 64, 1024)
+
+
+def entry(T: int = 1024, **figures: int) -> Entry:
+    shown = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 8, "trials": 9} | figures
+    return Entry(KERNEL, replace(POINT, T=T), dict(USE), "measured", shown | {"point": f"K=16 V=16 BH=64 T={T}"})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file with two rules."""
+    path = tmp_path / "a.yaml"
+    rules.write(path, rules.document([entry(), entry(8192)], {"arch": "sm90"}, None))
+    return path
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
+    """Makes the compiler give this answer to everything; returns what it is asked for."""
+
+    def answer(needs: Resources | str) -> list[Any]:
+        asked: list[Any] = []
+
+        class Pool:
+            def __init__(self, arch: str, workers: int | None) -> None:
+                asked.append(arch)
+
+            def submit(self, problem: Problem, config: Any) -> None:
+                asked.append((problem, config))
+
+            def result(self, problem: Problem, config: Any) -> Resources | str:
+                return needs
+
+            def close(self) -> None:
+                asked.append("closed")
+
+        monkeypatch.setattr(checking, "CompilePool", Pool)
+        return asked
+
+    return answer
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+# check
+
+
+def test_a_file_that_is_whole_and_compiles_as_it_did_passes(
+    file: Path, compiler: Callable[[Any], list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = compiler(NEEDS)
+    assert main(["check", str(file)]) == 0
+    assert lines(capsys) == f"{file}: 2 rules, 2 of them compiled for sm90, nothing wrong"
+    problems = [Problem("fused_chunk", "bfloat16", 1, T, 64, 16, 16) for T in (1024, 8192)]
+    config = type(problems[0].default())(**USE)
+    assert asked == ["sm90", *((problem, config) for problem in problems), "closed"]
+
+
+def test_what_the_compiler_does_otherwise_is_shown_and_is_no_fault(
+    tmp_path: Path, compiler: Callable[[Any], list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    rules.write(path, rules.document([entry(registers=90, shared=8192, spills=0)], {"arch": "sm90"}, None))
+    compiler(NEEDS)
+    assert main(["check", str(path)]) == 0
+    out = re.sub(r"[^\w.\[\] ]", "", lines(capsys))
+    assert re.search(r"rules\[0\] +registers +90 +100", out)
+    assert re.search(r"rules\[0\] +spills +0 +8", out)
+    assert "8192" not in out
+
+
+@pytest.mark.parametrize(
+    ("needs", "said"),
+    [
+        ("TimeoutError: compiling took more than 20 s", "does not compile: TimeoutError"),
+        (replace(NEEDS, shared=300_000), "needs 300000 bytes of shared memory; sm90 has 232448"),
+    ],
+    ids=["no code", "too large"],
+)
+def test_rules_that_no_gpu_could_launch_are_faults(
+    file: Path,
+    compiler: Callable[[Any], list[Any]],
+    capsys: pytest.CaptureFixture[str],
+    needs: Resources | str,
+    said: str,
+) -> None:
+    compiler(needs)
+    assert main(["check", str(file)]) == 1
+    out = lines(capsys)
+    assert f"wrong: kernels.{KERNEL}.rules[0]: {said}" in out
+    assert "2 wrong" in out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("source: ", "source: x", "stale: "),
+        ("BT: 16", "BT: 17", "a power of two"),
+        (f"  {KERNEL}:", "  unheard_of:", "kernels.unheard_of is no kernel"),
+        ("format: 1", "format: 2", "format is 2"),
+        ("T: [512, 2048]", "T: [512, 5000]", "rules[1].when covers shapes that kernels.retention_fused_chunk.rules[0]"),
+        ("T: [512, 2048]", "T: [511, 2048]", "rules[0].when.T reaches beyond [512, 2048]"),
+        ("K: [9, 16]", "K: [9, 17]", "rules[0].when.K reaches beyond [9, 16]"),
+    ],
+)
+def test_faults_are_named_without_the_compiler(
+    file: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str
+) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    assert main(["check", "--no-compile", str(file)]) == 1
+    assert said in lines(capsys)
+
+
+def test_a_rule_of_a_users_own_compiles_at_its_upper_bounds_and_may_reach_as_far_as_it_likes(
+    file: Path, compiler: Callable[[Any], list[Any]]
+) -> None:
+    text = re.sub(r", point: [^}]*", "", file.read_text()).replace("T: [512, 2048]", "T: [1, 4000]")
+    file.write_text(text)
+    asked = compiler(NEEDS)
+    assert main(["check", str(file)]) == 0
+    assert asked[1][0] == problem_at(KERNEL, "bfloat16", 16, 16, 128, 4000)
+
+
+def test_an_architecture_that_is_not_known_is_not_compiled_for(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(file.read_text().replace("sm90", "gfx942"))
+    assert main(["check", str(file)]) == 0
+    assert "not compiled: gfx942 is none of" in lines(capsys)
+
+
+def test_shipped_files_are_right_and_found_without_being_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("RETGEN_CONFIG_DIR", raising=False)
+    assert main(["check", "--no-compile"]) == 0
+    out = lines(capsys)
+    for path in configuration.packaged_directory().glob("*_*.yaml"):
+        assert f"{path}: " in out
+
+
+def test_no_file_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(configuration, "config_directories", lambda: [tmp_path, tmp_path / "absent"])
+    assert main(["check"]) == 0
+    assert "no configuration file" in lines(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "apart"),
+    [
+        ({"T": (2049, 4096)}, True),
+        ({"T": (2048, 4096)}, False),
+        ({"dtype": "float16"}, True),
+        ({"K": (1, 8)}, True),
+        ({"BH": (1, 32), "V": (1, 9)}, False),
+    ],
+)
+def test_rules_overlap_where_a_shape_is_in_both(change: dict[str, Any], apart: bool) -> None:
+    assert rules.overlap(WHEN, replace(WHEN, **change)) is not apart
+    assert rules.overlap(replace(WHEN, **change), WHEN) is not apart
+
+
+def test_a_rule_written_by_the_tuner_never_stretches() -> None:
+    assert rules.stretches(WHEN, POINT) == []
+    assert rules.stretches(replace(WHEN, BH=(31, 129), T=(1024, 1024)), POINT) == [("BH", 32, 128)]
+
+
+# compile
+
+
+def test_each_kernel_is_compiled_once_the_default_among_them() -> None:
+    one = Problem("fused_chunk", "bfloat16", 8, 1024, 8, 16, 16)
+    launches = precompile.candidates([one, replace(one, B=2, T=4096)], SM90, "full")
+    configs = [config for _, config in launches]
+    assert configs[0] == one.default()
+    assert len(configs) == len(set(configs))
+    assert set(configs) == {one.default(), *one.space.candidates(type(one.default()), 16, 16, 1024, 2, SM90)}
+    assert len(precompile.candidates([one], SM90, "quick")) <= precompile.LIKELY + 1
+
+
+def test_a_second_call_compiles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(precompile, "LIKELY", 2)
+    command = ["compile", "--workload", "B=1,T=64,H=1,K=16,V=16", "--form", "fused_recurrent", "--workers", "1"]
+    cubins = []
+    for _ in range(2):
+        assert main(command) == 0
+        out = lines(capsys)
+        assert f"into {tmp_path}" in out
+        assert re.search(r"retention_fused_recurrent │ (\d) │ \1 │ 0 │ 0 │ 0", out)
+        cubins.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")})
+    assert cubins[0] == cubins[1] != {}
+
+
+def test_what_the_budget_leaves_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert main(["compile", "--workload", "retnet_1.3b", "--budget", "0.01", "--workers", "1"]) == 1
+    assert re.search(r"the budget of 0.01 s is spent: \d+ candidates are left", lines(capsys))

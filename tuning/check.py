@@ -1,0 +1,156 @@
+"""`python -m tuning check`: hold configuration files against the schema, the kernels and the installed compiler."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from generated import configuration
+from generated.configuration import kernel_problem, kernel_registry
+from generated.configuration_file import ConfigurationError, File, Rule, parse_file
+from tuning import rules
+from tuning.compilation import ARCHS, Resources
+from tuning.compile_pool import CompilePool
+from tuning.problems import FORMS, Problem, problem_at
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rule and where it stands."""
+
+    kernel: str
+    index: int
+    rule: Rule
+
+    def __str__(self) -> str:
+        return f"kernels.{self.kernel}.rules[{self.index}]"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a rule: the resources, or in words why there are none."""
+
+    place: Place
+    needs: Resources | str
+
+
+def check(options: argparse.Namespace, console: Console) -> int:
+    """Check the files that are given, or all that imports read; 1 if anything is wrong with one."""
+    paths = [Path(name) for name in options.file] or _all_files()
+    if not paths:
+        console.print("no configuration file is in any of the places where imports look")
+        return 0
+    wrong = 0
+    for path in paths:
+        faults, changes, checked = _check_file(path, options, console)
+        for line in faults:
+            console.print(escape(f"  wrong: {line}"), soft_wrap=True, highlight=False)
+        if changes.row_count:
+            console.print(changes)
+            console.print(
+                "compiled otherwise than when tuned: right, but the times may be others; a run measures them anew"
+            )
+        verdict = f"{len(faults)} wrong" if faults else "nothing wrong"
+        console.print(escape(f"{path}: {checked}, {verdict}"), soft_wrap=True, highlight=False)
+        wrong += len(faults)
+    return int(wrong > 0)
+
+
+def _all_files() -> list[Path]:
+    return [
+        path
+        for directory in configuration.config_directories()
+        for pattern in ("*.yaml", "*.yml")
+        for path in sorted(directory.glob(pattern))
+        if not path.name.startswith(".")
+    ]
+
+
+def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tuple[list[str], Table, str]:
+    """What is wrong with a file, what the compiler does otherwise than when it was written, and what was looked at."""
+    changes = Table("rule", "figure", "then", "now")
+    try:
+        file = parse_file(path)
+    except ConfigurationError as error:
+        return [str(error).removeprefix(f"{path}: ")], changes, "not read"
+    faults = [problem for kernel, entry in file.kernels.items() if (problem := kernel_problem(kernel, entry))]
+    faults += [fault for kernel in file.kernels for fault in interval_faults(list(_places(file, kernel)))]
+    places = [place for kernel in _usable(file) for place in _places(file, kernel)]
+    checked = f"{sum(len(entry.rules) for entry in file.kernels.values())} rules"
+    if options.no_compile:
+        return faults, changes, checked
+    if file.device.arch not in ARCHS:
+        return faults, changes, f"{checked}, not compiled: {file.device.arch} is none of {', '.join(ARCHS)}"
+    with contextlib.closing(CompilePool(file.device.arch, options.workers)) as pool:
+        results = list(_compile(pool, places, console))
+    for result in results:
+        faults += [f"{result.place}: {reason}" for reason in [_compile_fault(result, file.device.arch)] if reason]
+        for name, then, now in changed_figures(result):
+            changes.add_row(str(result.place), name, str(then), str(now))
+    return faults, changes, f"{checked}, {len(results)} of them compiled for {file.device.arch}"
+
+
+def _places(file: File, kernel: str) -> Iterator[Place]:
+    return (Place(kernel, index, rule) for index, rule in enumerate(file.kernels[kernel].rules))
+
+
+def _usable(file: File) -> list[str]:
+    """The kernels that can be compiled with their rules."""
+    tuned = {Problem(form, "bfloat16", 1, 1, 1, 1, 1).kernel for form in FORMS}
+    return [name for name, entry in file.kernels.items() if name in tuned and not kernel_problem(name, entry)]
+
+
+def interval_faults(places: list[Place]) -> list[str]:
+    """Rules of one kernel that cover a shape twice, or that reach farther from their point than the tuner lets them."""
+    faults = []
+    for one, other in itertools.combinations(places, 2):
+        if one.rule.proof == other.rule.proof and rules.overlap(one.rule.when, other.rule.when):
+            faults.append(f"{other}.when covers shapes that {one} covers already; the first one wins")
+    for place in places:
+        point = rules.point_from(place.rule)
+        for axis, low, high in [] if point is None else rules.stretches(place.rule.when, point):
+            faults.append(f"{place}.when.{axis} reaches beyond [{low}, {high}], as far as its point's figures hold")
+    return faults
+
+
+def _compile(pool: CompilePool, places: list[Place], console: Console) -> Iterator[Compiled]:
+    launches = [_launch(place) for place in places]
+    for problem, config in launches:
+        pool.submit(problem, config)
+    with console.status("compiling") as status:
+        for number, (place, (problem, config)) in enumerate(zip(places, launches, strict=True), 1):
+            status.update(f"compiling rule {number} of {len(places)}")
+            yield Compiled(place, pool.result(problem, config))
+
+
+def _launch(place: Place) -> tuple[Problem, Any]:
+    """The launch that a rule is about: at its point, or in a rule that the tuner did not write at its upper bounds."""
+    when, config_type = place.rule.when, kernel_registry()[place.kernel].config_type
+    point = rules.point_from(place.rule) or rules.Point(when.dtype, *(getattr(when, axis)[1] for axis in rules.AXES))
+    problem = problem_at(place.kernel, point.dtype, point.K, point.V, point.BH, point.T)
+    return problem, config_type(**place.rule.use)
+
+
+def _compile_fault(result: Compiled, arch: str) -> str | None:
+    if isinstance(result.needs, str):
+        return f"does not compile: {result.needs}"
+    if not result.needs.fits(ARCHS[arch]):
+        return f"needs {result.needs.shared} bytes of shared memory; {arch} has {ARCHS[arch].shared}"
+    return None
+
+
+def changed_figures(result: Compiled) -> list[tuple[str, Any, Any]]:
+    """Name, value in the file and value now, of the figures of the compiled kernel that the file has otherwise."""
+    if isinstance(result.needs, str):
+        return []
+    pairs = [(name, result.place.rule.figures.get(name), getattr(result.needs, name)) for name in rules.NEEDS]
+    return [pair for pair in pairs if pair[1] is not None and pair[1] != pair[2]]
