@@ -10,7 +10,6 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, tune
 
 from generated import configuration
 from generated.configuration_file import parse_file
@@ -33,98 +33,8 @@ from tuning.problems import FORMS, GRADIENTS, Problem, problems_of
 from tuning.rules import AXES, Entry, Point
 from tuning.search import Search
 from tuning.space import knob_values
-from tuning.tuner import NOISE, Effort, Tuner, Winner
+from tuning.tuner import NOISE, Effort, Winner
 from tuning.workloads import WorkloadError, builtin, parse
-
-SM90 = ARCHS["sm90"]
-PROBLEM = Problem("fused_chunk", "bfloat16", 8, 1024, 8, 64, 64)
-NEEDS = Resources(registers=64, spills=0, shared=8192, warps=4)
-ALL = Effort(first=10, rounds=50, per_round=5, finalists=3)
-
-
-def candidates(problem: Problem = PROBLEM) -> list[Any]:
-    itemsize = problem.torch_dtype.itemsize
-    return problem.space.candidates(type(problem.default()), problem.K, problem.V, problem.T, itemsize, SM90)
-
-
-def landscape(config: Any) -> float:
-    """A time that is least at BT=32, BV=64, num_warps=8, num_stages=3."""
-    best = {"BT": 32, "BV": 64, "num_warps": 8, "num_stages": 3}
-    return 1.0 + sum(
-        abs(math.log2(getattr(config, name) / value)) for name, value in best.items() if hasattr(config, name)
-    )
-
-
-class Judge:
-    """Knows the times; may refuse to time or to prove some configurations, or end with Ctrl-C after some calls."""
-
-    def __init__(
-        self,
-        ms: Callable[[Any], float] = landscape,
-        *,
-        broken: Callable[[Any], bool] = lambda config: False,
-        unproven: Callable[[Any], bool] = lambda config: False,
-        stop_after: float = math.inf,
-        modelled: bool = False,
-    ) -> None:
-        self.ms, self.broken, self.unproven, self.stop_after, self.modelled = ms, broken, unproven, stop_after, modelled
-        self.timed: list[Any] = []
-
-    def time(
-        self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
-    ) -> float:
-        if len(self.timed) >= self.stop_after:
-            raise KeyboardInterrupt
-        self.timed.append(config)
-        if self.broken(config):
-            raise MeasurementError("ArithmeticError: wrong result")
-        return self.ms(config)
-
-    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
-        return [self.ms(config) for config in configs]
-
-    def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
-        if self.unproven(config):
-            raise MeasurementError("ArithmeticError: wrong result at the full shape")
-        return 0.001
-
-
-class Pool:
-    """Compiles nothing: every candidate needs the same, or what a test says."""
-
-    def __init__(self, arch: str = "sm90", workers: int | None = None, needs: Callable[..., Any] | None = None) -> None:
-        self.needs = needs or (lambda problem, config, with_states: NEEDS)
-
-    def submit(self, problem: Problem, config: Any, *, with_states: bool = False) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(self.needs(problem, config, with_states))
-        return future
-
-    def result(self, problem: Problem, config: Any, *, with_states: bool = False, seconds: float | None = None) -> Any:
-        return self.needs(problem, config, with_states)
-
-    def forget_waiting(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def tune(
-    judge: Judge,
-    *,
-    problems: list[Problem] | None = None,
-    pool: Pool | None = None,
-    effort: Effort = ALL,
-    seconds: float = 100.0,
-    incumbents: Callable[[Problem], list[Any]] = lambda problem: [],
-) -> Tuner:
-    deadline = time.monotonic() + seconds
-    tuner = Tuner(judge, pool or Pool(), SM90, effort, deadline, incumbents, lambda *progress: None)  # type: ignore[arg-type]
-    tuner.run(problems or [PROBLEM])
-    tuner.prove()
-    return tuner
-
 
 # The loop
 

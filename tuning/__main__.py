@@ -99,6 +99,12 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--out", metavar="FILE", help="the file to write (default: generated/configs or the user directory)"
     )
     parser.add_argument(
+        "--storage",
+        metavar="FILE",
+        help="where measurements are kept, so that a stopped run goes on (default: the user's cache directory)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure anew what is kept there")
+    parser.add_argument(
         "--arch", choices=sorted(ARCHS), help="model this architecture, GPU or not (default without a GPU: sm90)"
     )
     _add_workers(parser)

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from generated.launch import has_aligned_rows
 from tuning import rules
 from tuning.compilation import ARCHS, Arch
 from tuning.compile_pool import CompilePool
+from tuning.journal import Journal
+from tuning.journal import default_path as default_journal
 from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
 from tuning.problems import GRADIENTS, Problem, problems_of
 from tuning.space import knob_values
@@ -46,9 +49,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
         path = Path(options.out) if options.out else default_path(measurer.gpu if measurer else None, arch)
         _check_output(path, measurer.gpu.name if measurer else arch.name)
         judge: Judge = GpuJudge(measurer) if measurer else ModelJudge(arch)
+        journal = _journal(options, console, measurer.gpu) if measurer else None  # a model remembers without one
         problems = problems_for(workloads, options.form)
         _announce(console, measurer, arch, workloads, problems, path)
-        tuner = _tune(options, console, judge, arch, problems, path)
+        tuner = _tune(options, console, judge, arch, problems, path, journal)
         winners = list(tuner.winners.values())
         if winners:
             entries = [rules.entry_of(winner) for winner in winners] + rules.form_entries(winners)
@@ -71,6 +75,18 @@ def default_path(gpu: Gpu | None, arch: Arch) -> Path:
     checkout = (packaged.parent.parent / "pyproject.toml").is_file()
     name = f"{configuration.slug(gpu.name)}.yaml" if gpu else f"{arch.name}.modelled.yaml"
     return (packaged if checkout else configuration.user_directory()) / name
+
+
+def _journal(options: argparse.Namespace, console: Console, gpu: Gpu) -> Journal:
+    """What earlier runs measured on this GPU with this compiler."""
+    path = Path(options.storage) if options.storage else default_journal(configuration.slug(gpu.name))
+    console.print(escape(f"what is measured is kept in {path}"), soft_wrap=True)
+    context = f"{gpu.name}, driver {gpu.driver}, triton {version('triton')}, torch {version('torch')}"
+
+    def say(message: str) -> None:
+        console.print(escape(message), soft_wrap=True)
+
+    return Journal(path, context, say, fresh=options.fresh)
 
 
 def _architecture(name: str | None, measurer: Measurer | None) -> Arch:
@@ -120,7 +136,13 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 
 
 def _tune(
-    options: argparse.Namespace, console: Console, judge: Judge, arch: Arch, problems: list[Problem], path: Path
+    options: argparse.Namespace,
+    console: Console,
+    judge: Judge,
+    arch: Arch,
+    problems: list[Problem],
+    path: Path,
+    journal: Journal | None,
 ) -> Tuner:
     deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
     known = rules.existing_entries(path)
@@ -134,7 +156,7 @@ def _tune(
         contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
         SearchProgress(console) as progress,
     ):
-        tuner = Tuner(judge, pool, arch, EFFORTS[options.effort], deadline, incumbents, progress)
+        tuner = Tuner(judge, pool, arch, EFFORTS[options.effort], deadline, incumbents, progress, journal)
         tuner.run(problems)
         if not judge.modelled:
             console.print(f"proving {_count(len(tuner.ranked), 'winner')}")
@@ -195,7 +217,8 @@ def _report(console: Console, winners: list[Winner], tuner: Tuner, searches: int
     console.print(
         escape(
             f"{funnel.enumerated} candidates enumerated, {funnel.compiled} compiled, {funnel.clean} fit, "
-            f"{funnel.timed} {'estimated' if tuner.judge.modelled else 'timed'}; dropped: {failures}"
+            f"{funnel.timed} {'estimated' if tuner.judge.modelled else 'timed'}, {funnel.remembered} known from "
+            f"earlier runs; dropped: {failures}"
         )
     )
     for line in funnel.rejected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 from tuning.compilation import Arch, Resources
 from tuning.compile_pool import CompilePool
+from tuning.journal import Journal, Outcome
 from tuning.measurement import MeasurementError, Measurer
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
@@ -57,6 +59,7 @@ class Funnel:
     compiled: int = 0
     clean: int = 0
     timed: int = 0
+    remembered: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     rejected: list[str] = field(default_factory=list)
 
@@ -142,7 +145,8 @@ class Tuner:
     """Tunes many problems at once: while one is timed, the others' candidates compile.
 
     incumbents(problem) gives the configurations that earlier files hold for it; they race from the start.
-    progress(done, total, problem) is told after every candidate. Afterwards `winners` holds what was found and proven,
+    progress(done, total, problem) is told after every candidate. The journal
+    remembers what earlier runs measured. Afterwards `winners` holds what was found and proven,
     `unfinished` says how many searches the deadline or Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
     """
 
@@ -155,9 +159,10 @@ class Tuner:
         deadline: float,
         incumbents: Callable[[Problem], list[Any]],
         progress: Callable[[int, int, Problem], None],
+        journal: Journal | None = None,
     ) -> None:
         self.judge, self.pool, self.arch, self.effort, self.deadline = judge, pool, arch, effort, deadline
-        self.incumbents, self.progress = incumbents, progress
+        self.incumbents, self.progress, self.journal = incumbents, progress, journal
         self.funnel = Funnel()
         self.ranked: dict[Problem, list[Winner]] = {}
         self.winners: dict[Problem, Winner] = {}
@@ -193,7 +198,7 @@ class Tuner:
 
     def seconds_left(self) -> float | None:
         """Until the deadline, which counts from the first result on; None before."""
-        return max(0.0, self.deadline - time.monotonic()) if self.funnel.timed else None
+        return max(0.0, self.deadline - time.monotonic()) if self.funnel.timed + self.funnel.remembered else None
 
     def _finish(self, task: _Task) -> None:
         self._complete += not task.cut_short
@@ -361,14 +366,30 @@ class _Task:
             return None
         funnel.clean += 1
         self.needs[config] = needs
+        outcome = self.tuner.journal and self.tuner.journal.remembered(self.problem, config)
+        if outcome:
+            funnel.remembered += 1
+        else:
+            outcome = self._measure(config, needs)
+            funnel.timed += outcome.ms is not None
+        if outcome.ms is None:
+            funnel.reject(self.problem, config, outcome.reason)
+        return outcome.ms
+
+    def _measure(self, config: Any, needs: Resources) -> Outcome:
         best = min(self.search.results.values(), default=float("inf"))
-        try:
-            ms = self.tuner.judge.time(self.problem, config, needs, 1.6 * best, self.tuner.extra(self.problem))
-        except MeasurementError as error:
-            funnel.reject(self.problem, config, str(error))
-            return None
-        funnel.timed += 1
-        return ms
+        journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
+        with journal.measuring(self.problem, config) if journal else contextlib.nullcontext(_forget) as record:
+            try:
+                outcome = Outcome(self.tuner.judge.time(self.problem, config, needs, 1.6 * best, extra))
+            except MeasurementError as error:
+                outcome = Outcome(None, str(error))
+            record(outcome)
+        return outcome
+
+
+def _forget(outcome: Outcome) -> None:
+    """Takes what no journal is there to take."""
 
 
 def _kind(reason: str) -> str:

@@ -1,0 +1,317 @@
+"""Whatever ends a run, the next one goes on where it was: nothing is measured twice, and no crash is repeated."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from fakes import PROBLEM, Judge, candidates, landscape, tune
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from tuning import journal as journals
+from tuning import run as run_module
+from tuning.__main__ import main
+from tuning.journal import SUSPECT, Journal, Outcome
+from tuning.measurement import Gpu, Timing
+from tuning.problems import Problem
+
+FIRST, SECOND, THIRD = candidates()[:3]
+TESTS = Path(__file__).resolve().parent
+
+
+class Said(list[str]):
+    """What the user was told."""
+
+    def __call__(self, message: str) -> None:
+        self.append(message)
+
+
+def open_journal(path: Path, context: str = "H100", *, fresh: bool = False) -> Journal:
+    """A journal that has nothing to say."""
+
+    def say(message: str) -> None:
+        raise AssertionError(message)
+
+    return Journal(path, context, say, fresh=fresh)
+
+
+def measured(journal: Journal, config: Any, outcome: Outcome) -> None:
+    with journal.measuring(PROBLEM, config) as record:
+        record(outcome)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "a.journal"
+
+
+# What is remembered
+
+
+def test_times_and_failures_are_remembered(path: Path) -> None:
+    journal = open_journal(path)
+    outcomes = {FIRST: Outcome(0.25), SECOND: Outcome(None, "ArithmeticError: wrong result")}
+    for config, outcome in outcomes.items():
+        measured(journal, config, outcome)
+    for again in (journal, open_journal(path)):
+        assert {config: again.remembered(PROBLEM, config) for config in outcomes} == outcomes
+        assert again.remembered(PROBLEM, THIRD) is None
+        assert again.remembered(replace(PROBLEM, T=2048), FIRST) is None
+
+
+def test_what_was_stopped_or_found_no_memory_is_not_remembered(path: Path) -> None:
+    journal = open_journal(path)
+    with pytest.raises(KeyboardInterrupt), journal.measuring(PROBLEM, FIRST):
+        raise KeyboardInterrupt
+    measured(journal, SECOND, Outcome(None, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"))
+    for again in (journal, open_journal(path)):
+        assert again.remembered(PROBLEM, FIRST) is again.remembered(PROBLEM, SECOND) is None
+
+
+def test_another_context_and_another_kernel_know_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(open_journal(path), FIRST, Outcome(1.0))
+    assert open_journal(path, "H200").remembered(PROBLEM, FIRST) is None
+    registry = journals.kernel_registry()
+    changed = registry | {PROBLEM.kernel: replace(registry[PROBLEM.kernel], source="another")}
+    monkeypatch.setattr(journals, "kernel_registry", lambda: changed)
+    assert open_journal(path).remembered(PROBLEM, FIRST) is None
+    monkeypatch.undo()
+    assert open_journal(path).remembered(PROBLEM, FIRST) == Outcome(1.0)
+
+
+def test_fresh_forgets_what_it_asks_about_and_nothing_else(path: Path) -> None:
+    measured(open_journal(path), FIRST, Outcome(1.0))
+    measured(open_journal(path, "H200"), FIRST, Outcome(2.0))
+    fresh = open_journal(path, fresh=True)
+    assert fresh.remembered(PROBLEM, FIRST) is None
+    measured(fresh, FIRST, Outcome(3.0))
+    assert open_journal(path).remembered(PROBLEM, FIRST) == Outcome(3.0)
+    assert open_journal(path, "H200").remembered(PROBLEM, FIRST) == Outcome(2.0)
+
+
+def test_optuna_reads_it_as_studies_and_trials(path: Path) -> None:
+    journal = open_journal(path)
+    measured(journal, FIRST, Outcome(0.25))
+    measured(journal, SECOND, Outcome(None, "why"))
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    (name,) = optuna.get_all_study_names(storage)
+    assert name.startswith(f"{PROBLEM.kernel} ")
+    study = optuna.load_study(study_name=name, storage=storage)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert study.best_params == {name: getattr(FIRST, name) for name in ("BT", "BV", "num_warps", "num_stages")}
+    assert study.trials[1].user_attrs["reason"] == "why"
+
+
+# A tuner that dies
+
+
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from fakes import Judge, landscape, tune
+from test_journal import open_journal
+
+path, launched, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+count = 0
+
+def ms(config):
+    global count
+    with launched.open("a") as file:
+        file.write(repr(config) + "\\n")
+    if count == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count += 1
+    return landscape(config)
+
+tuner = tune(Judge(ms), journal=open_journal(path))
+(winner,) = tuner.winners.values()
+print(winner.config, tuner.funnel.timed, tuner.funnel.remembered)
+"""
+
+
+def tune_and_die(path: Path, launched: Path, last: int) -> subprocess.CompletedProcess[str]:
+    """Tune in a process that kills itself while it measures its `last` candidate."""
+    command = [sys.executable, "-c", PROGRAM, str(path), str(launched), str(last)]
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    return subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+
+
+def test_a_tuner_that_is_killed_again_and_again_loses_one_point_each_time(path: Path, tmp_path: Path) -> None:
+    launched = tmp_path / "launched"
+    for last in (0, 7, 20):
+        assert tune_and_die(path, launched, last).returncode == -signal.SIGKILL
+    suspects = [launched.read_text().splitlines()[i] for i in (0, 8, 29)]
+    done = tune_and_die(path, launched, -1)
+    assert done.returncode == 0, done.stderr
+    lines = launched.read_text().splitlines()
+    everything = {*candidates(), PROBLEM.default()}
+    ranked = len(lines) - len(set(lines))  # the last race of the finalists
+    assert set(lines) == set(map(repr, everything))
+    assert ranked <= 5
+    best = min((config for config in everything if repr(config) not in suspects), key=landscape)
+    assert done.stdout.split("  ")[0].startswith(repr(best))
+    journal = open_journal(path)
+    assert [config for config in everything if journal.remembered(PROBLEM, config) == Outcome(None, SUSPECT)] == [
+        config for config in everything if repr(config) in suspects
+    ]
+
+
+def test_what_a_living_process_measures_is_no_suspect(path: Path) -> None:
+    journal = open_journal(path)
+    with journal.measuring(PROBLEM, FIRST) as record:
+        other = open_journal(path)
+        assert other.remembered(PROBLEM, FIRST) is None
+        measured(other, SECOND, Outcome(2.0))
+        record(Outcome(1.0))
+    both = open_journal(path)
+    assert [both.remembered(PROBLEM, config) for config in (FIRST, SECOND)] == [Outcome(1.0), Outcome(2.0)]
+
+
+def test_a_process_is_known_again_after_its_number_was_used_again() -> None:
+    own = journals._worker(os.getpid())
+    assert not journals._is_dead(own)
+    node, pid, started, boot = own.split(" ")
+    assert journals._is_dead(f"{node} {pid} {int(started) + 1} {boot}")
+    assert journals._is_dead(f"{node} {pid} {started} another-boot")
+    assert not journals._is_dead(f"another-machine {pid} 1 {boot}")
+
+
+def test_a_run_that_ended_measures_nothing_again(path: Path) -> None:
+    first = tune(Judge(broken=lambda config: config.BT == 32), journal=open_journal(path))
+    judge = Judge()
+    again = tune(judge, journal=open_journal(path))
+    assert judge.timed == []
+    assert again.winners == first.winners
+    assert (again.funnel.timed, again.funnel.remembered) == (0, first.funnel.timed + len(first.funnel.rejected))
+    assert again.funnel.rejected == first.funnel.rejected
+
+
+def test_the_command_goes_on_where_it_was_and_begins_again_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Measuring:
+        gpu = Gpu("Any GPU", "sm90", 132, 80, "580.1")
+
+        def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
+            return Timing(float(config.BV), 0.0, 3, 0.001)
+
+        def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+            return [self.measure(problem, config, 0.0, extra) for config in configs]
+
+        def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float:
+            return 0.001
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(run_module, "gpu_present", lambda: True)
+    monkeypatch.setattr(run_module, "Measurer", Measuring)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = ["run", "--workload", "B=1,T=64,H=1,K=16,V=16", "--form", "fused_recurrent", "--workers", "1"]
+    command += ["--out", str(tmp_path / "rules.yaml")]
+    said = []
+    for more in ([], [], ["--fresh"], ["--storage", str(tmp_path / "other")], ["--storage", str(tmp_path / "other")]):
+        assert main([*command, *more]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        (counts,) = re.findall(r"(\d+) timed, (\d+) known from earlier runs", out)
+        said.append(tuple(map(int, counts)))
+        place = tmp_path / "other" if "--storage" in more else tmp_path / "cache/retgen/any_gpu.journal"
+        assert f"what is measured is kept in {place}" in out
+    number = said[0][0]
+    assert number > 1
+    assert said == [(number, 0), (0, number), (number, 0), (number, 0), (0, number)]
+
+
+def test_a_run_with_a_journal_chooses_as_one_without(path: Path) -> None:
+    assert tune(Judge(), journal=open_journal(path)).winners == tune(Judge()).winners
+
+
+# A file that fails
+
+
+def test_a_record_that_was_cut_off_anywhere_costs_itself_alone(path: Path) -> None:
+    journal = open_journal(path)
+    measured(journal, FIRST, Outcome(1.0))
+    whole = path.read_bytes()
+    measured(journal, SECOND, Outcome(2.0))
+    complete = path.read_bytes()
+    for size in range(len(whole), len(complete)):
+        path.write_bytes(complete[:size])
+        again = open_journal(path)
+        assert again.remembered(PROBLEM, FIRST) == Outcome(1.0)
+        assert again.remembered(PROBLEM, SECOND) is None
+        measured(again, THIRD, Outcome(3.0))
+        assert open_journal(path).remembered(PROBLEM, THIRD) == Outcome(3.0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"\0" * 40 + b"\n" + data,
+        lambda data: data.replace(b'"op_code"', b'"opcode"', 1),
+        lambda data: b"[]\n" + data,
+        lambda data: b'{"op_code": 99, "worker_id": "x"}\n' + data,
+    ],
+    ids=["zeros", "no code", "no mapping", "unknown code"],
+)
+def test_a_damaged_file_is_set_aside_and_said(path: Path, damage: Callable[[bytes], bytes]) -> None:
+    measured(open_journal(path), FIRST, Outcome(1.0))
+    data = damage(path.read_bytes())
+    path.write_bytes(data)
+    said = Said()
+    journal = Journal(path, "H100", said)
+    assert journal.remembered(PROBLEM, FIRST) is None
+    measured(journal, FIRST, Outcome(2.0))
+    (aside,) = path.parent.glob("a.journal.broken-*")
+    assert aside.read_bytes() == data
+    assert len(said) == 1
+    assert str(aside) in said[0]
+    assert open_journal(path).remembered(PROBLEM, FIRST) == Outcome(2.0)
+
+
+def test_a_full_disk_costs_the_record_and_not_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append, calls = JournalFileBackend.append_logs, []
+
+    def fill(self: Any, logs: list[dict[str, Any]]) -> None:
+        calls.append(logs)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, logs)
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", fill)
+    said = Said()
+    tuner = tune(Judge(), journal=Journal(path, "H100", said))
+    assert tuner.winners == tune(Judge()).winners
+    assert said == [f"{path}: No space left on device: what is measured from here on is not remembered"]
+    monkeypatch.undo()
+    again = tune(Judge(), journal=open_journal(path))
+    assert 0 < again.funnel.remembered < tuner.funnel.timed
+    assert again.winners[PROBLEM].config == min(candidates(), key=landscape)
+
+
+def test_a_place_where_nothing_can_be_written_costs_the_record_and_not_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = Said()
+    tuner = tune(Judge(), journal=Journal(tmp_path / "file" / "a.journal", "H100", said))
+    assert tuner.winners == tune(Judge()).winners
+    assert len(said) == 1
+    assert "is not remembered" in said[0]
+
+
+def test_the_default_place_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert journals.default_path("nvidia_h100") == tmp_path / "retgen" / "nvidia_h100.journal"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert journals.default_path("x") == Path.home() / ".cache" / "retgen" / "x.journal"
