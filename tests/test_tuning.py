@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -255,6 +256,15 @@ def write(path: Path, *entries: Entry, device: dict[str, Any] | None = None) -> 
 def test_merge_replaces_the_same_point_and_keeps_the_others() -> None:
     merged = rules.merge([entry(64), entry(1024)], [entry(1024, BT=16), entry(9999)])
     assert [(e.point.T, e.use["BT"]) for e in merged] == [(64, 64), (1024, 16), (9999, 64)]
+
+
+def test_tuners_that_write_one_file_at_once_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.yaml"
+    lengths = [2**n for n in range(5, 17)]
+    with ThreadPoolExecutor(len(lengths)) as threads:
+        list(threads.map(lambda T: rules.update(path, [entry(T)], {"arch": "sm90"}, None), lengths))
+    assert sorted(e.point.T for e in rules.existing_entries(path)) == lengths
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_entries_are_read_as_they_were_written(tmp_path: Path) -> None:

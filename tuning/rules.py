@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import errno
+import fcntl
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -181,6 +183,28 @@ def document(entries: list[Entry], device: dict[str, Any], driver: str | None) -
         "tuned": dt.datetime.now().astimezone().date(),
         "kernels": kernels,
     }
+
+
+def update(path: Path, entries: Iterable[Entry], device: dict[str, Any], driver: str | None) -> Path | None:
+    """Merge the entries into the file, whoever else does so at the same time; say where an unreadable one went."""
+    with _alone(path.resolve().parent):
+        merged = merge(existing_entries(path), entries)
+        aside = set_aside(path)
+        write(path, document(merged, device, driver))
+    return aside
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Be the only tuner that changes files of a directory; what was changed then outlives a loss of power."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

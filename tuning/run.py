@@ -56,11 +56,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
         winners = list(tuner.winners.values())
         if winners:
             entries = [rules.entry_of(winner) for winner in winners] + rules.form_entries(winners)
-            merged = rules.merge(rules.existing_entries(path), entries)
-            if kept := rules.set_aside(path):
-                console.print(escape(f"{path} could not be read: what it held is now {kept}"), soft_wrap=True)
             device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
-            rules.write(path, rules.document(merged, device, measurer.gpu.driver if measurer else None))
+            if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None):
+                console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)
         _report(console, winners, tuner, len(problems), options.budget)
         _conclude(console, len(winners), path, time.monotonic() - started)
         return 130 if tuner.interrupted else int(not winners)
