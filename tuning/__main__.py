@@ -1,4 +1,4 @@
-"""Command line of the tuner: `python -m tuning run`, `compile`, `check`, `show` and `bench`."""
+"""Command line of the tuner: `python -m tuning run`, `compile`, `record`, `check`, `show` and `bench`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from tuning import bench, check, precompile, run, show
+from tuning import bench, check, precompile, record, run, show
 from tuning.compilation import ARCHS
 from tuning.measurement import MeasurementError
 from tuning.problems import FORMS, PASSES
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   python -m tuning run --workload B=4,T=4096,H=16,K=128,V=128 --budget 120
   python -m tuning run --arch sm80                         without a GPU: rules for the A100's architecture, modelled
   python -m tuning compile --arch sm90                     ahead of a run, on any machine: fill Triton's cache
+  python -m tuning record -- python train.py               the shapes that a program uses, for run --workload FILE
   python -m tuning check                                   without a GPU: are the files whole, fresh and compilable
   python -m tuning show                                    the rules that hold on this machine, and where they lie
   python -m tuning bench --workload short --form chunk     times and errors, against the floor and fla
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
     _add_compile(commands)
+    _add_record(commands)
     _add_check(commands)
     show_parser = commands.add_parser("show", help="print the rules that hold on this machine and where each came from")
     show_parser.add_argument("--arch", choices=sorted(ARCHS), help="show another architecture's instead")
@@ -131,6 +133,18 @@ def _add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(command=precompile.precompile)
 
 
+def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "record",
+        help="run a program and write down the shapes that it uses",
+        description="Run a program, on a GPU, and write the shapes that it gives the kernels to a file, which "
+        "`python -m tuning run --workload FILE` tunes. Processes that the program starts are watched too.",
+    )
+    parser.add_argument("--out", metavar="FILE", default="workloads.yaml", help="default: workloads.yaml")
+    parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM", help="the program and its arguments")
+    parser.set_defaults(command=record.record)
+
+
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "check",
@@ -159,7 +173,7 @@ def _add_selection(parser: argparse.ArgumentParser, forms: Sequence[str]) -> Non
         action="append",
         default=[],
         metavar="NAME",
-        help=f"{names}, or B=..,T=..,H=..,K=..,V=..[,dtype=..]; may be repeated (default: all)",
+        help=f"{names}, or B=..,T=..,H=..,K=..,V=..[,dtype=..], or a YAML file of them; may be repeated (default: all)",
     )
     parser.add_argument("--form", action="append", default=[], choices=forms, help="may be repeated (default: all)")
 

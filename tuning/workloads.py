@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -63,11 +64,42 @@ def builtin() -> dict[str, Workload]:
 
 
 def parse(texts: list[str]) -> list[Workload]:
-    """Workloads by name or by shape (`B=8,T=2048,H=8,K=256,V=512[,dtype=float16]`); all of them for no text."""
+    """Workloads by name, by shape (`B=8,T=2048,H=8,K=256,V=512[,dtype=float16]`) or file; all builtin for no text."""
     known = builtin()
     if not texts:
         return list(known.values())
-    return [known[text] if text in known else _parse_shape(text, known) for text in texts]
+    return [workload for text in texts for workload in _parse(text, known)]
+
+
+def _parse(text: str, known: dict[str, Workload]) -> list[Workload]:
+    if text.endswith((".yaml", ".yml")):
+        return read(Path(text))
+    return [known[text] if text in known else _parse_shape(text, known)]
+
+
+def read(path: Path) -> list[Workload]:
+    """The workloads of a file: groups of names and shapes, as in workloads.yaml."""
+    try:
+        groups = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise WorkloadError(f"workloads {path}: {reason}") from error
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise WorkloadError(f"workloads {path}: must hold groups, and each group names with shapes below them")
+    found = [(name, shape) for group in groups.values() for name, shape in group.items()]
+    if not found:
+        raise WorkloadError(f"workloads {path}: holds none")
+    return [_read_shape(path, str(name), shape) for name, shape in found]
+
+
+def _read_shape(path: Path, name: str, shape: Any) -> Workload:
+    if not isinstance(shape, dict):
+        raise WorkloadError(f"workloads {path}: {name} is {shape!r}; it must be a mapping of B, T, H, K and V")
+    text = ",".join(f"{key}={value}" for key, value in shape.items())
+    try:
+        return replace(_parse_shape(text or "=", {}), name=name)
+    except WorkloadError as error:
+        raise WorkloadError(f"workloads {path}: {name}: {error}") from error
 
 
 def _parse_shape(text: str, known: dict[str, Workload]) -> Workload:
