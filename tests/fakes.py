@@ -12,7 +12,7 @@ from tuning.compilation import ARCHS, Resources
 from tuning.journal import Journal
 from tuning.measurement import MeasurementError
 from tuning.problems import Problem
-from tuning.tuner import Effort, Tuner
+from tuning.tuner import Effort, Tuner, likely_first
 
 SM90 = ARCHS["sm90"]
 PROBLEM = Problem("fused_chunk", "bfloat16", 8, 1024, 8, 64, 64)
@@ -22,8 +22,7 @@ ALL = Effort(first=10, rounds=50, per_round=5, finalists=3)
 
 def candidates(problem: Problem = PROBLEM) -> list[Any]:
     """All that may be tried."""
-    itemsize = problem.torch_dtype.itemsize
-    return problem.space.candidates(type(problem.default()), problem.K, problem.V, problem.T, itemsize, SM90)
+    return likely_first(problem, SM90)
 
 
 def landscape(config: Any) -> float:

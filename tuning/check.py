@@ -20,6 +20,7 @@ from generated.configuration_file import ConfigurationError, File, Rule, parse_f
 from tuning import rules
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
+from tuning.known_bad import known_bad
 from tuning.problems import FORMS, Problem, problem_at
 
 
@@ -85,6 +86,7 @@ def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tu
     faults = [problem for kernel, entry in file.kernels.items() if (problem := kernel_problem(kernel, entry))]
     faults += [fault for kernel in file.kernels for fault in interval_faults(list(_places(file, kernel)))]
     places = [place for kernel in _usable(file) for place in _places(file, kernel)]
+    faults += bad_faults(file, places)
     checked = f"{sum(len(entry.rules) for entry in file.kernels.values())} rules"
     if options.no_compile:
         return faults, changes, checked
@@ -138,6 +140,16 @@ def _launch(place: Place) -> tuple[Problem, Any]:
     point = rules.point_from(place.rule) or rules.Point(when.dtype, *(getattr(when, axis)[1] for axis in rules.AXES))
     problem = problem_at(place.kernel, point.dtype, point.K, point.V, point.BH, point.T)
     return problem, config_type(**place.rule.use)
+
+
+def bad_faults(file: File, places: list[Place]) -> list[str]:
+    """Rules that no tuner would launch, because the compiler gets them wrong."""
+    found = []
+    for place in places:
+        problem, config = _launch(place)
+        if evidence := known_bad(problem.form, config, file.device.arch):
+            found.append(f"{place} is known bad: {evidence}")
+    return found
 
 
 def _compile_fault(result: Compiled, arch: str) -> str | None:

@@ -80,15 +80,6 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _known_good(c: Any) -> bool:
-    """Leave out what Triton miscompiles for Hopper: tiles of 64 or more tokens and 32 or fewer columns, unpipelined.
-
-    Such a program reads memory that is not its own (launch.has_aligned_rows has the issue's number). Seen with Triton
-    3.6 at K from 64 to 512 in chunk and fused_chunk, mostly with 4 warps; tiles of 32 tokens never failed.
-    """
-    return bool(c.BV > 32 or c.num_stages > 1 or c.BT < 64)
-
-
 def _sweep_registers(K: int, c: Any) -> float:
     return float((1.5 * K * c.BV + c.BT * c.BV + c.BT * c.BT + (0 if c.BT >= 64 else K * c.BT)) / (32 * c.num_warps))
 
@@ -117,17 +108,15 @@ def _recurrent_registers(K: int, c: Any) -> float:
     return float((2 * K * c.BV + 2 * K) / (32 * c.num_warps))
 
 
-FUSED_CHUNK = Space((BT, BV, WARPS, STAGES), _known_good, _sweep_registers, _sweep_shared)
+FUSED_CHUNK = Space((BT, BV, WARPS, STAGES), lambda c: True, _sweep_registers, _sweep_shared)
 SPACES = {
     "fused_chunk": FUSED_CHUNK,
     "fused_chunk_gradients": FUSED_CHUNK,
-    "chunk": Space((SEGMENT, BT, BV, WARPS, STAGES), _known_good, _sweep_registers, _sweep_shared),
-    "chunk_states": Space(
-        (BT, BK, BV, WARPS, STAGES), lambda c: _known_good(c) and c.BT >= 32, _states_registers, _states_shared
-    ),
+    "chunk": Space((SEGMENT, BT, BV, WARPS, STAGES), lambda c: True, _sweep_registers, _sweep_shared),
+    "chunk_states": Space((BT, BK, BV, WARPS, STAGES), lambda c: c.BT >= 32, _states_registers, _states_shared),
     "parallel": Space(
         (BT, BS, WIDE_BV, WARPS, STAGES),
-        lambda c: _known_good(c) and c.BT >= 64,
+        lambda c: c.BT >= 64,
         _parallel_registers,
         _parallel_shared,
     ),

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from tuning.compilation import Arch, Resources
 from tuning.compile_pool import CompilePool
 from tuning.journal import Journal, Outcome
+from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, Measurer
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
@@ -265,9 +266,10 @@ def _states_problem(problem: Problem) -> Problem:
 
 
 def likely_first(problem: Problem, arch: Arch) -> list[Any]:
-    """The configurations worth compiling for a problem, those that the model likes best first."""
+    """The configurations worth compiling for a problem, none known bad, those that the model likes best first."""
     itemsize = problem.torch_dtype.itemsize
     candidates = problem.space.candidates(type(problem.default()), problem.K, problem.V, problem.T, itemsize, arch)
+    candidates = [config for config in candidates if not known_bad(problem.form, config, arch.name)]
     return sorted(candidates, key=lambda config: predict(problem, config, arch))
 
 
@@ -354,6 +356,9 @@ class _Task:
 
     def _time(self, config: Any, needs: Resources | str) -> float | None:
         funnel = self.tuner.funnel
+        if evidence := known_bad(self.problem.form, config, self.tuner.arch.name):  # an incumbent may be
+            funnel.reject(self.problem, config, f"known bad: {evidence}")
+            return None
         funnel.compiled += 1
         if isinstance(needs, str):
             funnel.fail(_kind(needs))
