@@ -156,6 +156,24 @@ def test_a_rule_of_a_users_own_compiles_at_its_upper_bounds_and_may_reach_as_far
     assert asked[1][0] == problem_at(KERNEL, "bfloat16", 16, 16, 128, 4000)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("ms: 0.5", "ms: 1.5", "its 1.5 ms are more than the default's 1.0"),
+        ("error: 0.001", "error: 0.9", "its error is 0.9, over the 1e-02"),
+        ("T: [512, 2048]", "T: [1500, 2048]", "does not hold the point"),
+    ],
+)
+def test_figures_that_speak_against_their_rule_are_faults(
+    file: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str
+) -> None:
+    file.write_text(file.read_text().replace(old, new, 1))
+    assert main(["check", "--no-compile", str(file)]) == 1
+    out = lines(capsys)
+    assert said in out
+    assert "1 wrong" in out
+
+
 def test_an_architecture_that_is_not_known_is_not_compiled_for(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text(file.read_text().replace("sm90", "gfx942"))
     assert main(["check", str(file)]) == 0

@@ -48,7 +48,7 @@ def open_journal(path: Path, context: str = "H100", *, fresh: bool = False) -> J
 
 
 def measured(journal: Journal, config: Any, outcome: Outcome) -> None:
-    with journal.measuring(PROBLEM, config) as record:
+    with journal.measuring(PROBLEM, config, {}) as record:
         record(outcome)
 
 
@@ -66,52 +66,52 @@ def test_times_and_failures_are_remembered(path: Path) -> None:
     for config, outcome in outcomes.items():
         measured(journal, config, outcome)
     for again in (journal, open_journal(path)):
-        assert {config: again.remembered(PROBLEM, config) for config in outcomes} == outcomes
-        assert again.remembered(PROBLEM, THIRD) is None
-        assert again.remembered(replace(PROBLEM, T=2048), FIRST) is None
+        assert {config: again.remembered(PROBLEM, config, {}) for config in outcomes} == outcomes
+        assert again.remembered(PROBLEM, THIRD, {}) is None
+        assert again.remembered(replace(PROBLEM, T=2048), FIRST, {}) is None
 
 
 def test_what_was_stopped_or_found_no_memory_is_not_remembered(path: Path) -> None:
     journal = open_journal(path)
-    with pytest.raises(KeyboardInterrupt), journal.measuring(PROBLEM, FIRST):
+    with pytest.raises(KeyboardInterrupt), journal.measuring(PROBLEM, FIRST, {}):
         raise KeyboardInterrupt
     measured(journal, SECOND, Outcome(None, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"))
     for again in (journal, open_journal(path)):
-        assert again.remembered(PROBLEM, FIRST) is again.remembered(PROBLEM, SECOND) is None
+        assert again.remembered(PROBLEM, FIRST, {}) is again.remembered(PROBLEM, SECOND, {}) is None
 
 
 def test_another_context_and_another_kernel_know_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(open_journal(path), FIRST, Outcome(1.0))
-    assert open_journal(path, "H200").remembered(PROBLEM, FIRST) is None
+    assert open_journal(path, "H200").remembered(PROBLEM, FIRST, {}) is None
     registry = journals.kernel_registry()
     changed = registry | {PROBLEM.kernel: replace(registry[PROBLEM.kernel], source="another")}
     monkeypatch.setattr(journals, "kernel_registry", lambda: changed)
-    assert open_journal(path).remembered(PROBLEM, FIRST) is None
+    assert open_journal(path).remembered(PROBLEM, FIRST, {}) is None
     monkeypatch.undo()
-    assert open_journal(path).remembered(PROBLEM, FIRST) == Outcome(1.0)
+    assert open_journal(path).remembered(PROBLEM, FIRST, {}) == Outcome(1.0)
 
 
 def test_fresh_forgets_what_it_asks_about_and_nothing_else(path: Path) -> None:
     measured(open_journal(path), FIRST, Outcome(1.0))
     measured(open_journal(path, "H200"), FIRST, Outcome(2.0))
     fresh = open_journal(path, fresh=True)
-    assert fresh.remembered(PROBLEM, FIRST) is None
+    assert fresh.remembered(PROBLEM, FIRST, {}) is None
     measured(fresh, FIRST, Outcome(3.0))
-    assert open_journal(path).remembered(PROBLEM, FIRST) == Outcome(3.0)
-    assert open_journal(path, "H200").remembered(PROBLEM, FIRST) == Outcome(2.0)
+    assert open_journal(path).remembered(PROBLEM, FIRST, {}) == Outcome(3.0)
+    assert open_journal(path, "H200").remembered(PROBLEM, FIRST, {}) == Outcome(2.0)
 
 
 def test_optuna_reads_it_as_studies_and_trials(path: Path) -> None:
     journal = open_journal(path)
     measured(journal, FIRST, Outcome(0.25))
-    measured(journal, SECOND, Outcome(None, "why"))
+    measured(journal, SECOND, Outcome(None, "ArithmeticError: why"))
     storage = JournalStorage(JournalFileBackend(str(path)))
     (name,) = optuna.get_all_study_names(storage)
     assert name.startswith(f"{PROBLEM.kernel} ")
     study = optuna.load_study(study_name=name, storage=storage)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
     assert study.best_params == {name: getattr(FIRST, name) for name in ("BT", "BV", "num_warps", "num_stages")}
-    assert study.trials[1].user_attrs["reason"] == "why"
+    assert study.trials[1].user_attrs["reason"] == "ArithmeticError: why"
 
 
 # A tuner that dies
@@ -163,29 +163,75 @@ def test_a_tuner_that_is_killed_again_and_again_loses_one_point_each_time(path: 
     best = min((config for config in everything if repr(config) not in suspects), key=landscape)
     assert done.stdout.split("  ")[0].startswith(repr(best))
     journal = open_journal(path)
-    assert [config for config in everything if journal.remembered(PROBLEM, config) == Outcome(None, SUSPECT)] == [
+    assert [config for config in everything if journal.remembered(PROBLEM, config, {}) == Outcome(None, SUSPECT)] == [
         config for config in everything if repr(config) in suspects
     ]
 
 
 def test_what_a_living_process_measures_is_no_suspect(path: Path) -> None:
     journal = open_journal(path)
-    with journal.measuring(PROBLEM, FIRST) as record:
+    with journal.measuring(PROBLEM, FIRST, {}) as record:
         other = open_journal(path)
-        assert other.remembered(PROBLEM, FIRST) is None
+        assert other.remembered(PROBLEM, FIRST, {}) is None
         measured(other, SECOND, Outcome(2.0))
         record(Outcome(1.0))
     both = open_journal(path)
-    assert [both.remembered(PROBLEM, config) for config in (FIRST, SECOND)] == [Outcome(1.0), Outcome(2.0)]
+    assert [both.remembered(PROBLEM, config, {}) for config in (FIRST, SECOND)] == [Outcome(1.0), Outcome(2.0)]
 
 
-def test_a_process_is_known_again_after_its_number_was_used_again() -> None:
-    own = journals._worker(os.getpid())
-    assert not journals._is_dead(own)
-    node, pid, started, boot = own.split(" ")
-    assert journals._is_dead(f"{node} {pid} {int(started) + 1} {boot}")
-    assert journals._is_dead(f"{node} {pid} {started} another-boot")
-    assert not journals._is_dead(f"another-machine {pid} 1 {boot}")
+def test_a_process_lives_as_long_as_it_holds_its_file(path: Path) -> None:
+    path.parent.mkdir()
+    alive = journals._Alive(path)
+    name = alive.name
+    assert not journals._is_dead(path, name)
+    del alive
+    assert journals._is_dead(path, name)
+    left = journals._alive_path(path, "left-by-a-process-that-was-killed")
+    left.touch()
+    assert journals._is_dead(path, "left-by-a-process-that-was-killed")
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "kept"),
+    [
+        ("ArithmeticError: wrong result: relative errors", True),
+        ("no answer from the measuring process within 60 s: the kernel hangs", True),
+        ("the measuring process died: the kernel crashed", True),
+        ("AcceleratorError: CUDA error: an illegal memory access was encountered", True),
+        ("no answer from the measuring process within 180 s: it does not start", False),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("OSError: [Errno 28] No space left on device", False),
+        ("AcceleratorError: CUDA error: CUDA-capable device(s) is/are busy or unavailable", False),
+    ],
+)
+def test_only_what_a_candidate_did_itself_is_held_against_it(path: Path, reason: str, kept: bool) -> None:
+    measured(open_journal(path), FIRST, Outcome(None, reason))
+    assert (open_journal(path).remembered(PROBLEM, FIRST, {}) is not None) is kept
+
+
+def test_what_was_measured_with_another_states_kernel_is_not_remembered(path: Path) -> None:
+    one, other = ({"states_config": config} for config in (FIRST, SECOND))
+    journal = open_journal(path)
+    with journal.measuring(PROBLEM, FIRST, one) as record:
+        record(Outcome(1.0))
+    for again in (journal, open_journal(path)):
+        assert again.remembered(PROBLEM, FIRST, one) == Outcome(1.0)
+        assert again.remembered(PROBLEM, FIRST, other) is again.remembered(PROBLEM, FIRST, {}) is None
+
+
+def test_tuners_at_once_do_not_end_each_other(path: Path) -> None:
+    said = Said()
+    first, second = Journal(path, "H100", said), Journal(path, "H100", said)
+    assert first.remembered(PROBLEM, FIRST, {}) is second.remembered(PROBLEM, FIRST, {}) is None
+    measured(first, FIRST, Outcome(1.0))
+    fresh = Journal(path, "H100", said, fresh=True)
+    assert fresh.remembered(PROBLEM, FIRST, {}) is None
+    measured(first, SECOND, Outcome(2.0))  # into a study that is gone
+    measured(second, THIRD, Outcome(3.0))
+    assert len(said) == 2
+    assert all("is not remembered" in message for message in said)
+    assert first.remembered(PROBLEM, SECOND, {}) == Outcome(2.0)
 
 
 def test_a_run_that_ended_measures_nothing_again(path: Path) -> None:
@@ -250,35 +296,48 @@ def test_a_record_that_was_cut_off_anywhere_costs_itself_alone(path: Path) -> No
     for size in range(len(whole), len(complete)):
         path.write_bytes(complete[:size])
         again = open_journal(path)
-        assert again.remembered(PROBLEM, FIRST) == Outcome(1.0)
-        assert again.remembered(PROBLEM, SECOND) is None
+        assert again.remembered(PROBLEM, FIRST, {}) == Outcome(1.0)
+        assert again.remembered(PROBLEM, SECOND, {}) is None
         measured(again, THIRD, Outcome(3.0))
-        assert open_journal(path).remembered(PROBLEM, THIRD) == Outcome(3.0)
+        assert open_journal(path).remembered(PROBLEM, THIRD, {}) == Outcome(3.0)
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "kept"),
     [
-        lambda data: b"\0" * 40 + b"\n" + data,
-        lambda data: data.replace(b'"op_code"', b'"opcode"', 1),
-        lambda data: b"[]\n" + data,
-        lambda data: b'{"op_code": 99, "worker_id": "x"}\n' + data,
+        (lambda data: b"\0" * 40 + b"\n" + data, True),
+        (lambda data: data + b"\0" * 40 + b"\n" + b"[" * 10**5 + b"\n", True),
+        (lambda data: b"[]\n" + data, True),
+        (lambda data: data.replace(b'"op_code"', b'"opcode"', 1), False),
+        (lambda data: b'{"op_code": 99, "worker_id": "x"}\n' + data, False),
     ],
-    ids=["zeros", "no code", "no mapping", "unknown code"],
+    ids=["zeros", "end", "no mapping", "no study", "unknown code"],
 )
-def test_a_damaged_file_is_set_aside_and_said(path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_file_is_kept_and_what_can_be_read_of_it_is_used(
+    path: Path, damage: Callable[[bytes], bytes], kept: bool
+) -> None:
     measured(open_journal(path), FIRST, Outcome(1.0))
     data = damage(path.read_bytes())
     path.write_bytes(data)
     said = Said()
     journal = Journal(path, "H100", said)
-    assert journal.remembered(PROBLEM, FIRST) is None
-    measured(journal, FIRST, Outcome(2.0))
+    assert journal.remembered(PROBLEM, FIRST, {}) == (Outcome(1.0) if kept else None)
+    measured(journal, SECOND, Outcome(2.0))
     (aside,) = path.parent.glob("a.journal.broken-*")
     assert aside.read_bytes() == data
     assert len(said) == 1
     assert str(aside) in said[0]
-    assert open_journal(path).remembered(PROBLEM, FIRST) == Outcome(2.0)
+    assert open_journal(path).remembered(PROBLEM, SECOND, {}) == Outcome(2.0)
+
+
+def test_a_torn_line_does_not_end_a_tuner_that_still_runs(path: Path) -> None:
+    journal = open_journal(path)
+    measured(journal, FIRST, Outcome(1.0))
+    with path.open("ab") as file:
+        file.write(b'{"op_code": 4, "wor')
+    measured(journal, SECOND, Outcome(2.0))
+    again = open_journal(path)
+    assert [again.remembered(PROBLEM, config, {}) for config in (FIRST, SECOND)] == [Outcome(1.0), Outcome(2.0)]
 
 
 def test_a_full_disk_costs_the_record_and_not_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

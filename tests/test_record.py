@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ def choose(B, T, K, V, dtype, offsets=None):
 for _ in range(3):
     choose(2, 100, 64, 128, torch.bfloat16)
     choose(2, 100, 128, 64, torch.bfloat16)
-choose(1, 90, 33, 33, torch.float16, torch.empty(4, device="meta"))
+choose(1, 90, 33, 33, torch.float16, None)
+choose(1, 90, 34, 34, torch.float16, torch.empty(4, device="meta"))
 raise SystemExit(7)
 """
 
@@ -42,7 +46,7 @@ def test_shapes_of_a_program_are_written_once_and_read_back(tmp_path: Path, monk
     assert run(tmp_path, monkeypatch, sys.executable, "-c", PROGRAM) == 7
     assert parse([str(tmp_path / "seen.yaml")]) == [
         Workload("B2_T100_H4_K64_V128_bfloat16", 2, 100, 4, 64, 128, "bfloat16"),
-        Workload("B3_T30_H4_K33_V33_float16", 3, 30, 4, 33, 33, "float16"),
+        Workload("B3_T30_H4_K34_V34_float16", 3, 30, 4, 34, 34, "float16"),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["seen.yaml"]
 
@@ -77,6 +81,54 @@ def test_what_cannot_be_run_or_written_is_said_first(
     assert "nothing to run" in capsys.readouterr().err
     assert main(["record", "--out", str(tmp_path / "a.txt"), "--", "true"]) == 1
     assert "must end in .yaml" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "seen.yaml").write_text("mine")
+    assert run(tmp_path, monkeypatch, "true") == 1
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "seen.yaml").read_text() == "mine"
+
+
+def test_ctrl_c_is_the_programs_own_and_what_it_used_is_kept(tmp_path: Path) -> None:
+    program = PROGRAM.replace(
+        "raise SystemExit(7)",
+        """
+import pathlib, sys, time
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1.5)
+    pathlib.Path("checkpoint").touch()
+    raise SystemExit(9)
+""",
+    )
+    command = [sys.executable, "-m", "tuning", "record", "--out", "seen.yaml", "--", sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 9
+    assert (tmp_path / "checkpoint").exists()
+    assert len(read(tmp_path / "seen.yaml")) == 2
+
+
+def test_a_signal_that_ends_the_program_is_told_as_a_shell_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, monkeypatch, "sh", "-c", "kill -TERM $$") == 128 + signal.SIGTERM
+
+
+def test_lines_that_no_tuner_takes_cost_themselves_alone() -> None:
+    lines = ["B=1,T=0,H=2,K=8,V=8,dtype=float16", "B=1,T=8,H=2,K=8,V=8,dtype=float16", "B=1,T=8,H"]
+    assert [workload.T for workload in workloads(lines)] == [8]
 
 
 def test_nothing_is_recorded_unless_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,6 +265,9 @@ def test_tuners_that_write_one_file_at_once_lose_nothing(tmp_path: Path) -> None
         list(threads.map(lambda T: rules.update(path, [entry(T)], {"arch": "sm90"}, None), lengths))
     assert sorted(e.point.T for e in rules.existing_entries(path)) == lengths
     assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(FileExistsError, match="another GPU"):
+        rules.update(path, [entry(99)], {"arch": "sm80"}, None)
+    assert sorted(e.point.T for e in rules.existing_entries(path)) == lengths
 
 
 def test_entries_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from tuning import rules
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
 from tuning.known_bad import known_bad
+from tuning.measurement import ERROR_LIMITS
 from tuning.problems import FORMS, Problem, problem_at
+from tuning.tuner import NOISE
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def check(options: argparse.Namespace, console: Console) -> int:
         if changes.row_count:
             console.print(changes)
             console.print(
-                "compiled otherwise than when tuned: right, but the times may be others; a run measures them anew"
+                f"compiled otherwise than when tuned (here by Triton {version('triton')}): right, but times may differ"
             )
         verdict = f"{len(faults)} wrong" if faults else "nothing wrong"
         console.print(escape(f"{path}: {checked}, {verdict}"), soft_wrap=True, highlight=False)
@@ -84,7 +87,8 @@ def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tu
     except ConfigurationError as error:
         return [str(error).removeprefix(f"{path}: ")], changes, "not read"
     faults = [problem for kernel, entry in file.kernels.items() if (problem := kernel_problem(kernel, entry))]
-    faults += [fault for kernel in file.kernels for fault in interval_faults(list(_places(file, kernel)))]
+    for kernel in file.kernels:
+        faults += interval_faults(list(_places(file, kernel))) + figure_faults(list(_places(file, kernel)))
     places = [place for kernel in _usable(file) for place in _places(file, kernel)]
     faults += bad_faults(file, places)
     checked = f"{sum(len(entry.rules) for entry in file.kernels.values())} rules"
@@ -115,12 +119,27 @@ def interval_faults(places: list[Place]) -> list[str]:
     """Rules of one kernel that cover a shape twice, or that reach farther from their point than the tuner lets them."""
     faults = []
     for one, other in itertools.combinations(places, 2):
-        if one.rule.proof == other.rule.proof and rules.overlap(one.rule.when, other.rule.when):
+        tuned = rules.point_from(one.rule) and rules.point_from(other.rule)  # who writes by hand may rely on the order
+        if tuned and one.rule.proof == other.rule.proof and rules.overlap(one.rule.when, other.rule.when):
             faults.append(f"{other}.when covers shapes that {one} covers already; the first one wins")
     for place in places:
         point = rules.point_from(place.rule)
         for axis, low, high in [] if point is None else rules.stretches(place.rule.when, point):
             faults.append(f"{place}.when.{axis} reaches beyond [{low}, {high}], as far as its point's figures hold")
+        if point and not place.rule.when.matches(point.dtype, point.K, point.V, point.BH, point.T):
+            faults.append(f"{place}.when does not hold the point at which its figures were found")
+    return faults
+
+
+def figure_faults(places: list[Place]) -> list[str]:
+    """Rules whose own figures speak against them."""
+    faults = []
+    for place in places:
+        figures, limit = place.rule.figures, ERROR_LIMITS[place.rule.when.dtype]
+        if (error := figures.get("error", 0.0)) > limit:
+            faults.append(f"{place}: its error is {error}, over the {limit:.0e} that is taken for rounding")
+        if (ms := figures.get("ms", 0.0)) > (1 + NOISE) * (default := figures.get("default_ms", ms)):
+            faults.append(f"{place}: its {ms} ms are more than the default's {default}")
     return faults
 
 

@@ -41,7 +41,7 @@ def precompile(options: argparse.Namespace, console: Console) -> int:
     console.print(_table(outcomes))
     if (left := len(launches) - outcomes.total()) > 0:
         console.print(f"the budget of {options.budget:g} s is spent: {left} candidates are left for another call")
-    console.print(f"took {time.monotonic() - started:.0f} s; with this cache and this Triton none compiles again")
+    console.print(f"took {time.monotonic() - started:.0f} s; what was compiled is not compiled again by this Triton")
     return int(not any(outcome in ("clean", "spills") for _, outcome in outcomes))
 
 

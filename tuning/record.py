@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from tuning.rules import check_writable
 from tuning.run import RunError
-from tuning.workloads import Workload, parse
+from tuning.workloads import Workload, WorkloadError, parse
 
 VARIABLE = "RETGEN_RECORD"  # read by generated/launch.py
 
@@ -28,11 +29,13 @@ def record(options: argparse.Namespace, console: Console) -> int:
         raise RunError("nothing to run: python -m tuning record -- python train.py")
     if path.suffix not in (".yaml", ".yml"):
         raise RunError(f"--out {path}: must end in .yaml or .yml")
+    if path.exists():
+        raise RunError(f"{path} is there already: give another file with --out")
     check_writable(path)
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "shapes"
         try:
-            status = subprocess.run(program, env=os.environ | {VARIABLE: str(lines)}, check=False).returncode
+            status = _run(program, os.environ | {VARIABLE: str(lines)})
         except OSError as error:
             raise RunError(f"{program[0]} cannot be run: {error.strerror}") from error
         found = workloads(lines.read_text(encoding="utf-8").splitlines() if lines.exists() else [])
@@ -45,13 +48,34 @@ def record(options: argparse.Namespace, console: Console) -> int:
     return status
 
 
+def _run(program: list[str], environment: dict[str, str]) -> int:
+    """Run it to its own end: Ctrl-C reaches it without us, and a request to end is passed on."""
+    process = subprocess.Popen(program, env=environment)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status  # as a shell says that a signal ended it
+
+
 def workloads(lines: list[str]) -> list[Workload]:
     """The shapes in the order in which they were first seen; a gradient's sweep, K and V exchanged, is no other one."""
     seen: dict[object, Workload] = {}
-    for workload in parse(list(dict.fromkeys(lines))) if lines else []:
+    for workload in (found for line in dict.fromkeys(lines) for found in _parsed(line)):
         widths = frozenset((workload.K, workload.V))
         seen.setdefault((workload.B, workload.T, workload.H, widths, workload.dtype), workload)
     return list(seen.values())
+
+
+def _parsed(line: str) -> list[Workload]:
+    """The line's workload; none where it is one that no tuner takes, or was not written to its end."""
+    try:
+        return parse([line])
+    except WorkloadError:
+        return []
 
 
 def _write(path: Path, found: list[Workload]) -> None:

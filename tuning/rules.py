@@ -188,6 +188,8 @@ def document(entries: list[Entry], device: dict[str, Any], driver: str | None) -
 def update(path: Path, entries: Iterable[Entry], device: dict[str, Any], driver: str | None) -> Path | None:
     """Merge the entries into the file, whoever else does so at the same time; say where an unreadable one went."""
     with _alone(path.resolve().parent):
+        if owner(path) not in (None, device.get("name") or device["arch"]):
+            raise FileExistsError(errno.EEXIST, "holds another GPU's rules since this run began", str(path))
         merged = merge(existing_entries(path), entries)
         aside = set_aside(path)
         write(path, document(merged, device, driver))

@@ -165,11 +165,13 @@ def _tune(
 @contextlib.contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
     """Being told to end keeps what was found, as Ctrl-C does."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    told = (signal.SIGTERM, signal.SIGHUP)
+    previous = [signal.signal(number, signal.default_int_handler) for number in told]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in zip(told, previous, strict=True):
+            signal.signal(number, handler)
 
 
 class SearchProgress:

@@ -146,8 +146,8 @@ class Tuner:
     """Tunes many problems at once: while one is timed, the others' candidates compile.
 
     incumbents(problem) gives the configurations that earlier files hold for it; they race from the start.
-    progress(done, total, problem) is told after every candidate. The journal
-    remembers what earlier runs measured. Afterwards `winners` holds what was found and proven,
+    progress(done, total, problem) is told after every candidate. The journal remembers what earlier runs measured.
+    Afterwards `winners` holds what was found and proven,
     `unfinished` says how many searches the deadline or Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
     """
 
@@ -371,7 +371,8 @@ class _Task:
             return None
         funnel.clean += 1
         self.needs[config] = needs
-        outcome = self.tuner.journal and self.tuner.journal.remembered(self.problem, config)
+        extra = self.tuner.extra(self.problem)
+        outcome = self.tuner.journal and self.tuner.journal.remembered(self.problem, config, extra)
         if outcome:
             funnel.remembered += 1
         else:
@@ -384,7 +385,7 @@ class _Task:
     def _measure(self, config: Any, needs: Resources) -> Outcome:
         best = min(self.search.results.values(), default=float("inf"))
         journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
-        with journal.measuring(self.problem, config) if journal else contextlib.nullcontext(_forget) as record:
+        with journal.measuring(self.problem, config, extra) if journal else contextlib.nullcontext(_forget) as record:
             try:
                 outcome = Outcome(self.tuner.judge.time(self.problem, config, needs, 1.6 * best, extra))
             except MeasurementError as error:
