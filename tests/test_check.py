@@ -75,6 +75,15 @@ def lines(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
+def check_changed(file: Path, old: str, new: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said, without the compiler, of a file in which something was changed for the worse."""
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    assert main(["check", "--no-compile", str(file)]) == 1
+    return lines(capsys)
+
+
 # check
 
 
@@ -139,11 +148,7 @@ def test_rules_that_no_gpu_could_launch_are_faults(
 def test_faults_are_named_without_the_compiler(
     file: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str
 ) -> None:
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new, 1))
-    assert main(["check", "--no-compile", str(file)]) == 1
-    assert said in lines(capsys)
+    assert said in check_changed(file, old, new, capsys)
 
 
 def test_a_rule_of_a_users_own_compiles_at_its_upper_bounds_and_may_reach_as_far_as_it_likes(
@@ -167,9 +172,7 @@ def test_a_rule_of_a_users_own_compiles_at_its_upper_bounds_and_may_reach_as_far
 def test_figures_that_speak_against_their_rule_are_faults(
     file: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str
 ) -> None:
-    file.write_text(file.read_text().replace(old, new, 1))
-    assert main(["check", "--no-compile", str(file)]) == 1
-    out = lines(capsys)
+    out = check_changed(file, old, new, capsys)
     assert said in out
     assert "1 wrong" in out
 

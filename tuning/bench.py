@@ -24,7 +24,7 @@ import generated
 from generated.configuration import ConfigurationWarning, active_rules, defaults_only
 from tuning.measurement import describe_gpu, gpu_present, time_calls
 from tuning.oracle import gradients_reference, relative_error, retnet_rates, sweep_reference
-from tuning.rules import check_writable
+from tuning.rules import check_writable, write_whole
 from tuning.workloads import Workload, parse
 
 FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto")
@@ -104,7 +104,7 @@ def bench(options: argparse.Namespace, console: Console) -> int:
             rows += found
             say("\n".join(map(line, found)))
             if path:
-                _write(path, {**machine, "rows": [asdict(row) for row in rows]})
+                write_whole(path, json.dumps({**machine, "rows": [asdict(row) for row in rows]}, indent=1))
     say(f"\n{summary(rows)}")
     return int(not any(isinstance(row, Row) for row in rows))
 
@@ -292,10 +292,3 @@ def summary(rows: list[Row | Failure]) -> str:
     forward, both = map(statistics.geometric_mean, zip(*pairs, strict=True))
     count = f"{len(pairs)} row{'s' if len(pairs) > 1 else ''}"
     return f"vs fla, geometric mean of {count}: {forward:.2f}x forward, {both:.2f}x forward + backward"
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    """Replace the file at once, so that it is whole whenever the run is stopped."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    temporary.replace(path)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from generated import configuration
 from generated.configuration import kernel_problem, kernel_registry
-from generated.configuration_file import ConfigurationError, File, Rule, parse_file
+from generated.configuration_file import ConfigurationError, KernelRules, Rule, parse_file
 from tuning import rules
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
@@ -25,6 +25,8 @@ from tuning.known_bad import known_bad
 from tuning.measurement import ERROR_LIMITS
 from tuning.problems import FORMS, Problem, problem_at
 from tuning.tuner import NOISE
+
+TUNED = {Problem(form, "bfloat16", 1, 1, 1, 1, 1).kernel for form in FORMS}  # the kernels that rules are compiled for
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Place:
 
     def __str__(self) -> str:
         return f"kernels.{self.kernel}.rules[{self.index}]"
+
+
+Launch = tuple[Place, Problem, Any]
 
 
 @dataclass(frozen=True)
@@ -86,18 +91,21 @@ def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tu
         file = parse_file(path)
     except ConfigurationError as error:
         return [str(error).removeprefix(f"{path}: ")], changes, "not read"
-    faults = [problem for kernel, entry in file.kernels.items() if (problem := kernel_problem(kernel, entry))]
-    for kernel in file.kernels:
-        faults += interval_faults(list(_places(file, kernel))) + figure_faults(list(_places(file, kernel)))
-    places = [place for kernel in _usable(file) for place in _places(file, kernel)]
-    faults += bad_faults(file, places)
-    checked = f"{sum(len(entry.rules) for entry in file.kernels.values())} rules"
+    problems = {kernel: kernel_problem(kernel, entry) for kernel, entry in file.kernels.items()}
+    places = {kernel: _places(kernel, entry) for kernel, entry in file.kernels.items()}
+    faults = [problem for problem in problems.values() if problem]
+    faults += [fault for own in places.values() for fault in (*interval_faults(own), *figure_faults(own))]
+    launches = [
+        _launch(place) for kernel in places if kernel in TUNED and not problems[kernel] for place in places[kernel]
+    ]
+    faults += bad_faults(launches, file.device.arch)
+    checked = f"{sum(map(len, places.values()))} rules"
     if options.no_compile:
         return faults, changes, checked
     if file.device.arch not in ARCHS:
         return faults, changes, f"{checked}, not compiled: {file.device.arch} is none of {', '.join(ARCHS)}"
     with contextlib.closing(CompilePool(file.device.arch, options.workers)) as pool:
-        results = list(_compile(pool, places, console))
+        results = list(_compile(pool, launches, console))
     for result in results:
         faults += [f"{result.place}: {reason}" for reason in [_compile_fault(result, file.device.arch)] if reason]
         for name, then, now in changed_figures(result):
@@ -105,14 +113,8 @@ def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tu
     return faults, changes, f"{checked}, {len(results)} of them compiled for {file.device.arch}"
 
 
-def _places(file: File, kernel: str) -> Iterator[Place]:
-    return (Place(kernel, index, rule) for index, rule in enumerate(file.kernels[kernel].rules))
-
-
-def _usable(file: File) -> list[str]:
-    """The kernels that can be compiled with their rules."""
-    tuned = {Problem(form, "bfloat16", 1, 1, 1, 1, 1).kernel for form in FORMS}
-    return [name for name, entry in file.kernels.items() if name in tuned and not kernel_problem(name, entry)]
+def _places(kernel: str, entry: KernelRules) -> list[Place]:
+    return [Place(kernel, index, rule) for index, rule in enumerate(entry.rules)]
 
 
 def interval_faults(places: list[Place]) -> list[str]:
@@ -143,32 +145,30 @@ def figure_faults(places: list[Place]) -> list[str]:
     return faults
 
 
-def _compile(pool: CompilePool, places: list[Place], console: Console) -> Iterator[Compiled]:
-    launches = [_launch(place) for place in places]
-    for problem, config in launches:
+def _compile(pool: CompilePool, launches: list[Launch], console: Console) -> Iterator[Compiled]:
+    for _, problem, config in launches:
         pool.submit(problem, config)
     with console.status("compiling") as status:
-        for number, (place, (problem, config)) in enumerate(zip(places, launches, strict=True), 1):
-            status.update(f"compiling rule {number} of {len(places)}")
+        for number, (place, problem, config) in enumerate(launches, 1):
+            status.update(f"compiling rule {number} of {len(launches)}")
             yield Compiled(place, pool.result(problem, config))
 
 
-def _launch(place: Place) -> tuple[Problem, Any]:
+def _launch(place: Place) -> Launch:
     """The launch that a rule is about: at its point, or in a rule that the tuner did not write at its upper bounds."""
     when, config_type = place.rule.when, kernel_registry()[place.kernel].config_type
     point = rules.point_from(place.rule) or rules.Point(when.dtype, *(getattr(when, axis)[1] for axis in rules.AXES))
     problem = problem_at(place.kernel, point.dtype, point.K, point.V, point.BH, point.T)
-    return problem, config_type(**place.rule.use)
+    return place, problem, config_type(**place.rule.use)
 
 
-def bad_faults(file: File, places: list[Place]) -> list[str]:
+def bad_faults(launches: list[Launch], arch: str) -> list[str]:
     """Rules that no tuner would launch, because the compiler gets them wrong."""
-    found = []
-    for place in places:
-        problem, config = _launch(place)
-        if evidence := known_bad(problem.form, config, file.device.arch):
-            found.append(f"{place} is known bad: {evidence}")
-    return found
+    return [
+        f"{place} is known bad: {evidence}"
+        for place, problem, config in launches
+        if (evidence := known_bad(problem.form, config, arch))
+    ]
 
 
 def _compile_fault(result: Compiled, arch: str) -> str | None:

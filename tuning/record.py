@@ -8,13 +8,14 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tuning.rules import check_writable
+from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
 from tuning.workloads import Workload, WorkloadError, parse
 
@@ -42,7 +43,8 @@ def record(options: argparse.Namespace, console: Console) -> int:
     if not found:
         console.print("no kernel was launched, so that no shape was seen; on the CPU PyTorch code runs in their place")
         return status or 1
-    _write(path, found)
+    shapes = {_name(w): {axis: getattr(w, axis) for axis in "BTHKV"} | {"dtype": w.dtype} for w in found}
+    write_whole(path, yaml.safe_dump({"recorded": shapes}, sort_keys=False))
     console.print(_table(found))
     console.print(escape(f"wrote {path}; python -m tuning run --workload {path} tunes for it"), soft_wrap=True)
     return status
@@ -51,8 +53,8 @@ def record(options: argparse.Namespace, console: Console) -> int:
 def _run(program: list[str], environment: dict[str, str]) -> int:
     """Run it to its own end: Ctrl-C reaches it without us, and a request to end is passed on."""
     process = subprocess.Popen(program, env=environment)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    handlers: dict[int, Any] = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda *_: process.terminate()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         status = process.wait()
     finally:
@@ -76,13 +78,6 @@ def _parsed(line: str) -> list[Workload]:
         return parse([line])
     except WorkloadError:
         return []
-
-
-def _write(path: Path, found: list[Workload]) -> None:
-    shapes = {_name(w): {axis: getattr(w, axis) for axis in "BTHKV"} | {"dtype": w.dtype} for w in found}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(yaml.safe_dump({"recorded": shapes}, sort_keys=False), encoding="utf-8")
-    temporary.replace(path)
 
 
 def _name(workload: Workload) -> str:

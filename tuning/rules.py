@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -211,20 +211,23 @@ def _alone(directory: Path) -> Iterator[None]:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write the file whole or not at all, and only if it can be read back."""
+    head = "# Written by `python -m tuning run`, which writes it anew: rules of your own belong in another file.\n"
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=180)
+    write_whole(path, head + text, readable=parse_file)
+
+
+def write_whole(path: Path, text: str, readable: Callable[[Path], object] = Path.read_bytes) -> None:
+    """Leave the old file or the whole new one, whatever happens, and none that `readable` raises over."""
     path = path.resolve()  # a link stays, and its target is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=180)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(
-                "# Written by `python -m tuning run`, which writes it anew: rules of your own belong in another file.\n"
-                + text
-            )
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        parse_file(temporary)
+        readable(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:

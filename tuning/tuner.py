@@ -147,8 +147,8 @@ class Tuner:
 
     incumbents(problem) gives the configurations that earlier files hold for it; they race from the start.
     progress(done, total, problem) is told after every candidate. The journal remembers what earlier runs measured.
-    Afterwards `winners` holds what was found and proven,
-    `unfinished` says how many searches the deadline or Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
+    Afterwards `winners` holds what was found and proven, `unfinished`
+    says how many searches the deadline or Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
     """
 
     def __init__(
