@@ -11,7 +11,7 @@ from typing import Any
 from tuning.compilation import ARCHS, Resources
 from tuning.journal import Journal
 from tuning.measurement import MeasurementError
-from tuning.problems import Problem
+from tuning.problems import PLAIN, Problem
 from tuning.tuner import Effort, Tuner, likely_first
 
 SM90 = ARCHS["sm90"]
@@ -71,15 +71,15 @@ class Pool:
     """Compiles nothing: every candidate needs the same, or what a test says."""
 
     def __init__(self, arch: str = "sm90", workers: int | None = None, needs: Callable[..., Any] | None = None) -> None:
-        self.needs = needs or (lambda problem, config, with_states: NEEDS)
+        self.needs = needs or (lambda problem, config, variant: NEEDS)
 
-    def submit(self, problem: Problem, config: Any, *, with_states: bool = False) -> Future[Any]:
+    def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(self.needs(problem, config, with_states))
+        future.set_result(self.needs(problem, config, variant))
         return future
 
-    def result(self, problem: Problem, config: Any, *, with_states: bool = False, seconds: float | None = None) -> Any:
-        return self.needs(problem, config, with_states)
+    def result(self, problem: Problem, config: Any, *, variant: str = PLAIN, seconds: float | None = None) -> Any:
+        return self.needs(problem, config, variant)
 
     def forget_waiting(self) -> None:
         pass

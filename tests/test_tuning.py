@@ -30,7 +30,7 @@ from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
 from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
-from tuning.problems import FORMS, GRADIENTS, Problem, problems_of
+from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
 from tuning.rules import AXES, Entry, Point
 from tuning.search import Search
 from tuning.space import knob_values
@@ -73,15 +73,18 @@ def test_next_best_wins_where_the_best_cannot_be_proven() -> None:
     assert [line for line in tuner.funnel.rejected if "at the full shape" in line]
 
 
-def test_what_does_not_fit_with_states_does_not_win() -> None:
+@pytest.mark.parametrize("which", ["states", "packed"])
+@pytest.mark.parametrize("needs", [replace(NEEDS, shared=SM90.shared + 1), "CompilationError: no"], ids=["large", "no"])
+def test_what_does_not_fit_with_states_or_packed_does_not_win(which: str, needs: Resources | str) -> None:
     best = min(candidates(), key=landscape)
-    too_much = replace(NEEDS, shared=SM90.shared + 1)
-    pool = Pool(needs=lambda problem, config, states: too_much if states and config == best else NEEDS)
-    assert tune(Judge(), pool=pool).winners[PROBLEM].config != best
+    pool = Pool(needs=lambda problem, config, variant: needs if (variant, config) == (which, best) else NEEDS)
+    tuner = tune(Judge(), pool=pool)
+    assert tuner.winners[PROBLEM].config != best
+    assert [line for line in tuner.funnel.rejected if f": {which}: " in line]
 
 
 def test_what_does_not_compile_or_fit_is_not_timed() -> None:
-    def needs(problem: Problem, config: Any, with_states: bool) -> Resources | str:
+    def needs(problem: Problem, config: Any, variant: str) -> Resources | str:
         return {16: "CompilationError: no", 32: replace(NEEDS, shared=SM90.shared + 1)}.get(config.BT, NEEDS)
 
     judge = Judge()
@@ -143,7 +146,7 @@ def test_deadline_ends_the_search_after_the_first_result() -> None:
 
 
 def test_deadline_does_not_wait_for_the_compiler() -> None:
-    def result(problem: Problem, config: Any, *, with_states: bool = False, seconds: float | None = None) -> Resources:
+    def result(problem: Problem, config: Any, *, variant: str = PLAIN, seconds: float | None = None) -> Resources:
         if seconds is not None:
             assert seconds <= 0.2
             raise TimeoutError
@@ -620,7 +623,7 @@ def like(kind: type[Problem]) -> Problem:
 def test_compilation_over_the_limit_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_pool, "COMPILE_SECONDS", 1)
     handler = signal.getsignal(signal.SIGALRM)
-    outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", with_states=False)
+    outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", PLAIN)
     assert outcome == "TimeoutError: compiling took more than 1 s"
     assert signal.getsignal(signal.SIGALRM) == handler
 

@@ -21,7 +21,7 @@ from generated.configuration_file import File, Rule, parse_file
 from generated.retention import fused_chunk
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
-from tuning.problems import FORMS, GRADIENTS, Problem
+from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOAD = "B=2,T=128,H=2,K=16,V=16"
@@ -74,11 +74,11 @@ def only_rule(file: File, problem: Problem) -> Rule:
 def check_resources(problem: Problem, config: Any, arch: str) -> None:
     pool = CompilePool(arch, 1)
     try:
-        for with_states in (False, True):
-            needs = pool.result(problem, config, with_states=with_states)
+        for variant in problem.variants():
+            needs = pool.result(problem, config, variant=variant)
             assert isinstance(needs, Resources), needs
             assert needs.shared <= ARCHS[arch].shared
-            assert with_states or needs.spills == 0
+            assert variant != PLAIN or needs.spills == 0
     finally:
         pool.close()
 

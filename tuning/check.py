@@ -22,8 +22,8 @@ from tuning import rules
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
 from tuning.known_bad import known_bad
-from tuning.measurement import ERROR_LIMITS
 from tuning.problems import FORMS, Problem, problem_at
+from tuning.proof import ERROR_LIMITS
 from tuning.tuner import NOISE
 
 TUNED = {Problem(form, "bfloat16", 1, 1, 1, 1, 1).kernel for form in FORMS}  # the kernels that rules are compiled for

@@ -13,11 +13,9 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from tuning import forkserver
 from tuning.compilation import ARCHS, Resources, compile_launch
-from tuning.problems import WITH_STATES, Problem
+from tuning.problems import PLAIN, Problem
 
 COMPILE_SECONDS = 20
 STUCK_SECONDS = 40  # a compiler that never comes back to Python does not hear the alarm: its process is ended
@@ -32,24 +30,24 @@ class CompilePool:
         self._count = workers or len(os.sched_getaffinity(0))
         self._pool = _executor(self._count)
 
-    def submit(self, problem: Problem, config: Any, *, with_states: bool = False) -> Future[Resources | str]:
-        """Resources of the compiled kernel, or in words why there is none; `with_states`: with both states."""
-        key = (*compile_key(problem, config), with_states)
+    def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Resources | str]:
+        """Resources of the compiled kernel, or in words why there is none; `variant`: one of the problem's."""
+        key = (*compile_key(problem, config), variant)
         if key not in self._futures or self._futures[key].cancelled():
-            self._futures[key] = self._start(problem, config, with_states)
+            self._futures[key] = self._start(problem, config, variant)
         return self._futures[key]
 
     def result(
-        self, problem: Problem, config: Any, *, with_states: bool = False, seconds: float | None = None
+        self, problem: Problem, config: Any, *, variant: str = PLAIN, seconds: float | None = None
     ) -> Resources | str:
         """What `submit` promises, waited for; raises TimeoutError after so many seconds."""
-        future = self.submit(problem, config, with_states=with_states)
+        future = self.submit(problem, config, variant=variant)
         try:
             if not _ended(future, seconds):
                 raise TimeoutError(f"no result within {seconds} s")
             return future.result()
         except BrokenExecutor:
-            return self._alone(future, problem, config, with_states)
+            return self._alone(future, problem, config, variant)
 
     def forget_waiting(self) -> None:
         """Take back what no worker has begun."""
@@ -60,22 +58,20 @@ class CompilePool:
         """End the workers, whatever they are at."""
         _end(self._pool)
 
-    def _start(self, problem: Problem, config: Any, with_states: bool) -> Future[Resources | str]:
+    def _start(self, problem: Problem, config: Any, variant: str) -> Future[Resources | str]:
         with forkserver.uninterrupted():
             try:
-                return self._pool.submit(_compile, problem, config, self._arch, with_states)
+                return self._pool.submit(_compile, problem, config, self._arch, variant)
             except BrokenExecutor:
                 _end(self._pool)
                 self._pool = _executor(self._count)
-                return self._pool.submit(_compile, problem, config, self._arch, with_states)
+                return self._pool.submit(_compile, problem, config, self._arch, variant)
 
-    def _alone(
-        self, broken: Future[Resources | str], problem: Problem, config: Any, with_states: bool
-    ) -> Resources | str:
+    def _alone(self, broken: Future[Resources | str], problem: Problem, config: Any, variant: str) -> Resources | str:
         """A worker died, of this candidate or of another's: once more, where it can take nothing else with it."""
         pool, outcome = _executor(1), Future[Resources | str]()
         try:
-            outcome.set_result(pool.submit(_compile, problem, config, self._arch, with_states).result())
+            outcome.set_result(pool.submit(_compile, problem, config, self._arch, variant).result())
         except BrokenExecutor:
             outcome.set_result("crash: the compiler died")
         finally:
@@ -106,15 +102,12 @@ def _end(pool: ProcessPoolExecutor) -> None:
         process.join()
 
 
-def _compile(problem: Problem, config: Any, arch: str, with_states: bool) -> Resources | str:
+def _compile(problem: Problem, config: Any, arch: str, variant: str) -> Resources | str:
     try:
         with _time_limit(COMPILE_SECONDS):
-            inputs, states = problem.inputs("meta"), {}
-            if with_states and problem.form in WITH_STATES:
-                shape = (problem.B, problem.H, problem.K, problem.V)
-                states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
+            inputs, options = problem.inputs("meta"), problem.variants()[variant]
             # The launch that is tuned is the last one: chunk's pass over the states comes before it.
-            return compile_launch(lambda: problem.run(inputs, config, **states), ARCHS[arch])[-1]
+            return compile_launch(lambda: problem.run(inputs, config, **options), ARCHS[arch])[-1]
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the search goes on
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"

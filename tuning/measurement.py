@@ -19,10 +19,9 @@ from torch import Tensor
 
 from tuning import forkserver
 from tuning.oracle import gradients_reference, relative_error, segment_states, sweep_reference
-from tuning.problems import GRADIENTS, STATES_SEGMENT, WITH_STATES, Problem
+from tuning.problems import GRADIENTS, STATES_SEGMENT, Problem
+from tuning.proof import ERROR_LIMITS, prove
 
-# The largest relative error against float64 that is taken for rounding: a few units of each dtype.
-ERROR_LIMITS = {"bfloat16": 1e-2, "float16": 1.3e-3, "float32": 1e-5}
 CHECK_TOKENS = 333  # ragged for every chunk and segment
 FLUSH_BYTES = 128 * 2**20  # more than the L2 cache of any GPU
 JOB_SECONDS = 60.0
@@ -263,26 +262,14 @@ def _compare(problem: Problem, configs: list[Any], extra: dict[str, Any]) -> lis
 
 
 def _prove(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
-    """The largest error at the problem's own shape (its first row), and with states where the form has them."""
+    """The largest error at the problem's own shape (its first row), and of the draws that a proof consists of."""
     _prepare(problem)
     row = (*(x[:1] for x in _Inputs.inputs[:-1]), _Inputs.inputs[-1])
     errors = _errors(problem.run(_Inputs.inputs, config, **extra), _reference(problem, row))
-    if problem.form in WITH_STATES:
-        errors += _state_errors(problem, row, config, extra)
     worst = max(errors, key=lambda error: float("inf") if math.isnan(error) else error)
     if not worst < ERROR_LIMITS[problem.dtype]:
         raise ArithmeticError(f"wrong result at the full shape: relative error {worst:.2e}")
-    return worst
-
-
-def _state_errors(problem: Problem, inputs: tuple[Tensor, ...], config: Any, extra: dict[str, Any]) -> list[float]:
-    q, k, v, g_gamma = (x[:, :1111] if x.dim() == 4 else x for x in inputs)
-    shape = (1, problem.H, problem.K, problem.V)
-    initial = torch.randn(shape, device=q.device)
-    final = torch.full(shape, float("nan"), device=q.device)
-    (o,) = problem.run((q, k, v, g_gamma), config, initial_state=initial, final_state=final, **extra)
-    expected = sweep_reference(q, k, v, g_gamma, problem.K**-0.5, initial_state=initial)
-    return [relative_error(o, expected[0]), relative_error(final, expected[1])]
+    return max(worst, prove(problem, config, extra, "cuda"))
 
 
 _flush: Tensor | None = None

@@ -59,6 +59,7 @@ FORMS = {
     ),
 }
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
+PLAIN = "plain"  # the variant of a launch that is timed
 GRADIENTS = "fused_chunk_gradients"
 PASSES = ("chunk_states", GRADIENTS)  # no sweeps of their own
 FORM_KERNEL, GRADIENTS_FORM_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL
@@ -107,6 +108,19 @@ class Problem:
         generator = torch.Generator(device).manual_seed(seed)
         tensors = [torch.randn(s, device=device, generator=generator).to(self.torch_dtype) for s in shapes]
         return *tensors, retnet_rates(self.H).to(device=device, dtype=torch.float32)
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """The launches that compile to kernels of their own, by name: options of `run`, of shapes only."""
+        shape, states = (self.B, self.H, self.K, self.V), {}
+        if self.form in WITH_STATES:
+            states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
+        found: dict[str, dict[str, Any]] = {PLAIN: {}}
+        if states:
+            found["states"] = states
+        if self.form != "chunk_states":
+            offsets = torch.empty(self.B + 1, dtype=torch.int64, device="meta")
+            found["packed"] = {"cu_seqlens": offsets, "adjoint": bool(states), **states}
+        return found
 
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results."""

@@ -213,7 +213,8 @@ class Tuner:
         """
         try:
             for problem, ranked in self.ranked.items():
-                self.pool.submit(problem, ranked[0].config, with_states=True)
+                for variant in problem.variants():
+                    self.pool.submit(problem, ranked[0].config, variant=variant)
             for problem, ranked in self.ranked.items():
                 winner = self._proven(problem, ranked)
                 if winner is not None:
@@ -223,11 +224,8 @@ class Tuner:
 
     def _proven(self, problem: Problem, ranked: list[Winner]) -> Winner | None:
         for winner in ranked:
-            # Compiled by a worker, so that the process that owns the GPU only loads it.
-            needs = self.pool.result(problem, winner.config, with_states=True)
-            if not isinstance(needs, Resources) or not needs.fits(self.arch):
-                reason = needs if isinstance(needs, str) else f"{needs.shared} bytes of shared memory"
-                self.funnel.reject(problem, winner.config, f"with states: {reason}")
+            if reason := self._unfit(problem, winner.config):
+                self.funnel.reject(problem, winner.config, reason)
                 continue
             try:
                 error = self.judge.prove(problem, winner.config, self.extra(problem))
@@ -235,6 +233,16 @@ class Tuner:
                 self.funnel.reject(problem, winner.config, str(failure))
                 continue
             return replace(winner, error=error)
+        return None
+
+    def _unfit(self, problem: Problem, config: Any) -> str | None:
+        """Why a variant of the launch can't run. Workers compile them, so that the process with the GPU only loads."""
+        for variant in problem.variants():
+            needs = self.pool.result(problem, config, variant=variant)
+            if isinstance(needs, str):
+                return f"{variant}: {needs}"
+            if not needs.fits(self.arch):
+                return f"{variant}: {needs.shared} bytes of shared memory"
         return None
 
     def _startable(self, waiting: list[Problem], pending: list[Problem]) -> tuple[list[Problem], list[_Task]]:
