@@ -1,0 +1,161 @@
+"""Landscapes: every candidate of a search measured, so that a way of searching can be tried again without a GPU.
+
+A landscape is a CSV file: a first line of JSON behind `#` that says what was measured where, then a row a candidate:
+its knobs, what the compiled kernel needs, and its milliseconds, empty where it failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from generated import configuration
+from generated.configuration import kernel_registry
+from tuning.compilation import ARCHS, Resources
+from tuning.compile_pool import CompilePool
+from tuning.measurement import Gpu, MeasurementError, Measurer, gpu_present
+from tuning.problems import FORMS, Problem
+from tuning.rules import write_whole
+from tuning.run import FOREVER, RunError, SearchProgress, problems_for
+from tuning.space import knob_values
+from tuning.tuner import likely_first
+from tuning.workloads import parse
+
+DIRECTORY = Path(__file__).parent / "landscapes"
+NEAR_BEST = 1.2  # what is at most so much slower than the fastest is timed again, in turns
+AGAIN = 24
+NEEDS = ("registers", "spills", "shared", "warps")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration, what its kernel needs, and its milliseconds or None where it failed."""
+
+    config: Any
+    needs: Resources
+    ms: float | None
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """All candidates of one problem on one GPU."""
+
+    problem: Problem
+    gpu: Gpu
+    software: dict[str, str]
+    candidates: list[Candidate]
+
+    @property
+    def name(self) -> str:
+        """What the problem is, in a file's name."""
+        p = self.problem
+        return f"{p.form}_{p.dtype}_B{p.B}_T{p.T}_H{p.H}_K{p.K}_V{p.V}"
+
+    @property
+    def best_ms(self) -> float:
+        """The milliseconds of the fastest."""
+        return min(c.ms for c in self.candidates if c.ms is not None)
+
+
+def landscape(options: argparse.Namespace, console: Console) -> int:
+    """Measure every candidate of the selected searches and write a file for each, until the budget is spent."""
+    if not gpu_present():
+        raise RunError("a landscape is measured, and there is no GPU here; `python -m tuning simulate` reads the shipped")
+    deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
+    problems = problems_for(parse(options.workload), options.form)
+    measurer = Measurer()
+    with contextlib.closing(measurer), contextlib.closing(CompilePool(measurer.gpu.arch, options.workers)) as pool:
+        directory = Path(options.out) if options.out else DIRECTORY / configuration.slug(measurer.gpu.name)
+        arch = ARCHS[measurer.gpu.arch]
+        searches = {problem: [problem.default(), *likely_first(problem, arch)] for problem in problems}
+        searches = {problem: list(dict.fromkeys(configs)) for problem, configs in searches.items()}
+        for problem, configs in searches.items():
+            for config in configs:
+                pool.submit(problem, config)
+        with SearchProgress(console) as progress:
+            for problem, configs in searches.items():
+                found = _measure(problem, configs, measurer, pool, deadline, progress)
+                if found is None:
+                    console.print(f"the budget of {options.budget:g} s is spent")
+                    return 1
+                path = write(directory, found)
+                console.print(escape(f"{path}: {len(found.candidates)} candidates, best {found.best_ms:.4g} ms"))
+    return 0
+
+
+def _measure(
+    problem: Problem, configs: list[Any], measurer: Measurer, pool: CompilePool, deadline: float, progress: Any
+) -> Landscape | None:
+    """Each candidate alone, then the fastest against each other; None at the deadline."""
+    found: dict[Any, Candidate] = {}
+    for number, config in enumerate(configs, 1):
+        if time.monotonic() > deadline:
+            return None
+        needs = pool.result(problem, config)
+        progress(number, len(configs), problem)
+        if isinstance(needs, str) or not needs.fits(ARCHS[measurer.gpu.arch]):
+            continue
+        ms = None
+        with contextlib.suppress(MeasurementError):
+            ms = measurer.measure(problem, config, float("inf"), {}).ms
+        found[config] = Candidate(config, needs, ms)
+    times = {config: candidate.ms for config, candidate in found.items() if candidate.ms is not None}
+    limit = NEAR_BEST * min(times.values())
+    fastest = [config for config in sorted(times, key=times.__getitem__) if times[config] <= limit]
+    again = measurer.compare(problem, fastest[:AGAIN], {})
+    for config, timing in zip(fastest, again, strict=False):
+        found[config] = Candidate(config, found[config].needs, timing.ms)
+    software = {"driver": measurer.gpu.driver} | {name: version(name) for name in ("triton", "torch")}
+    return Landscape(problem, measurer.gpu, software, list(found.values()))
+
+
+def write(directory: Path, found: Landscape) -> Path:
+    """Write a landscape's file, whole or not at all."""
+    knobs = list(knob_values(found.candidates[0].config))
+    head = {"problem": asdict(found.problem), "gpu": asdict(found.gpu), "software": found.software}
+    head["source"] = kernel_registry()[found.problem.kernel].source
+    text = io.StringIO()
+    text.write(f"# {json.dumps(head)}\n")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([*knobs, *NEEDS, "ms"])
+    for candidate in found.candidates:
+        ms = "" if candidate.ms is None else f"{candidate.ms:.5g}"
+        rows.writerow([*knob_values(candidate.config).values(), *(getattr(candidate.needs, n) for n in NEEDS), ms])
+    path = directory / f"{found.name}.csv"
+    write_whole(path, text.getvalue(), readable=read)
+    return path
+
+
+def read(path: Path) -> Landscape:
+    """A landscape's file."""
+    head, _, table = path.read_text(encoding="utf-8").partition("\n")
+    about = json.loads(head.removeprefix("#"))
+    problem = Problem(**about["problem"])
+    config_type = FORMS[problem.form].config_type
+    knobs = [field.name for field in fields(config_type)]
+    candidates = [
+        Candidate(
+            config_type(**{name: int(row[name]) for name in knobs}),
+            Resources(*(int(row[name]) for name in NEEDS)),
+            float(row["ms"]) if row["ms"] else None,
+        )
+        for row in csv.DictReader(io.StringIO(table))
+    ]
+    return Landscape(problem, Gpu(**about["gpu"]), about["software"], candidates)
+
+
+def shipped(directories: Iterable[Path] = (DIRECTORY,)) -> list[Landscape]:
+    """Those that come with the package."""
+    return [read(path) for directory in directories for path in sorted(directory.rglob("*.csv"))]
