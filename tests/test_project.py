@@ -29,7 +29,8 @@ def run(*arguments: str) -> None:
 def requirements() -> list[str]:
     """Every requirement that the project names, extras included."""
     project = PYPROJECT["project"]
-    return [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    extras = (name for extra in project["optional-dependencies"].values() for name in extra)
+    return [name for name in (*project["dependencies"], *extras) if not name.startswith(f"{project['name']}[")]
 
 
 def normal(name: str) -> str:
