@@ -10,7 +10,7 @@ from typing import Any
 
 from tuning.compilation import ARCHS, Resources
 from tuning.journal import Journal
-from tuning.measurement import MeasurementError
+from tuning.measurement import MeasurementError, Timing
 from tuning.problems import PLAIN, Problem
 from tuning.tuner import Effort, Tuner, likely_first
 
@@ -33,6 +33,11 @@ def landscape(config: Any) -> float:
     )
 
 
+def timing(ms: float) -> Timing:
+    """A time without noise."""
+    return Timing(ms, low=ms, high=ms, spread=0.0, repeats=9, error=0.001)
+
+
 class Judge:
     """Knows the times; may refuse to time or to prove some configurations, or end with Ctrl-C after some calls."""
 
@@ -47,19 +52,23 @@ class Judge:
     ) -> None:
         self.ms, self.broken, self.unproven, self.stop_after, self.modelled = ms, broken, unproven, stop_after, modelled
         self.timed: list[Any] = []
+        self.busy, self.renewed = 0.0, 0
 
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
-    ) -> float:
+    ) -> Timing:
         if len(self.timed) >= self.stop_after:
             raise KeyboardInterrupt
         self.timed.append(config)
         if self.broken(config):
             raise MeasurementError("ArithmeticError: wrong result")
-        return self.ms(config)
+        return timing(self.ms(config))
 
-    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
-        return [self.ms(config) for config in configs]
+    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+        return [timing(self.ms(config)) for config in configs]
+
+    def renew(self) -> None:
+        self.renewed += 1
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
         if self.unproven(config):
@@ -103,5 +112,5 @@ def tune(
     compiler: Any = pool or Pool()
     tuner = Tuner(judge, compiler, SM90, effort, deadline, incumbents, lambda *progress: None, journal)
     tuner.run(problems or [PROBLEM])
-    tuner.prove()
+    tuner.conclude()
     return tuner

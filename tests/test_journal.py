@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
-from fakes import PROBLEM, Judge, candidates, landscape, tune
+from fakes import PROBLEM, Judge, candidates, landscape, timing, tune
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -157,9 +157,9 @@ def test_a_tuner_that_is_killed_again_and_again_loses_one_point_each_time(path: 
     assert done.returncode == 0, done.stderr
     lines = launched.read_text().splitlines()
     everything = {*candidates(), PROBLEM.default()}
-    ranked = len(lines) - len(set(lines))  # the last race of the finalists
+    ranked = len(lines) - len(set(lines))  # the race of the finalists, and that in a fresh process
     assert set(lines) == set(map(repr, everything))
-    assert ranked <= 5
+    assert ranked <= 9
     best = min((config for config in everything if repr(config) not in suspects), key=landscape)
     assert done.stdout.split("  ")[0].startswith(repr(best))
     journal = open_journal(path)
@@ -251,7 +251,7 @@ def test_the_command_goes_on_where_it_was_and_begins_again_where_it_is_told_to(
         gpu = Gpu("Any GPU", "sm90", 132, 80, "580.1")
 
         def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
-            return Timing(float(config.BV), 0.0, 3, 0.001)
+            return timing(float(config.BV))
 
         def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
             return [self.measure(problem, config, 0.0, extra) for config in configs]

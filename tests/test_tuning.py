@@ -19,11 +19,11 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, tune
+from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, timing, tune
 
 from generated import configuration
 from generated.configuration_file import parse_file
-from tuning import compile_pool, measurement, rules
+from tuning import compile_pool, device, measurement, rules
 from tuning import run as run_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
@@ -304,7 +304,7 @@ def test_entries_that_do_not_hold_are_dropped(tmp_path: Path, old: str, new: str
 
 def won(form: str, ms: float, **changes: int) -> Winner:
     problem = replace(PROBLEM, form=form, **changes)
-    return Winner(problem, problem.default(), ms, 100.0, 0.001, NEEDS, 9, modelled=False)
+    return Winner(problem, problem.default(), timing(ms), 100.0, 0.001, NEEDS, 9, modelled=False)
 
 
 TUNED = [won("fused_chunk", 3.0), won("chunk", 4.0), won("parallel", 2.0), won("chunk_states", 0.1)]
@@ -502,7 +502,7 @@ def test_gradients_in_one_launch_are_held_against_the_right_ones(reverse: bool) 
     problem = Problem(GRADIENTS, "float32", B=2, T=200, H=3, K=8, V=8)
     q, k, v, do, g_gamma = inputs = problem.inputs("cpu")
     expected = oracle.solve(oracle.Problem(q, k, v, do, g_gamma=g_gamma, reverse=reverse))
-    got = measurement._reference(problem, inputs, reverse=reverse)
+    got = device.reference(problem, inputs, reverse=reverse)
     for name, x in zip(("dq", "dk", "dv"), got, strict=True):
         assert x.dtype == torch.float64
         assert oracle.errors(x, expected[name])[0] < 1e-12, name
@@ -512,17 +512,17 @@ def test_gradients_in_one_launch_are_held_against_the_right_ones(reverse: bool) 
 
 
 def child_that_dies(pipe: Connection) -> None:
-    pipe.send(("ok", Gpu("Pretended", "sm90", 1, 1, "0")))
+    pipe.send(device.Answer("ok", Gpu("Pretended", "sm90", 1, 1, "0")))
     job = pipe.recv()
     if job[2].BT == 32:
         os._exit(1)
-    pipe.send(("ok", measurement.Timing(float(os.getpid()), 0.0, 1, 0.0)))
+    pipe.send(device.Answer("ok", timing(float(os.getpid()))))
     with contextlib.suppress(EOFError):
         pipe.recv()
 
 
 def child_that_hangs(pipe: Connection) -> None:
-    pipe.send(("ok", Gpu("Pretended", "sm90", 1, 1, "0")))
+    pipe.send(device.Answer("ok", Gpu("Pretended", "sm90", 1, 1, "0")))
     time.sleep(1000)
 
 
@@ -531,7 +531,7 @@ def measurer_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Mea
     made: list[Measurer] = []
 
     def make(child: Any) -> Measurer:
-        monkeypatch.setattr(measurement, "_serve", child)
+        monkeypatch.setattr(device, "serve", child)
         made.append(Measurer())
         return made[-1]
 
@@ -551,7 +551,7 @@ def test_child_that_dies_is_an_error_of_that_job_alone(measurer_of: Callable[[An
 
 def test_child_that_hangs_is_killed(measurer_of: Callable[[Any], Measurer], monkeypatch: pytest.MonkeyPatch) -> None:
     measurer = measurer_of(child_that_hangs)
-    monkeypatch.setattr(measurement, "JOB_SECONDS", 0.3)
+    monkeypatch.setitem(measurement.DEADLINES, "prove", 0.3)
     process, started = measurer._process, time.monotonic()
     with pytest.raises(MeasurementError, match="hangs"):
         measurer.prove(PROBLEM, PROBLEM.default(), {})
@@ -580,7 +580,7 @@ def test_interrupted_job_leaves_no_answer_for_the_next(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_child_without_a_gpu_says_so(measurer_of: Callable[[Any], Measurer]) -> None:
     with pytest.raises(MeasurementError, match=r"CUDA|NVIDIA"):
-        measurer_of(measurement._serve)
+        measurer_of(device.serve)
 
 
 def process_exists(pid: int) -> bool:

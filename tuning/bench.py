@@ -22,9 +22,10 @@ from torch import Tensor
 
 import generated
 from generated.configuration import ConfigurationWarning, active_rules, defaults_only
-from tuning.measurement import describe_gpu, gpu_present, time_calls
+from tuning.measurement import describe_gpu, gpu_present
 from tuning.oracle import gradients_reference, relative_error, retnet_rates, sweep_reference
 from tuning.rules import check_writable, write_whole
+from tuning.timing import time_calls
 from tuning.workloads import Workload, parse
 
 FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto")

@@ -15,8 +15,8 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -53,10 +53,11 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a measurement gave: milliseconds, or why there are none."""
+    """What a measurement gave: milliseconds and what else is known of them, or why there are none."""
 
     ms: float | None
     reason: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -72,7 +72,9 @@ class Landscape:
 def landscape(options: argparse.Namespace, console: Console) -> int:
     """Measure every candidate of the selected searches and write a file for each, until the budget is spent."""
     if not gpu_present():
-        raise RunError("a landscape is measured, and there is no GPU here; `python -m tuning simulate` reads the shipped")
+        raise RunError(
+            "a landscape is measured, and there is no GPU here; `python -m tuning simulate` reads the shipped"
+        )
     deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
     problems = problems_for(parse(options.workload), options.form)
     measurer = Measurer()
@@ -124,7 +126,7 @@ def _measure(
 def write(directory: Path, found: Landscape) -> Path:
     """Write a landscape's file, whole or not at all."""
     knobs = list(knob_values(found.candidates[0].config))
-    head = {"problem": asdict(found.problem), "gpu": asdict(found.gpu), "software": found.software}
+    head: dict[str, Any] = {"problem": asdict(found.problem), "gpu": asdict(found.gpu), "software": found.software}
     head["source"] = kernel_registry()[found.problem.kernel].source
     text = io.StringIO()
     text.write(f"# {json.dumps(head)}\n")

@@ -91,7 +91,7 @@ def form_entries(winners: Iterable[Winner]) -> list[Entry]:
             default = forms.get("chunk", best).ms
             entries.append(_form_entry(FORM_KERNEL, best.problem.form, best, default, len(forms)))
             if together := gradients.get(point):
-                apart = replace(best, ms=3 * best.ms)
+                apart = replace(best, timing=replace(best.timing, ms=3 * best.ms))
                 faster = together if together.ms < (1 - NOISE) * apart.ms else apart
                 form = "fused_chunk" if faster is together else "sweeps"
                 entries.append(_form_entry(GRADIENTS_FORM_KERNEL, form, faster, apart.ms, 2))

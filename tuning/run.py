@@ -18,7 +18,7 @@ from rich.table import Table
 
 from generated import configuration
 from generated.launch import has_aligned_rows
-from tuning import rules
+from tuning import nvml, rules
 from tuning.compilation import ARCHS, Arch
 from tuning.compile_pool import CompilePool
 from tuning.journal import Journal
@@ -52,14 +52,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
         journal = _journal(options, console, measurer.gpu) if measurer else None  # a model remembers without one
         problems = problems_for(workloads, options.form)
         _announce(console, measurer, arch, workloads, problems, path)
-        tuner = _tune(options, console, judge, arch, problems, path, journal)
+        with nvml.logging(measurer.gpu.uuid if measurer else "") as log:
+            tuner = _tune(options, console, judge, arch, problems, path, journal)
         winners = list(tuner.winners.values())
         if winners:
             entries = [rules.entry_of(winner) for winner in winners] + rules.form_entries(winners)
             device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
             if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None):
                 console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)
-        _report(console, winners, tuner, len(problems), options.budget)
+        _report(console, winners, tuner, len(problems), options.budget, log.summary())
         _conclude(console, len(winners), path, time.monotonic() - started)
         return 130 if tuner.interrupted else int(not winners)
     finally:
@@ -158,7 +159,7 @@ def _tune(
         tuner.run(problems)
         if not judge.modelled:
             console.print(f"proving {_count(len(tuner.ranked), 'winner')}")
-        tuner.prove()
+        tuner.conclude()
     return tuner
 
 
@@ -209,7 +210,9 @@ class SearchProgress:
             self._console.print(f"{done} of {total} candidates, about {left:.0f} s left; {what}")
 
 
-def _report(console: Console, winners: list[Winner], tuner: Tuner, searches: int, budget: float | None) -> None:
+def _report(
+    console: Console, winners: list[Winner], tuner: Tuner, searches: int, budget: float | None, log: dict[str, Any]
+) -> None:
     if winners:
         console.print(_table(winners))
     funnel = tuner.funnel
@@ -221,6 +224,11 @@ def _report(console: Console, winners: list[Winner], tuner: Tuner, searches: int
             f"earlier runs; dropped: {failures}"
         )
     )
+    if not tuner.judge.modelled:
+        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in funnel.seconds.items())
+        console.print(f"{phases}; the GPU waited {funnel.idle_share:.0%} of the search")
+        if log:
+            console.print(escape(f"while measuring: {log}"))
     for line in funnel.rejected:
         console.print(escape(f"not used: {line}"), soft_wrap=True)
     if tuner.unfinished or tuner.interrupted:

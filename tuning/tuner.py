@@ -13,7 +13,7 @@ from tuning.compilation import Arch, Resources
 from tuning.compile_pool import CompilePool
 from tuning.journal import Journal, Outcome
 from tuning.known_bad import known_bad
-from tuning.measurement import MeasurementError, Measurer
+from tuning.measurement import MeasurementError, Measurer, Timing
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
 from tuning.search import Search
@@ -23,6 +23,8 @@ NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
 # Which runs the others' kernels too, or starts from their winners.
 AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
 NOISE = 0.01  # a challenger must beat the incumbent and the default by more than this
+CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
+CONTENDERS = 3  # of each race, which a fresh process times again
 
 
 @dataclass(frozen=True)
@@ -40,29 +42,44 @@ EFFORTS = {"quick": Effort(first=10, rounds=2, per_round=5, finalists=3), "full"
 
 @dataclass(frozen=True)
 class Winner:
-    """What was found for one problem, with its proof."""
+    """What was found for one problem, with its proof. `timing` is that of the races, or of the only measurement."""
 
     problem: Problem
     config: Any
-    ms: float
+    timing: Timing
     default_ms: float | None
     error: float | None
     needs: Resources
     trials: int
     modelled: bool
 
+    @property
+    def ms(self) -> float:
+        """The median milliseconds."""
+        return self.timing.ms
+
 
 @dataclass
 class Funnel:
-    """How many candidates came how far."""
+    """How many candidates came how far, how long each phase took, and for how long of it the judge was busy."""
 
     enumerated: int = 0
     compiled: int = 0
     clean: int = 0
     timed: int = 0
     remembered: int = 0
+    raced: int = 0
+    confirmed: int = 0
+    proven: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     rejected: list[str] = field(default_factory=list)
+
+    @property
+    def idle_share(self) -> float:
+        """The part of the search in which nothing was measured."""
+        return 1 - self.busy.get("search", 0.0) / max(self.seconds.get("search", 0.0), 1e-9)
 
     def fail(self, reason: str) -> None:
         """Count a candidate that came no further."""
@@ -81,13 +98,20 @@ class Judge(Protocol):
 
     modelled: bool
 
+    @property
+    def busy(self) -> float:
+        """Seconds that it was at it."""
+
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
-    ) -> float:
-        """Milliseconds, roughly where over `stop_above_ms`; MeasurementError for what does not run right."""
+    ) -> Timing:
+        """Times, few and rough where over `stop_above_ms`; MeasurementError for what does not run right."""
 
-    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
-        """Milliseconds of several configurations, all of which `time` has seen, against each other."""
+    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+        """Times of several configurations, all of which `time` has seen, against each other."""
+
+    def renew(self) -> None:
+        """Go on in a fresh process, so that what it finds does not hang on one process's luck."""
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
         """The error at the full shape, or None where nothing runs; MeasurementError if it is too large."""
@@ -101,15 +125,24 @@ class GpuJudge:
     def __init__(self, measurer: Measurer) -> None:
         self._measurer = measurer
 
+    @property
+    def busy(self) -> float:
+        """Seconds that the measuring process was at jobs."""
+        return self._measurer.busy
+
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
-    ) -> float:
-        """Milliseconds on the GPU, after a check against float64."""
-        return self._measurer.measure(problem, config, stop_above_ms, extra).ms
+    ) -> Timing:
+        """Times on the GPU, after a check against float64."""
+        return self._measurer.measure(problem, config, stop_above_ms, extra)
 
-    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
-        """Milliseconds in interleaved rounds."""
-        return [timing.ms for timing in self._measurer.compare(problem, configs, extra)]
+    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+        """Times in interleaved rounds."""
+        return self._measurer.compare(problem, configs, extra)
+
+    def renew(self) -> None:
+        """End the measuring process: the next call starts another."""
+        self._measurer.close()
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
         """The error against float64 at the full shape."""
@@ -120,26 +153,89 @@ class ModelJudge:
     """Estimates, from the resources of the compiled kernel."""
 
     modelled = True
+    busy = 0.0
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
-        self._times: dict[Any, float] = {}
+        self._times: dict[Any, Timing] = {}
 
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
-    ) -> float:
-        """Milliseconds by the model."""
+    ) -> Timing:
+        """Milliseconds by the model, which has no noise."""
         ms = predict(problem, config, self._arch, needs)
-        self._times[problem, config] = ms
-        return ms
+        self._times[problem, config] = Timing(ms, low=ms, high=ms, spread=0.0, repeats=1)
+        return self._times[problem, config]
 
-    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[float]:
-        """The same once more: a model has no noise."""
+    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+        """The same once more."""
         return [self._times[problem, config] for config in configs]
+
+    def renew(self) -> None:
+        """There is no process."""
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
         """Nothing runs, so nothing is proved."""
         return None
+
+
+@dataclass
+class Found:
+    """What a search found: times of its candidates, known better from race to race.
+
+    `in_use` is what the rules name now, or the default where there is no rule: it stays unless it is beaten beyond the
+    noise in every race, so that tuning again does not flip files.
+    """
+
+    problem: Problem
+    default: Any
+    in_use: set[Any]
+    timings: dict[Any, Timing] = field(default_factory=dict)
+    needs: dict[Any, Resources] = field(default_factory=dict)
+    trials: int = 0
+
+    def contenders(self, count: int) -> list[Any]:
+        """The fastest, and whatever else was in use or is the default."""
+        fastest = self._order()[:count]
+        return fastest + [c for c in self.timings if (c in self.in_use or c == self.default) and c not in fastest]
+
+    def take(self, configs: list[Any], timings: list[Timing], *, first: bool) -> None:
+        """Take the times of a race: in place of single measurements, or beside those of an earlier race."""
+        for config, timing in zip(configs, timings, strict=True):
+            self.timings[config] = timing if first else both(self.timings[config], timing)
+        # What was left out of the race is known less well: it is not to win by that.
+        self.timings = {config: self.timings[config] for config in configs} | self.timings
+
+    def winners(self, configs: list[Any], *, modelled: bool) -> list[Winner]:
+        """These configurations as winners, best first."""
+        default_ms = self.timings[self.default].ms if self.default in self.timings else None
+        ranked = [
+            Winner(self.problem, c, self.timings[c], default_ms, None, self.needs[c], self.trials, modelled)
+            for c in self._order()
+            if c in configs
+        ]
+        # What no GPU has run is not recommended where it spills, not even the default.
+        return [winner for winner in ranked if not (modelled and winner.needs.spills)]
+
+    def _order(self) -> list[Any]:
+        ordered = sorted(self.timings, key=lambda config: self.timings[config].ms)
+        held = next((config for config in ordered if config in self.in_use), None)
+        if held is not None and not beats(self.timings[ordered[0]], self.timings[held]):
+            ordered.remove(held)
+            ordered.insert(0, held)
+        return ordered
+
+
+def beats(challenger: Timing, holder: Timing) -> bool:
+    """Whether it is faster beyond the noise: by more than a hundredth, and the two intervals lie apart."""
+    return challenger.ms < (1 - NOISE) * holder.ms and challenger.high < holder.low
+
+
+def both(one: Timing, other: Timing) -> Timing:
+    """Two races' times of one configuration: the mean, and an interval that holds both."""
+    low, high = min(one.low, other.low), max(one.high, other.high)
+    spread, error = max(one.spread, other.spread), one.error
+    return Timing((one.ms + other.ms) / 2, low, high, spread, one.repeats + other.repeats, error)
 
 
 class Tuner:
@@ -165,6 +261,7 @@ class Tuner:
         self.judge, self.pool, self.arch, self.effort, self.deadline = judge, pool, arch, effort, deadline
         self.incumbents, self.progress, self.journal = incumbents, progress, journal
         self.funnel = Funnel()
+        self.found: dict[Problem, Found] = {}
         self.ranked: dict[Problem, list[Winner]] = {}
         self.winners: dict[Problem, Winner] = {}
         self.unfinished = self._complete = 0
@@ -174,12 +271,32 @@ class Tuner:
         """Search for every problem; what is found by the deadline, or by Ctrl-C, is kept in `ranked`."""
         tasks: list[_Task] = []
         try:
-            self._search(problems, tasks)
+            with self._phase("search"):
+                self._search(problems, tasks)
         except KeyboardInterrupt:
             self.interrupted = True
-            self.ranked |= {task.problem: found for task in tasks if (found := task.ranked(race=False))}
+            for task in tasks:
+                self._keep(task)
         self.unfinished = len(problems) - self._complete
         self.pool.forget_waiting()
+
+    def conclude(self) -> None:
+        """Race the best again in a fresh process, and prove them."""
+        if not self.interrupted and not self.judge.modelled:
+            self._confirm()
+        self.prove()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Add the time that passes within, and what of it the judge was busy, to the phase's."""
+        started, busy = time.monotonic(), self.judge.busy
+        try:
+            yield
+        finally:
+            passed = {"seconds": time.monotonic() - started, "busy": self.judge.busy - busy}
+            for what, seconds in passed.items():
+                phases = getattr(self.funnel, what)
+                phases[name] = phases.get(name, 0.0) + seconds
 
     def _search(self, problems: list[Problem], tasks: list[_Task]) -> None:
         waiting, started = self._startable(problems, problems)
@@ -203,8 +320,45 @@ class Tuner:
 
     def _finish(self, task: _Task) -> None:
         self._complete += not task.cut_short
-        if found := task.ranked(race=True):
-            self.ranked[task.problem] = found
+        if self._keep(task):
+            with self._phase("race"):
+                self.funnel.raced += self._race(task.found, self.effort.finalists, first=True)
+
+    def _keep(self, task: _Task) -> bool:
+        """Whether the search's result counts: not where what is in use was not tried; it could have been better."""
+        if not task.found.in_use <= task.tried:
+            return False
+        self.found[task.problem] = task.found
+        self._rank(task.found, self.effort.finalists)
+        return bool(task.found.timings)
+
+    def _race(self, found: Found, count: int, *, first: bool) -> int:
+        """Time the fastest against each other, and rank them; how many there were."""
+        configs = found.contenders(count)
+        try:
+            timings = self.judge.rank(found.problem, configs, self.extra(found.problem))
+        except MeasurementError as error:
+            self.funnel.fail(_kind(str(error)))
+            return 0
+        found.take(configs, timings, first=first)
+        self._rank(found, count)
+        return len(configs)
+
+    def _rank(self, found: Found, count: int) -> None:
+        ranked = found.winners(found.contenders(count), modelled=self.judge.modelled)
+        if ranked:
+            self.ranked[found.problem] = ranked
+
+    def _confirm(self) -> None:
+        """Race the best of each problem again in a fresh process; Ctrl-C leaves the rest as it is."""
+        self.judge.renew()
+        try:
+            with self._phase("confirm"):
+                for found in self.found.values():
+                    if found.timings:
+                        self.funnel.confirmed += self._race(found, CONTENDERS, first=False)
+        except KeyboardInterrupt:
+            self.interrupted = True
 
     def prove(self) -> None:
         """Prove each problem's best configuration, or the next best that can be; only proven ones become winners.
@@ -212,15 +366,20 @@ class Tuner:
         Ctrl-C ends it, and those that were proven by then stay.
         """
         try:
-            for problem, ranked in self.ranked.items():
-                for variant in problem.variants():
-                    self.pool.submit(problem, ranked[0].config, variant=variant)
-            for problem, ranked in self.ranked.items():
-                winner = self._proven(problem, ranked)
-                if winner is not None:
-                    self.winners[problem] = winner
+            with self._phase("prove"):
+                self._prove_all()
         except KeyboardInterrupt:
             self.interrupted = True
+
+    def _prove_all(self) -> None:
+        for problem, ranked in self.ranked.items():
+            for variant in problem.variants():
+                self.pool.submit(problem, ranked[0].config, variant=variant)
+        for problem, ranked in self.ranked.items():
+            winner = self._proven(problem, ranked)
+            if winner is not None:
+                self.winners[problem] = winner
+                self.funnel.proven += 1
 
     def _proven(self, problem: Problem, ranked: list[Winner]) -> Winner | None:
         for winner in ranked:
@@ -295,9 +454,7 @@ class _Task:
         self.search = Search(candidates, first)
         self.rounds = tuner.effort.rounds
         self.left = tuner.effort.first + tuner.effort.rounds * tuner.effort.per_round
-        self.needs: dict[Any, Resources] = {}
-        self.kept = {self.default, *incumbents}
-        self.in_use = set(incumbents) or {self.default}
+        self.found = Found(problem, self.default, set(incumbents) or {self.default})
         self.tried: set[Any] = set()
         self.finished = self.cut_short = False
         self._ask(len(incumbents) + tuner.effort.first)
@@ -313,6 +470,7 @@ class _Task:
                 self.finished = self.cut_short = True
                 return
             self.search.tell(config, self._time(config, needs))
+            self.found.trials = len(self.search.results)
             self.tried.add(config)
             self.left -= 1
             yield
@@ -332,31 +490,6 @@ class _Task:
         except TimeoutError:
             return None
 
-    def ranked(self, *, race: bool) -> list[Winner]:
-        """The fastest, the default and the incumbents, best first, after a race against each other if wanted.
-
-        None where what is in use was not tried before the search was ended: it could have been better.
-        """
-        if not self.in_use <= self.tried:
-            return []
-        judge, extra = self.tuner.judge, self.tuner.extra(self.problem)
-        finalists = self.search.best(self.tuner.effort.finalists)
-        finalists += [config for config in self.kept if config in self.search.results and config not in finalists]
-        times = {config: self.search.results[config] for config in finalists}
-        if finalists and race:
-            try:
-                times = dict(zip(finalists, judge.rank(self.problem, finalists, extra), strict=True))
-            except MeasurementError as error:
-                self.tuner.funnel.fail(_kind(str(error)))
-        default_ms, trials = times.get(self.default), len(self.search.results)
-        # What is in use stays unless it is beaten beyond the noise.
-        order = sorted(times, key=lambda config: times[config] * (1 - NOISE if config in self.in_use else 1))
-        winners = [
-            Winner(self.problem, c, times[c], default_ms, None, self.needs[c], trials, judge.modelled) for c in order
-        ]
-        # What no GPU has run is not recommended where it spills, not even the default.
-        return [winner for winner in winners if not (winner.modelled and winner.needs.spills)]
-
     def _ask(self, count: int) -> None:
         self.batch: list[tuple[Any, Future[Resources | str]]] = [
             (config, self.tuner.pool.submit(self.problem, config)) for config in self.search.ask(count)
@@ -374,11 +507,11 @@ class _Task:
         if not needs.fits(self.tuner.arch):
             funnel.fail("shared memory")
             return None
-        if needs.spills and self.tuner.judge.modelled and config not in self.kept:
+        if needs.spills and self.tuner.judge.modelled and config not in {self.default, *self.found.in_use}:
             funnel.fail("spills")
             return None
         funnel.clean += 1
-        self.needs[config] = needs
+        self.found.needs[config] = needs
         extra = self.tuner.extra(self.problem)
         outcome = self.tuner.journal and self.tuner.journal.remembered(self.problem, config, extra)
         if outcome:
@@ -388,6 +521,8 @@ class _Task:
             funnel.timed += outcome.ms is not None
         if outcome.ms is None:
             funnel.reject(self.problem, config, outcome.reason)
+        else:
+            self.found.timings[config] = Timing.recalled(outcome.ms, outcome.figures)
         return outcome.ms
 
     def _measure(self, config: Any, needs: Resources) -> Outcome:
@@ -395,7 +530,8 @@ class _Task:
         journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
         with journal.measuring(self.problem, config, extra) if journal else contextlib.nullcontext(_forget) as record:
             try:
-                outcome = Outcome(self.tuner.judge.time(self.problem, config, needs, 1.6 * best, extra))
+                timing = self.tuner.judge.time(self.problem, config, needs, CLEARLY_SLOWER * best, extra)
+                outcome = Outcome(timing.ms, figures=timing.figures)
             except MeasurementError as error:
                 outcome = Outcome(None, str(error))
             record(outcome)

@@ -1,0 +1,178 @@
+"""How long GPU work takes: events around graph replays, the L2 cache flushed, clocks warm, and how sure a median is."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLUSH_BYTES = 128 * 2**20  # more than the L2 cache of any GPU
+CONFIDENCE = 0.95
+FIRST, MOST = 3, 24  # calls of one measurement, at least and at most
+MEASURE_MS = 30.0  # of GPU time for one measurement
+PRECISE = 0.01  # an interval so narrow, relative to the median, needs no more calls
+STEADY = 0.01  # clocks are steady when two windows of work in a row take the same time but for this
+WINDOW = 40  # products in a window of warming up, some 10 ms
+WARM_SECONDS = 2.0  # and no longer
+COLD_SECONDS = 1.0  # a GPU that did nothing for so long has lowered its clocks
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one configuration: the median of `repeats`, the interval it lies in, and the error found before.
+
+    `low` and `high` bound the median with 95 % confidence; `spread` is the distance between the quartiles; `error` is
+    relative, against float64, NaN where it was not looked at.
+    """
+
+    ms: float
+    low: float
+    high: float
+    spread: float
+    repeats: int
+    error: float = math.nan
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What is written down beside the milliseconds."""
+        found = {name: value for name, value in asdict(self).items() if name != "ms"}
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    @classmethod
+    def recalled(cls, ms: float, figures: Mapping[str, float]) -> Timing:
+        """A timing that was written down; of one without figures nothing but the median is known."""
+        low, high, spread = (figures.get(name, value) for name, value in (("low", ms), ("high", ms), ("spread", 0.0)))
+        return cls(ms, low, high, spread, int(figures.get("repeats", 1)), figures.get("error", math.nan))
+
+
+def timing_of(times: Sequence[float], error: float = math.nan) -> Timing:
+    """What a series of times, in milliseconds, amounts to."""
+    low, high = median_interval(times)
+    first, _, third = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    return Timing(statistics.median(times), low, high, third - first, len(times), error)
+
+
+def median_interval(times: Sequence[float]) -> tuple[float, float]:
+    """The interval between two order statistics that holds the median with 95 % confidence; of few times, all.
+
+    The number of times below the median is binomial, whatever their distribution (Conover, Practical Nonparametric
+    Statistics, 3.2).
+    """
+    ordered = sorted(times)
+    left_out = _left_out(len(ordered))
+    return ordered[left_out], ordered[-1 - left_out]
+
+
+@functools.cache
+def _left_out(count: int) -> int:
+    """How many times may be dropped at each end."""
+    tails = itertools.accumulate(math.comb(count, i) for i in range(count // 2))
+    rare = [tail for tail in tails if 2 * tail <= (1 - CONFIDENCE) * 2**count]
+    return max(0, len(rare) - 1)
+
+
+class Replay:
+    """A call captured as a CUDA graph: replayed without the host's share, and with the same memory each time."""
+
+    _pool: Any = None
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        run()  # compiles, and fills what is kept from call to call
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        if Replay._pool is None:
+            Replay._pool = torch.cuda.graph_pool_handle()
+        # Not by torch.cuda.graph, which collects garbage first: that takes longer than all else.
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            self._graph.capture_begin(pool=Replay._pool)
+            try:
+                self.result = run()
+            finally:
+                self._graph.capture_end()
+
+    def __call__(self) -> None:
+        """Launch the call's kernels again."""
+        self._graph.replay()
+
+
+_flush: Tensor | None = None
+_last_use = -math.inf
+
+
+def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each call by CUDA events, the L2 cache flushed before it."""
+    global _flush, _last_use
+    if _flush is None:
+        _flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    new_event: Callable[..., Any] = torch.cuda.Event
+    events = [[new_event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        _flush.zero_()
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    _last_use = time.monotonic()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def race(run: Callable[[], object], stop_above_ms: float) -> list[float]:
+    """Times of a call, as many as it takes: few where it is clearly slower than so much, or where they agree."""
+    times = time_calls(run, FIRST)
+    while len(times) < MOST and sum(times) < MEASURE_MS:
+        low, high = median_interval(times)
+        if low > stop_above_ms or (len(times) >= 2 * FIRST and high - low < PRECISE * low):
+            break
+        times += time_calls(run, FIRST)
+    return times
+
+
+def interleaved(runs: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[list[float]]:
+    """Times of several calls against each other: in rounds, each begun with another one, until one of the limits.
+
+    They drift together, so that what is compared was measured under the same conditions.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    started = time.monotonic()
+    for number in range(rounds):
+        for i in _rotated(len(runs), number):
+            times[i] += time_calls(runs[i], FIRST)
+        if time.monotonic() - started > seconds and number:
+            break
+    return times
+
+
+def _rotated(count: int, by: int) -> Iterator[int]:
+    return ((i + by) % count for i in range(count))
+
+
+def warm_up() -> float:
+    """Work until the clocks are steady, if the GPU has idled; the seconds that this took."""
+    global _last_use
+    started = time.monotonic()
+    if started - _last_use < COLD_SECONDS:
+        return 0.0
+    factors = torch.ones(2, 2048, 2048, dtype=torch.bfloat16, device="cuda")
+    before, now = math.inf, _window(factors)
+    while abs(before - now) > STEADY * now and time.monotonic() - started < WARM_SECONDS:
+        before, now = now, _window(factors)
+    _last_use = time.monotonic()
+    return _last_use - started
+
+
+def _window(factors: Tensor) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(WINDOW):
+        torch.mm(*factors)
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
