@@ -82,25 +82,30 @@ def _left_out(count: int) -> int:
 class Replay:
     """A call captured as a CUDA graph: replayed without the host's share, and with the same memory each time."""
 
-    _pool: Any = None
+    _anchor: Any = None  # a graph that is kept, so that the memory pool which all graphs share is kept
 
     def __init__(self, run: Callable[[], object]) -> None:
         run()  # compiles, and fills what is kept from call to call
         torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        if Replay._pool is None:
-            Replay._pool = torch.cuda.graph_pool_handle()
-        # Not by torch.cuda.graph, which collects garbage first: that takes longer than all else.
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            self._graph.capture_begin(pool=Replay._pool)
-            try:
-                self.result = run()
-            finally:
-                self._graph.capture_end()
+        if Replay._anchor is None:
+            Replay._anchor, _ = _captured(lambda: torch.empty(1, device="cuda"), torch.cuda.graph_pool_handle())
+        self._graph, self.result = _captured(run, Replay._anchor.pool())
 
     def __call__(self) -> None:
         """Launch the call's kernels again."""
         self._graph.replay()
+
+
+def _captured(run: Callable[[], object], pool: Any) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A call as a graph; not by torch.cuda.graph, which collects garbage first: that takes longer than all else."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        graph.capture_begin(pool=pool)
+        try:
+            result = run()
+        finally:
+            graph.capture_end()
+    return graph, result
 
 
 _flush: Tensor | None = None
