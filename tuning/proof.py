@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from tuning.oracle import gradients_reference, segment_states, sweep_reference
 from tuning.problems import GRADIENTS, STATES_SEGMENT, WITH_STATES, Problem
@@ -76,7 +76,7 @@ def prove(problem: Problem, config: Any, extra: dict[str, Any], device: str) -> 
 
 
 def _examine(problem: Problem, config: Any, extra: dict[str, Any], draw: Draw, generator: torch.Generator) -> float:
-    guard = _Guard()
+    guard = Guard()
     inputs, offsets, initial = _inputs(problem, draw, generator)
     guarded = [guard.copy(x) for x in inputs]
     state = None if initial is None else guard.copy(initial)
@@ -178,18 +178,22 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it new tensors lie between margins and are full of NaN; `check` says whether a margin was written to."""
+class Guard(TorchFunctionMode):
+    """Within it new tensors lie between margins and are full of NaN; `check` says whether a margin was written to.
+
+    PyTorch's deterministic mode fills new memory too, but its first use imports the compiler, which takes seconds, and
+    so does that of a dispatch mode.
+    """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._buffers: list[tuple[Tensor, int]] = []
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        return self._allocate(result) if func.overloadpacket in EMPTY and result.is_contiguous() else result
+        return self._allocate(result) if func in EMPTY and result.is_contiguous() else result
 
     def copy(self, x: Tensor) -> Tensor:
         """The tensor again, between margins."""
@@ -197,10 +201,10 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
         """Raise ArithmeticError if anything beside a tensor has changed."""
-        for buffer, margin in self._buffers:
-            for side in (buffer[:margin], buffer[-margin:]):
-                if not torch.equal(_bytes(side), _bytes(torch.full_like(side, math.nan))):
-                    raise ArithmeticError("memory beside a tensor was written to")
+        sides = [side for buffer, margin in self._buffers for side in (buffer[:margin], buffer[-margin:])]
+        changed = [(_bytes(side) != _bytes(torch.full_like(side, math.nan))).any() for side in sides]
+        if torch.stack(changed).any():
+            raise ArithmeticError("memory beside a tensor was written to")
 
     def _allocate(self, like: Tensor) -> Tensor:
         margin = MARGIN // like.element_size()
@@ -211,5 +215,4 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return buffer[margin : margin + like.numel()].view(like.shape)
 
 
-_aten: Any = torch.ops.aten
-EMPTY = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided)
+EMPTY = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)

@@ -13,7 +13,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from generated import configuration
@@ -157,8 +165,6 @@ def _tune(
     ):
         tuner = Tuner(judge, pool, arch, EFFORTS[options.effort], deadline, incumbents, progress, journal)
         tuner.run(problems)
-        if not judge.modelled:
-            console.print(f"proving {_count(len(tuner.ranked), 'winner')}")
         tuner.conclude()
     return tuner
 
@@ -180,6 +186,7 @@ class SearchProgress:
 
     def __init__(self, console: Console) -> None:
         columns = (
+            "{task.fields[phase]:10}",
             "{task.description}",
             BarColumn(),
             MofNCompleteColumn(),
@@ -188,26 +195,29 @@ class SearchProgress:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console)
-        self._task = self._bar.add_task("candidates", total=None)
-        self._console, self._started = console, time.monotonic()
-        self._said = self._started
+        self._console, self._said = console, time.monotonic()
+        self._phases: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Callable[[int, int, Problem], None]:
+    def __enter__(self) -> Callable[..., None]:
         if self._console.is_terminal:
             self._bar.start()
         return self._update
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
-    def _update(self, done: int, total: int, problem: Problem) -> None:
-        what = f"{problem.form} K={problem.K} V={problem.V}"
-        self._bar.update(self._task, completed=done, total=total, description=what)
+    def _update(self, done: int, total: int, problem: Problem, phase: str = "compiling", standing: str = "") -> None:
+        what = f"{problem.form} K={problem.K} V={problem.V}" + (f", {standing}" if standing else "")
+        if phase not in self._phases:
+            self._phases[phase] = self._bar.add_task(what, total=total, phase=phase)
+        task = self._phases[phase]
+        self._bar.update(task, completed=done, total=total, description=what)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._said > LINE_SECONDS:
             self._said = now
-            left = (now - self._started) * (total - done) / max(1, done)
-            self._console.print(f"{done} of {total} candidates, about {left:.0f} s left; {what}")
+            left = (self._bar.tasks[task].elapsed or 0.0) * (total - done) / max(1, done)
+            self._console.print(escape(f"{phase}: {done} of {total}, about {left:.0f} s left; {what}"))
 
 
 def _report(

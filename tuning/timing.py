@@ -16,7 +16,7 @@ from torch import Tensor
 
 FLUSH_BYTES = 128 * 2**20  # more than the L2 cache of any GPU
 CONFIDENCE = 0.95
-FIRST, MOST = 3, 24  # calls of one measurement, at least and at most
+FIRST, MOST = 3, 48  # calls of one measurement, at least and at most
 MEASURE_MS = 30.0  # of GPU time for one measurement
 PRECISE = 0.01  # an interval so narrow, relative to the median, needs no more calls
 STEADY = 0.01  # clocks are steady when two windows of work in a row take the same time but for this

@@ -242,7 +242,7 @@ class Tuner:
     """Tunes many problems at once: while one is timed, the others' candidates compile.
 
     incumbents(problem) gives the configurations that earlier files hold for it; they race from the start.
-    progress(done, total, problem) is told after every candidate. The journal remembers what earlier runs measured.
+    progress(done, total, problem, phase, standing) is told after every step. The journal remembers what earlier runs measured.
     Afterwards `winners` holds what was found and proven, `unfinished`
     says how many searches the deadline or Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
     """
@@ -255,7 +255,7 @@ class Tuner:
         effort: Effort,
         deadline: float,
         incumbents: Callable[[Problem], list[Any]],
-        progress: Callable[[int, int, Problem], None],
+        progress: Callable[[int, int, Problem, str, str], None],
         journal: Journal | None = None,
     ) -> None:
         self.judge, self.pool, self.arch, self.effort, self.deadline = judge, pool, arch, effort, deadline
@@ -306,13 +306,21 @@ class Tuner:
             task = next((t for t in tasks if t.ready()), tasks[0])
             for _ in task.step():
                 done += 1
-                self.progress(min(done, total), total, task.problem)
+                self.progress(min(done, total), total, task.problem, "searching", self._standing(task.found))
             if task.finished:
                 tasks.remove(task)
                 done += task.left
                 self._finish(task)
                 waiting, started = self._startable(waiting, [*waiting, *(t.problem for t in tasks)])
                 tasks += started
+
+    def _standing(self, found: Found) -> str:
+        """How far a search is: the best so far, against the default."""
+        best = min((timing.ms for timing in found.timings.values()), default=None)
+        default = found.timings.get(found.default)
+        waited = "" if self.judge.modelled else f", GPU waited {self.funnel.idle_share:.0%}"
+        against = f" of {default.ms:.3g}" if default else ""
+        return "" if best is None else f"best {best:.3g}{against} ms{waited}"
 
     def seconds_left(self) -> float | None:
         """Until the deadline, which counts from the first result on; None before."""
@@ -354,9 +362,10 @@ class Tuner:
         self.judge.renew()
         try:
             with self._phase("confirm"):
-                for found in self.found.values():
-                    if found.timings:
-                        self.funnel.confirmed += self._race(found, CONTENDERS, first=False)
+                raced = [found for found in self.found.values() if found.timings]
+                for number, found in enumerate(raced, 1):
+                    self.funnel.confirmed += self._race(found, CONTENDERS, first=False)
+                    self.progress(number, len(raced), found.problem, "confirming", "")
         except KeyboardInterrupt:
             self.interrupted = True
 
@@ -375,8 +384,9 @@ class Tuner:
         for problem, ranked in self.ranked.items():
             for variant in problem.variants():
                 self.pool.submit(problem, ranked[0].config, variant=variant)
-        for problem, ranked in self.ranked.items():
+        for number, (problem, ranked) in enumerate(self.ranked.items(), 1):
             winner = self._proven(problem, ranked)
+            self.progress(number, len(self.ranked), problem, "proving", "")
             if winner is not None:
                 self.winners[problem] = winner
                 self.funnel.proven += 1

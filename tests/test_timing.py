@@ -1,0 +1,227 @@
+"""How times are taken and judged: intervals, races that end early, rounds that rotate, and the log of clocks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes import Judge, candidates, landscape, timing, tune
+
+from tuning import nvml
+from tuning import timing as timing_module
+from tuning.timing import FIRST, MEASURE_MS, MOST, Timing, interleaved, median_interval, race, timing_of
+from tuning.tuner import Found, beats, both
+
+# Intervals
+
+
+@pytest.mark.parametrize("count", [6, 9, 12, 24])
+def test_interval_holds_the_median_of_skewed_times_in_at_least_19_of_20_series(count: int) -> None:
+    random.seed(count)
+    median = math.log(2.0)  # of an exponential distribution
+    held = [low <= median <= high for low, high in (_series(count) for _ in range(2000))]
+    assert statistics.mean(held) >= 0.94
+
+
+def _series(count: int) -> tuple[float, float]:
+    return median_interval([random.expovariate(1.0) for _ in range(count)])
+
+
+def test_interval_narrows_with_more_times() -> None:
+    random.seed(0)
+    times = [random.gauss(1.0, 0.1) for _ in range(100)]
+    widths = [high - low for low, high in (median_interval(times[:count]) for count in (6, 25, 100))]
+    assert widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize("times", [[2.0], [3.0, 1.0], [3.0, 1.0, 2.0]])
+def test_interval_of_few_times_is_all_of_them(times: list[float]) -> None:
+    assert median_interval(times) == (min(times), max(times))
+    found = timing_of(times)
+    assert (found.ms, found.repeats) == (statistics.median(times), len(times))
+
+
+def test_timing_that_is_written_down_is_recalled() -> None:
+    found = timing_of([1.0, 2.0, 4.0], error=0.001)
+    assert Timing.recalled(found.ms, found.figures) == found
+    assert Timing.recalled(2.0, {}).low == Timing.recalled(2.0, {}).high == 2.0
+    assert "error" not in timing_of([1.0]).figures  # not a number is no figure
+
+
+# Races
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[float]], list[int]]:
+    """Makes calls take the times that a test gives; what comes back lists how many calls were timed at once."""
+
+    def give(times: Iterator[float]) -> list[int]:
+        asked: list[int] = []
+
+        def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
+            asked.append(repeats)
+            return list(itertools.islice(times, repeats))
+
+        monkeypatch.setattr(timing_module, "time_calls", time_calls)
+        return asked
+
+    return give
+
+
+def test_clearly_slower_candidate_gets_the_fewest_calls(clock: Callable[..., list[int]]) -> None:
+    clock(itertools.cycle([2.0, 2.1]))
+    assert len(race(print, stop_above_ms=1.5)) == FIRST
+
+
+def test_candidate_that_may_be_faster_is_timed_on(clock: Callable[..., list[int]]) -> None:
+    clock(itertools.cycle([1.0, 2.0, 1.4]))
+    assert len(race(print, stop_above_ms=1.5)) > 2 * FIRST
+
+
+def test_times_that_agree_end_a_race(clock: Callable[..., list[int]]) -> None:
+    clock(itertools.cycle([0.1]))
+    assert len(race(print, stop_above_ms=math.inf)) == 2 * FIRST
+
+
+@pytest.mark.parametrize(("ms", "most"), [(0.01, MOST), (10.0, MEASURE_MS / 10.0 + FIRST)])
+def test_race_is_bounded_in_calls_and_in_time(clock: Callable[..., list[int]], ms: float, most: float) -> None:
+    clock(ms * factor for factor in itertools.cycle([1.0, 1.9, 1.3, 1.6]))
+    assert FIRST <= len(race(print, stop_above_ms=math.inf)) <= most
+
+
+def test_each_round_begins_with_another_and_all_are_timed_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(timing_module, "time_calls", lambda run, repeats: [run()] * repeats)
+    runs = [lambda name=name: order.append(name) or 1.0 for name in "abc"]
+    times = interleaved(runs, rounds=3, seconds=math.inf)
+    assert [len(series) for series in times] == [3 * FIRST] * 3
+    assert order == list("abcbcacab")
+
+
+# Who wins
+
+
+def test_challenger_beats_what_is_in_use_only_beyond_the_noise() -> None:
+    holder = Timing(1.0, 0.99, 1.01, 0.01, 9)
+    assert beats(Timing(0.97, 0.965, 0.98, 0.01, 9), holder)
+    assert not beats(Timing(0.995, 0.994, 0.996, 0.001, 9), Timing(1.0, 0.999, 1.001, 0.001, 9))  # by too little
+    assert not beats(Timing(0.97, 0.93, 1.0, 0.05, 9), holder)  # the intervals overlap
+
+
+def test_two_races_count_only_where_they_agree() -> None:
+    fast, slow = Timing(0.9, 0.89, 0.91, 0.01, 9), Timing(1.1, 1.09, 1.11, 0.01, 9)
+    holder = Timing(1.0, 0.99, 1.01, 0.01, 9)
+    assert beats(both(fast, fast), both(holder, holder))
+    assert not beats(both(fast, slow), both(holder, holder))
+    assert both(fast, slow).ms == pytest.approx(1.0)
+
+
+def test_what_lost_in_a_fresh_process_does_not_replace_the_incumbent() -> None:
+    class Lucky(Judge):
+        """Times one candidate as much faster, but only in the first process."""
+
+        def rank(self, problem: Any, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+            return [timing(self.ms(c) * (0.5 if c.BT == 64 and not self.renewed else 1.0)) for c in configs]
+
+    judge = Lucky(lambda config: 1.0 + (config.BT == 64) * 0.1)
+    incumbent = next(c for c in candidates() if c.BT == 32)
+    tuner = tune(judge, incumbents=lambda problem: [incumbent])
+    assert judge.renewed == 1
+    assert tuner.funnel.confirmed > 1
+    (winner,) = tuner.winners.values()
+    assert winner.config == incumbent
+
+
+def test_what_was_not_raced_does_not_win_by_that() -> None:
+    configs = candidates()[:4]
+    found = Found(None, configs[3], {configs[3]})  # type: ignore[arg-type]
+    found.timings = {config: timing(ms) for config, ms in zip(configs, (1.0, 1.1, 1.2, 1.3), strict=True)}
+    raced = [configs[0], configs[1], configs[3]]
+    found.take(raced, [timing(1.25), timing(1.15), timing(1.3)], first=True)
+    assert found.contenders(1)[0] == configs[1]
+
+
+def test_phases_are_timed_and_the_idle_share_is_told() -> None:
+    class Slow(Judge):
+        def time(self, *arguments: Any) -> Timing:
+            time.sleep(0.005)
+            self.busy += 0.005
+            return super().time(*arguments)
+
+    funnel = tune(Slow(landscape)).funnel
+    assert list(funnel.seconds) == ["race", "search", "confirm", "prove"]
+    assert funnel.seconds["search"] >= funnel.busy["search"] > 0.1
+    assert 0 <= funnel.idle_share < 0.9
+
+
+# Clocks
+
+
+def fake_nvml(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> SimpleNamespace:
+    """A driver's library that knows one GPU."""
+
+    class NVMLError(Exception):
+        pass
+
+    def by_uuid(name: str) -> str:
+        if name != "GPU-1234":
+            raise NVMLError
+        return name
+
+    def refuse(handle: str) -> int:
+        raise NVMLError
+
+    known = {
+        "NVMLError": NVMLError,
+        "NVML_CLOCK_SM": 1,
+        "NVML_TEMPERATURE_GPU": 0,
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetHandleByUUID": by_uuid,
+        "nvmlDeviceGetClockInfo": lambda handle, which: 1980,
+        "nvmlDeviceGetTemperature": lambda handle, which: 55,
+        "nvmlDeviceGetPowerUsage": lambda handle: 350_000,
+        "nvmlDeviceGetUtilizationRates": refuse,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 4,
+        "nvmlClocksEventReasonSwPowerCap": 4,
+    }
+    library = SimpleNamespace(**{**known, **functions})
+    monkeypatch.setattr(nvml, "pynvml", library)
+    monkeypatch.setattr(nvml, "PERIOD_SECONDS", 0.01)
+    return library
+
+
+def test_clocks_temperature_and_power_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml(monkeypatch)
+    with nvml.logging("1234") as log:
+        time.sleep(0.1)
+    summary = log.summary()
+    assert summary["clock_mhz"] == [1980.0, 1980.0, 1980.0]
+    assert summary["power_w"] == [350.0, 350.0, 350.0]
+    assert summary["throttled_by"] == ["power"]
+    assert "load_percent" not in summary  # this GPU does not tell it
+
+
+@pytest.mark.parametrize("uuid", ["", "5678"])
+def test_nothing_is_logged_of_a_gpu_that_is_not_known(monkeypatch: pytest.MonkeyPatch, uuid: str) -> None:
+    fake_nvml(monkeypatch)
+    with nvml.logging(uuid) as log:
+        time.sleep(0.03)
+    assert log.summary() == {}
+
+
+def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise library.NVMLError
+
+    library = fake_nvml(monkeypatch, nvmlInit=missing)
+    with nvml.logging("1234") as log:
+        pass
+    assert log.summary() == {}
