@@ -249,6 +249,7 @@ def test_the_command_goes_on_where_it_was_and_begins_again_where_it_is_told_to(
 ) -> None:
     class Measuring:
         gpu = Gpu("Any GPU", "sm90", 132, 80, "580.1")
+        busy = 0.0
 
         def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
             return timing(float(config.BV))

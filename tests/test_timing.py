@@ -139,6 +139,16 @@ def test_what_lost_in_a_fresh_process_does_not_replace_the_incumbent() -> None:
     assert winner.config == incumbent
 
 
+def test_rules_that_change_are_counted_against_those_that_were_in_use() -> None:
+    fast, slow = candidates()[:2]
+    judge = Judge(lambda config: {fast: 1.0, slow: 2.0}.get(config, 3.0))
+    first = tune(judge, incumbents=lambda problem: [slow]).funnel
+    assert (first.compared, first.flipped) == (1, 1)
+    second = tune(judge, incumbents=lambda problem: [fast]).funnel
+    assert (second.compared, second.flipped) == (1, 0)
+    assert tune(judge).funnel.compared == 0
+
+
 def test_what_was_not_raced_does_not_win_by_that() -> None:
     configs = candidates()[:4]
     found = Found(None, configs[3], {configs[3]})  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -679,7 +680,7 @@ def test_spent_budget_is_said(fake_parts: dict[str, Any], tmp_path: Path, capsys
     assert main([*RUN, "--workload", "short", "--budget", "1e-9", "--out", str(path)]) == 0
     out = capsys.readouterr().out
     assert "the budget of 1e-09 s is spent: 4 of 4 searches did not end" in out
-    assert "took 0 s" in out
+    assert re.search(r"took \d+ s", out)
     assert main([*RUN, "--budget", "1e300", "--out", str(path)]) == 0
 
 

@@ -234,6 +234,9 @@ def _report(
             f"earlier runs; dropped: {failures}"
         )
     )
+    if funnel.compared:
+        share = funnel.flipped / funnel.compared
+        console.print(f"{funnel.flipped} of {_count(funnel.compared, 'rule')} in use before changed ({share:.0%})")
     if not tuner.judge.modelled:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in funnel.seconds.items())
         console.print(f"{phases}; the GPU waited {funnel.idle_share:.0%} of the search")

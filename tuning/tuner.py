@@ -71,6 +71,8 @@ class Funnel:
     raced: int = 0
     confirmed: int = 0
     proven: int = 0
+    compared: int = 0  # winners where a rule was in use before
+    flipped: int = 0  # those of them that replace it
     seconds: dict[str, float] = field(default_factory=dict)
     busy: dict[str, float] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
@@ -183,16 +185,21 @@ class ModelJudge:
 class Found:
     """What a search found: times of its candidates, known better from race to race.
 
-    `in_use` is what the rules name now, or the default where there is no rule: it stays unless it is beaten beyond the
-    noise in every race, so that tuning again does not flip files.
+    What is in use, `incumbents` that rules name or else the default, stays unless it is beaten beyond the noise in every
+    race, so that tuning again does not flip files.
     """
 
     problem: Problem
     default: Any
-    in_use: set[Any]
+    incumbents: set[Any]
     timings: dict[Any, Timing] = field(default_factory=dict)
     needs: dict[Any, Resources] = field(default_factory=dict)
     trials: int = 0
+
+    @property
+    def in_use(self) -> set[Any]:
+        """What would be used if nothing were found."""
+        return self.incumbents or {self.default}
 
     def contenders(self, count: int) -> list[Any]:
         """The fastest, and whatever else was in use or is the default."""
@@ -242,9 +249,9 @@ class Tuner:
     """Tunes many problems at once: while one is timed, the others' candidates compile.
 
     incumbents(problem) gives the configurations that earlier files hold for it; they race from the start.
-    progress(done, total, problem, phase, standing) is told after every step. The journal remembers what earlier runs measured.
-    Afterwards `winners` holds what was found and proven, `unfinished`
-    says how many searches the deadline or Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
+    progress(done, total, problem, phase, standing) is told after every step. The journal remembers what earlier runs
+    measured. Afterwards `winners` holds what was found and proven, `unfinished` says how many searches the deadline or
+    Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
     """
 
     def __init__(
@@ -389,7 +396,13 @@ class Tuner:
             self.progress(number, len(self.ranked), problem, "proving", "")
             if winner is not None:
                 self.winners[problem] = winner
-                self.funnel.proven += 1
+                self._count(winner)
+
+    def _count(self, winner: Winner) -> None:
+        self.funnel.proven += 1
+        if incumbents := self.found[winner.problem].incumbents:
+            self.funnel.compared += 1
+            self.funnel.flipped += winner.config not in incumbents
 
     def _proven(self, problem: Problem, ranked: list[Winner]) -> Winner | None:
         for winner in ranked:
@@ -464,7 +477,7 @@ class _Task:
         self.search = Search(candidates, first)
         self.rounds = tuner.effort.rounds
         self.left = tuner.effort.first + tuner.effort.rounds * tuner.effort.per_round
-        self.found = Found(problem, self.default, set(incumbents) or {self.default})
+        self.found = Found(problem, self.default, set(incumbents))
         self.tried: set[Any] = set()
         self.finished = self.cut_short = False
         self._ask(len(incumbents) + tuner.effort.first)
