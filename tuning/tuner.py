@@ -185,8 +185,8 @@ class ModelJudge:
 class Found:
     """What a search found: times of its candidates, known better from race to race.
 
-    What is in use, `incumbents` that rules name or else the default, stays unless it is beaten beyond the noise in every
-    race, so that tuning again does not flip files.
+    What is in use, `incumbents` that rules name or else the default, stays unless it is beaten beyond the noise in
+    every race, so that tuning again does not flip files.
     """
 
     problem: Problem
