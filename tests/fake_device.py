@@ -1,0 +1,82 @@
+"""A measuring process that needs no GPU: it times by a formula, and breaks in the ways that a test asks for.
+
+`main` is the tuner's command line over it. Environment variables tell it what to do: FAKE_LOG, a file to which every
+launch is written before it happens; FAKE_FAULTS, a JSON object from a part of such a line to what happens then;
+FAKE_UUID, the GPU's; FAKE_DISK, how many bytes a file of the tuner's may grow to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from fakes import Pool, landscape, timing
+
+from tuning import __main__, device, measurement
+from tuning import run as run_module
+from tuning.device import Answer, Gpu
+from tuning.space import knob_values
+
+HANG_SECONDS = 1.0
+GPU = Gpu("Fake GPU", "sm90", 132, 80, "580.1", os.environ.get("FAKE_UUID", ""))
+
+
+def serve(pipe: Connection) -> None:
+    """As `tuning.device.serve`, without a device."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    pipe.send(Answer("ok", GPU))
+    while True:
+        try:
+            job, problem, configs, *_ = pipe.recv()
+        except EOFError:
+            return
+        group = configs if isinstance(configs, list) else [configs]
+        fault = next((fault for config in group if (fault := _launch(job, problem.form, config))), None)
+        pipe.send(_answer(job, group, fault))
+        if fault == "illegal access":
+            os._exit(1)
+
+
+def _launch(job: str, form: str, config: Any) -> str | None:
+    line = " ".join([job, form, *(f"{name}={value}" for name, value in knob_values(config).items())])
+    with Path(os.environ["FAKE_LOG"]).open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
+    faults: dict[str, str] = json.loads(os.environ.get("FAKE_FAULTS", "{}"))
+    fault = next((fault for part, fault in faults.items() if part in line), None)
+    if fault == "hang":
+        time.sleep(1000)
+    elif fault is not None and fault.startswith("kill"):
+        victims = {"kill device": os.getpid(), "kill tuner": int(os.environ["FAKE_TUNER"]), "kill server": os.getppid()}
+        os.kill(victims[fault], signal.SIGKILL)
+        time.sleep(0.2)  # a process that is killed leaves its pipes a moment later
+    return fault
+
+
+def _answer(job: str, group: list[Any], fault: str | None) -> Answer:
+    if fault == "illegal access":
+        return Answer("sticky", "AcceleratorError: CUDA error: an illegal memory access was encountered")
+    if fault == "out of memory":
+        return Answer("error", "OutOfMemoryError: CUDA out of memory")
+    if job == "prove":
+        return Answer("ok", 0.001, 0.0)
+    times = [timing(landscape(config)) for config in group]
+    return Answer("ok", times[0] if job == "measure" else times)
+
+
+def main() -> int:
+    """`python -m tuning` with this process in the real one's place, and no compiler."""
+    os.environ["FAKE_TUNER"] = str(os.getpid())
+    device.serve = serve
+    run_module.gpu_present = lambda: True  # type: ignore[attr-defined]
+    run_module.CompilePool = Pool  # type: ignore[attr-defined,assignment,misc]
+    measurement.DEADLINES = dict.fromkeys(measurement.DEADLINES, HANG_SECONDS)
+    if "FAKE_DISK" in os.environ:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAKE_DISK"]), resource.RLIM_INFINITY))
+    return __main__.main(sys.argv[1:])

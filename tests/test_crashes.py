@@ -1,0 +1,244 @@
+"""Whatever happens to a tuner, at most the point that it was measuring is lost: each way to break is tried for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import candidates, landscape
+
+from generated.configuration_file import parse_file
+from tuning import rules
+from tuning.rules import Entry, Point
+from tuning.space import knob_values
+
+TESTS = Path(__file__).resolve().parent
+KERNEL = "retention_fused_chunk"
+SHAPE = "B=8,T=1024,H=8,K=64,V=64"
+BEST = min(candidates(), key=landscape)
+
+
+class Machine:
+    """A directory with a fake GPU beside it: runs tuners there, and knows what was launched."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.log = directory, directory / "launches"
+        self.rules = directory / "rules.yaml"
+
+    def start(self, *arguments: str, faults: dict[str, str] | None = None, **variables: str) -> subprocess.Popen[str]:
+        """Start a tuner; `faults`: what part of a launch's line makes what happen."""
+        given = {"FAKE_LOG": str(self.log), "FAKE_FAULTS": json.dumps(faults or {}), **variables}
+        given |= {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "HOME": str(self.directory)}
+        given |= {"XDG_CACHE_HOME": str(self.directory / "cache"), "XDG_CONFIG_HOME": str(self.directory / "config")}
+        command = [sys.executable, "-c", "import fake_device, sys; sys.exit(fake_device.main())", "run"]
+        command += ["--workload", SHAPE, "--out", str(self.rules), *(arguments or ("--form", "fused_chunk"))]
+        return subprocess.Popen(
+            command, env=os.environ | given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def tune(self, *arguments: str, faults: dict[str, str] | None = None, **variables: str) -> tuple[int, str]:
+        """Run one to its end: exit status and output."""
+        process = self.start(*arguments, faults=faults, **variables)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    def launches(self, job: str = "measure") -> Counter[str]:
+        """How often each candidate was launched."""
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        return Counter(line for line in lines if line.startswith(f"{job} fused_chunk "))
+
+    def used(self) -> dict[str, Any]:
+        """The configuration in the only rule for the kernel."""
+        (rule,) = parse_file(self.rules).kernels[KERNEL].rules
+        return dict(rule.use)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def line(job: str, config: Any) -> str:
+    """What the fake device writes down of a launch."""
+    return " ".join([job, "fused_chunk", *(f"{name}={value}" for name, value in knob_values(config).items())])
+
+
+# Processes that are killed
+
+
+def test_killed_tuner_loses_the_point_it_measured_and_launches_it_never_again(machine: Machine) -> None:
+    fatal = line("measure", BEST)
+    code, _ = machine.tune(faults={fatal: "kill tuner"})
+    assert code == -signal.SIGKILL
+    assert not machine.rules.exists()
+    before = machine.launches()
+    assert before[fatal] == 1
+    code, output = machine.tune()
+    assert code == 0, output
+    after = machine.launches()
+    assert all(after[launch] == 1 for launch in before)  # neither what was known nor what killed it
+    assert len(after) > len(before)
+    assert machine.used() != knob_values(BEST)
+    assert "killed: the tuner died while this was measured" in output
+
+
+@pytest.mark.parametrize("job", ["compare", "prove"])
+def test_tuner_killed_in_its_last_steps_measures_nothing_again(machine: Machine, job: str) -> None:
+    assert machine.tune(faults={job: "kill tuner"})[0] == -signal.SIGKILL
+    before = machine.launches()
+    code, output = machine.tune()
+    assert code == 0, output
+    assert machine.launches() == before
+    assert len(machine.used()) > 0
+
+
+def test_what_killed_the_tuner_while_it_was_proven_is_not_proven_again(machine: Machine) -> None:
+    fatal = line("prove", BEST)
+    assert machine.tune(faults={fatal: "kill tuner"})[0] == -signal.SIGKILL
+    assert machine.tune()[0] == 0
+    assert machine.launches("prove")[fatal] == 1
+    assert machine.used() != knob_values(BEST)
+
+
+def test_killed_measuring_process_costs_its_candidate_alone(machine: Machine) -> None:
+    code, output = machine.tune(faults={line("measure", BEST): "kill device"})
+    assert code == 0, output
+    assert "the measuring process died: the kernel crashed" in output
+    assert machine.used() != knob_values(BEST)
+
+
+def test_killed_fork_server_ends_in_a_message_and_loses_nothing(machine: Machine) -> None:
+    code, output = machine.tune(faults={line("measure", BEST): "kill server"})
+    assert "Traceback" not in output
+    known = len(machine.launches())
+    code, output = machine.tune()
+    assert code == 0, output
+    assert sum(machine.launches().values()) >= known
+    assert all(count == 1 for launch, count in machine.launches().items() if launch != line("measure", BEST))
+
+
+# Kernels that break
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("hang", "the kernel hangs"),
+        ("illegal access", "an illegal memory access was encountered"),
+        ("out of memory", "CUDA out of memory"),
+    ],
+)
+def test_broken_candidate_is_named_and_the_next_best_wins(machine: Machine, fault: str, said: str) -> None:
+    code, output = machine.tune(faults={line("measure", BEST): fault})
+    assert code == 0, output
+    assert said in output
+    sound = [config for config in candidates() if config != BEST and line("measure", config) in machine.launches()]
+    assert landscape(type(BEST)(**machine.used())) == min(map(landscape, sound))
+
+
+def test_no_memory_for_anything_writes_nothing_and_says_why(machine: Machine) -> None:
+    code, output = machine.tune(faults={"measure": "out of memory"})
+    assert code == 1
+    assert "OutOfMemoryError" in output
+    assert "wrote nothing" in output
+    assert not machine.rules.exists()
+    assert machine.tune()[0] == 0  # it is not held against the candidates
+    assert machine.used() == knob_values(BEST)
+
+
+# Disks
+
+
+def test_disk_that_fills_up_is_said_once_and_the_old_rules_stay(machine: Machine) -> None:
+    assert machine.tune()[0] == 0
+    old = machine.rules.read_bytes()
+    code, output = machine.tune("--form", "fused_recurrent", "--storage", str(machine.directory / "x"), FAKE_DISK="900")
+    assert code == 1
+    assert output.count("is not remembered") == 1
+    assert re.search(r"error: .*(File too large|rules\.yaml)", output)
+    assert "Traceback" not in output
+    assert machine.rules.read_bytes() == old
+    assert [path.name for path in machine.directory.glob(".*.tmp")] == []
+
+
+def test_two_tuners_at_once_write_one_file_with_the_rules_of_both(machine: Machine) -> None:
+    forms = ("fused_chunk", "fused_recurrent", "parallel")
+    running = [machine.start("--form", form, FAKE_UUID=form) for form in forms]
+    outputs = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], outputs
+    assert {f"retention_{form}" for form in forms} <= set(parse_file(machine.rules).kernels)
+
+
+class PowerLossError(BaseException):
+    """The machine is gone: nothing after this happens."""
+
+
+def until_power_fails(monkeypatch: pytest.MonkeyPatch, count: int) -> Callable[[], int]:
+    """Let so many writes to the disk happen, and end there; what comes back tells how many happened."""
+    happened = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(*arguments: Any, **options: Any) -> Any:
+            nonlocal happened
+            if happened == count:
+                raise PowerLossError
+            happened += 1
+            return call(*arguments, **options)
+
+        return instead
+
+    for owner, name in (
+        (os, "fsync"),
+        (os, "fdopen"),
+        (os, "open"),
+        (Path, "replace"),
+        (Path, "unlink"),
+        (Path, "chmod"),
+    ):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    return lambda: happened
+
+
+def entry(ms: float) -> Entry:
+    """A rule whose figures tell which of two it is."""
+    figures = {"ms": ms, "default_ms": 9.0, "error": 0.001, "spills": 0, "trials": 9, "point": "K=64 V=64 BH=64 T=1024"}
+    return Entry(KERNEL, Point("bfloat16", 64, 64, 64, 1024), knob_values(BEST), "measured", figures)
+
+
+def times(path: Path) -> list[float]:
+    """The milliseconds in a file of rules, which must be whole."""
+    return [rule.figures["ms"] for rule in parse_file(path).kernels[KERNEL].rules]
+
+
+def every_moment() -> Iterator[int]:
+    """From the first write on."""
+    yield from range(40)
+
+
+def test_power_that_fails_between_any_two_writes_leaves_the_old_rules_or_the_new(tmp_path: Path) -> None:
+    path, device = tmp_path / "rules.yaml", {"name": "Fake GPU", "arch": "sm90", "sms": 132, "memory_gb": 80}
+    rules.update(path, [entry(1.0)], device, "580.1")
+    found = set()
+    for moment in every_moment():
+        with pytest.MonkeyPatch.context() as patch:
+            until_power_fails(patch, moment)
+            try:
+                rules.update(path, [entry(2.0)], device, "580.1")
+            except PowerLossError:
+                found.add(tuple(times(path)))
+            else:
+                break
+    else:
+        pytest.fail("the update never came to its end")
+    assert moment > 5
+    assert times(path) == [2.0]
+    assert found == {(1.0,), (2.0,)}
