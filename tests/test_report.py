@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
@@ -48,8 +48,9 @@ GPU = {
 class Storage:
     """A storage that is filled as the tuner fills it, from landscapes that were measured on the H100."""
 
-    def __init__(self, storage: BaseStorage, trials: int = 24, seed: int = 0) -> None:
-        self.storage, self.trials, self.now, self.random = storage, trials, START, random.Random(seed)  # noqa: S311
+    def __init__(self, place: str, trials: int = 24) -> None:
+        self.place, self.trials, self.now, self.random = place, trials, START, random.Random(0)  # noqa: S311
+        self.storage = RDBStorage(place) if "://" in place else JournalStorage(JournalFileBackend(place))
         self.winners: list[dict[str, Any]] = []
 
     def study(self, name: str, **attributes: Any) -> optuna.Study:
@@ -153,7 +154,7 @@ def bench_file(path: Path, workloads: list[Workload]) -> Path:
 def place(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A journal of six searches and two runs."""
     path = tmp_path_factory.mktemp("report") / "h100.journal"
-    filled = Storage(JournalStorage(JournalFileBackend(str(path))))
+    filled = Storage(str(path))
     for found in landscapes()[4:16:2]:
         filled.search(found)
     filled.run(seconds=310.0, effort="quick")
@@ -170,7 +171,7 @@ def history(place: str) -> History:
 @pytest.fixture
 def empty(tmp_path: Path) -> Storage:
     """A storage that a test fills."""
-    return Storage(RDBStorage(f"sqlite:///{tmp_path / 'test.db'}"), trials=6)
+    return Storage(str(tmp_path / "a.journal"), trials=6)
 
 
 def page_of(history: History, **peers: Any) -> Page:
@@ -241,43 +242,42 @@ def test_every_candidate_and_finalist_is_read_with_its_cost(place: str, history:
         assert len(search.failed) == sum(trial.state is TrialState.FAIL for found in theirs for trial in found)
 
 
-def test_a_database_gives_what_a_journal_gives(empty: Storage) -> None:
-    found = landscapes()[8]
-    empty.search(found)
-    empty.run()
-    history = read(str(empty.storage.url) if isinstance(empty.storage, RDBStorage) else "")
+def test_a_database_gives_what_a_journal_gives(tmp_path: Path) -> None:
+    found, database = landscapes()[8], Storage(f"sqlite:///{tmp_path / 'test.db'}", trials=3)
+    database.search(found)
+    database.run()
+    history = read(database.place)
     assert [search.problem for search in history.searches] == [found.problem]
     assert list(history.runs[0].funnel)[:2] == ["enumerated", "worth compiling"]
 
 
-def test_the_latest_search_of_a_problem_counts_and_earlier_ones_are_told_of(tmp_path: Path) -> None:
-    storage = Storage(RDBStorage(f"sqlite:///{tmp_path / 'test.db'}"), trials=5)
+def test_the_latest_search_of_a_problem_counts_and_earlier_ones_are_told_of(empty: Storage) -> None:
     found = landscapes()[8]
-    old = storage.study("an older kernel's", problem=asdict(found.problem), context=CONTEXT, source="old", default={})
-    storage.trial(old, knob_values(found.candidates[0].config), 0.001, 1.0)
-    storage.search(found)
-    history = read(f"sqlite:///{tmp_path / 'test.db'}")
+    old = empty.study("an older kernel's", problem=asdict(found.problem), context=CONTEXT, source="old", default={})
+    empty.trial(old, knob_values(found.candidates[0].config), 0.001, 1.0)
+    empty.search(found)
+    history = read(empty.place)
     assert (len(history.searches), history.earlier) == (1, 1)
     assert history.searches[0].source == "2cc8116ace7364aa"
     assert "1 earlier searches" in page_of(history).html()
 
 
-def test_a_storage_of_several_gpus_shows_the_one_that_is_named(empty: Storage, tmp_path: Path) -> None:
+def test_a_storage_of_several_gpus_shows_the_one_that_is_named(empty: Storage) -> None:
     first, second = landscapes()[8:10]
     empty.search(first, context=CONTEXT | {"gpu": "NVIDIA H200"})
     empty.search(second)
-    url = f"sqlite:///{tmp_path / 'test.db'}"
+    url = empty.place
     assert read(url).gpu == CONTEXT["gpu"]
     assert [search.problem for search in read(url, "NVIDIA H200").searches] == [first.problem]
     assert "NVIDIA H200" in page_of(read(url)).html()
 
 
-def test_what_others_left_in_the_storage_is_left_out_and_counted(empty: Storage, tmp_path: Path) -> None:
+def test_what_others_left_in_the_storage_is_left_out_and_counted(empty: Storage) -> None:
     empty.study("somebody's own")
     empty.study("no problem of ours", problem={"form": "chunk"}, context=CONTEXT)
     empty.study("runs; NVIDIA H100", context="not a mapping")
     empty.search(landscapes()[8])
-    history = read(f"sqlite:///{tmp_path / 'test.db'}")
+    history = read(empty.place)
     assert (len(history.searches), history.foreign) == (1, 3)
 
 
@@ -360,8 +360,9 @@ def test_a_kernel_without_tiles_is_mapped_over_its_other_knobs() -> None:
 
 def test_importances_are_shares_and_find_the_knob_that_decides() -> None:
     values = [(BT, BV, warps) for BT in (16, 32, 64, 128) for BV in (16, 32, 64) for warps in (4, 8)]
-    trials = tuple(Trial({"BT": t, "BV": v, "num_warps": w, "num_stages": 2}, 1.0 + 10 * (t != 64) + 0.01 * v + 0.001 * w,
-                         "", 1.0, START) for t, v, w in values)  # fmt: skip
+    knobs = [{"BT": BT, "BV": BV, "num_warps": warps, "num_stages": 2} for BT, BV, warps in values]
+    times = [1.0 + 10 * (k["BT"] != 64) + 0.01 * k["BV"] + 0.001 * k["num_warps"] for k in knobs]
+    trials = tuple(Trial(k, ms, "", 1.0, START) for k, ms in zip(knobs, times, strict=True))
     problem = landscapes(1)[0].problem
     shares = reports.importance([PastSearch(problem, CONTEXT, "", {}, None, trials, ())])
     assert shares is not None
@@ -461,21 +462,21 @@ def test_what_is_missing_is_said_with_the_command_that_gives_it(history: History
         assert command in text
 
 
-def test_hostile_names_stay_text_in_both(empty: Storage, tmp_path: Path) -> None:
+def test_hostile_names_stay_text_in_both(empty: Storage) -> None:
     found = landscapes()[8]
     empty.search(found, context=CONTEXT | {"gpu": HOSTILE, "driver": HOSTILE})
     problem = asdict(found.problem) | {"form": HOSTILE}
-    study = empty.study("; ".join(("odd", HOSTILE)), problem=problem, context=CONTEXT | {"gpu": HOSTILE}, default={})
+    study = empty.study(f"odd; {HOSTILE}", problem=problem, context=CONTEXT | {"gpu": HOSTILE}, default={})
     for number in range(3):
         empty.trial(study, {HOSTILE: number + 1}, None if number else 1.0, 1.0, reason=HOSTILE)
-    history = read(f"sqlite:///{tmp_path / 'test.db'}")
+    history = read(empty.place)
     assert len(history.searches) == 2
     page = page_of(history)
     assert "script" not in Reader(page.html()).tags
     markdown = page.markdown()
     assert "<script" not in markdown
     assert all(len({len(row) for row in table}) == 1 for table in tables(markdown))
-    assert HOSTILE.split("|")[0] in "".join(Reader(page.html()).text)
+    assert HOSTILE.partition("|")[0] in "".join(Reader(page.html()).text)
 
 
 def test_the_markdowns_tables_hold_a_row_a_problem_and_a_row_a_stage(history: History) -> None:
@@ -575,11 +576,11 @@ def test_a_password_is_in_no_message(url: str, tmp_path: Path, capsys: pytest.Ca
     assert "cannot be read as a storage" in said
 
 
-def test_a_password_is_in_no_page(empty: Storage, tmp_path: Path) -> None:
+def test_a_password_is_in_no_page(empty: Storage) -> None:
     empty.search(landscapes()[8])
     empty.run(command="python -m tuning run --storage postgresql://tuner:hunter2@host/db?password=hunter2&x=1")
     place = redacted("postgresql://tuner:hunter2@host/db")
-    page = Page(read(f"sqlite:///{tmp_path / 'test.db'}"), Peers([], []), place)
+    page = Page(read(empty.place), Peers([], []), place)
     for text in (page.html(), page.markdown()):
         assert "hunter2" not in text
         assert "host/db" in text

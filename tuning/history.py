@@ -24,7 +24,7 @@ from tuning.run import RunError
 
 FINALS, RUNS = "; finals", "runs; "
 TRIED = (TrialState.COMPLETE, TrialState.FAIL)  # a pruned trial was not launched, a running one has not ended
-PASSWORD = re.compile(r"(?P<user>://[^\s:/@]*):[^\s/]*@|(?P<name>\bpass(word|wd)?=)[^\s&;]*", re.IGNORECASE)
+PASSWORD = re.compile(r"(?P<user>://[^\s:/@]*):\S*@|(?P<name>\bpass(word|wd)?=)[^\s&;]*", re.IGNORECASE)
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tuning.measurement import describe_gpu, gpu_present
 from tuning.problems import Problem
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
-from tuning.workloads import builtin
+from tuning.workloads import Workload, builtin
 
 LEVELS = (1.02, 1.05, 1.15, 1.4, 2.0, 4.0)  # a heat map's colours change at these multiples of the best
 LINEAR_REGRET = 0.02  # below it the regret's axis is linear, above it logarithmic: it ends at 0
@@ -553,10 +553,16 @@ def kind(reason: str) -> str:
 def workload_name(problem: Problem) -> str:
     """The builtin workload that has the problem's sizes, marked where K and V change places; else the sizes."""
     p = problem
-    for w in builtin().values():
+    for w in _builtin():
         if (w.B, w.T, w.H, w.dtype, {w.K, w.V}) == (p.B, p.T, p.H, p.dtype, {p.K, p.V}):
             return w.name if (w.K, w.V) == (p.K, p.V) else f"{w.name}, K↔V"
     return f"B={p.B} T={p.T} H={p.H}"
+
+
+@cache
+def _builtin() -> list[Workload]:
+    """Read once, for every bar asks."""
+    return list(builtin().values())
 
 
 def shape(problem: Problem) -> str:
