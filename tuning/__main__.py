@@ -1,4 +1,4 @@
-"""Command line of the tuner: `python -m tuning run`, `compile`, `record`, `check`, `show` and `bench`."""
+"""Command line of the tuner: `python -m tuning run`, `compile`, `record`, `check`, `show`, `bench` and `report`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from tuning import bench, check, precompile, record, run, show
+from tuning import bench, check, precompile, record, report, run, show
 from tuning.compilation import ARCHS
 from tuning.measurement import MeasurementError
 from tuning.problems import FORMS, PASSES
@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   python -m tuning check                                   without a GPU: are the files whole, fresh and compilable
   python -m tuning show                                    the rules that hold on this machine, and where they lie
   python -m tuning bench --workload short --form chunk     times and errors, against the floor and fla
+  python -m tuning report                                  what was searched, found and spent, as a page and a table
 """
 
 
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     bench_parser.add_argument("--no-fla", action="store_true", help="leave out fla even where it is installed")
     bench_parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     bench_parser.set_defaults(command=bench.bench)
+    _add_report(commands)
     return parser
 
 
@@ -156,6 +158,29 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiler")
     _add_workers(parser)
     parser.set_defaults(command=check.check)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="show what was searched, found and spent, as a page and a table",
+        description="Write one self-contained HTML page and a Markdown table of what a storage holds: results against "
+        "the default and fla, funnel, regret, importance of knobs, tile sizes, cost, rejected candidates.",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="PATH|URL",
+        help="what to read (default: what `run` keeps for this GPU; without a GPU the only one in the user's cache)",
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="of a storage that holds several (default: the last that measured)"
+    )
+    parser.add_argument(
+        "--bench", action="append", default=[], metavar="FILE", help="of `bench --json`, for fla; may be repeated"
+    )
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    parser.add_argument("--markdown", default="report.md", metavar="FILE", help="the table (default: report.md)")
+    parser.set_defaults(command=report.report)
 
 
 def _add_budget(parser: argparse.ArgumentParser, what: str) -> None:
