@@ -34,6 +34,7 @@ from tuning.space import knob_values
 
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
+LIMIT = IntDistribution(0, 255)  # for maxnreg, which may be none
 SUSPECT = "killed: the tuner died while this was measured, so it is not launched again"
 # What a candidate does, and neither the machine nor whoever uses it too; other failures are not remembered.
 VERDICTS = (
@@ -271,7 +272,7 @@ def _is_dead(path: Path, name: str) -> bool:
 
 def _running(config: Any, worker: str) -> FrozenTrial:
     params = knob_values(config)
-    distributions: dict[str, BaseDistribution] = dict.fromkeys(params, KNOB)
+    distributions: dict[str, BaseDistribution] = {name: LIMIT if name == "maxnreg" else KNOB for name in params}
     attributes = {"worker": worker}
     return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attributes)
 

@@ -39,8 +39,13 @@ class KnownBad:
 
 def known_bad(form: str, config: Any, arch: str, triton: str | None = None) -> str | None:
     """The evidence against a configuration, or None; by default for the Triton that is installed."""
-    triton = triton or version("triton")
+    triton = triton or _installed()
     return next((entry.evidence for entry in entries() if entry.covers(form, config, arch, triton)), None)
+
+
+@functools.cache
+def _installed() -> str:
+    return version("triton")
 
 
 @functools.cache

@@ -146,7 +146,8 @@ def read(path: Path) -> Landscape:
     about = json.loads(head.removeprefix("#"))
     problem = Problem(**about["problem"])
     config_type = FORMS[problem.form].config_type
-    knobs = [field.name for field in fields(config_type)]
+    columns = table.partition("\n")[0].split(",")
+    knobs = [field.name for field in fields(config_type) if field.name in columns]  # one that is younger has a default
     candidates = [
         Candidate(
             config_type(**{name: int(row[name]) for name in knobs}),

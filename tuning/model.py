@@ -58,7 +58,8 @@ class Work:
 def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None = None) -> float:
     """Estimated milliseconds; before compilation (no `needs`) resources come from the space's estimates."""
     rates, work = RATES[arch.name], _work(problem, config)
-    blocks = max(1, (needs or estimate(problem, config)).blocks_per_sm(arch))
+    needs = needs or estimate(problem, config, arch)
+    blocks = max(1, needs.blocks_per_sm(arch))
     waves = -(-work.programs // (blocks * rates.sms))
     resident = min(blocks, -(-work.programs // rates.sms))
     slowdown = 1.0 if problem.dtype != "float32" else 6.0  # three TF32 products at half the rate
@@ -68,7 +69,7 @@ def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None =
         work.latency,
     )
     launches = 2 if problem.form == "chunk" and config.L < problem.T else 1
-    spilled = 1 + needs.spills / 256 if needs else 1.0  # every spilled word goes through memory and back
+    spilled = 1 + needs.spills / 256  # every spilled word goes through memory and back
     return (
         spilled * waves * work.steps * step
         + launches * LAUNCH_MS
@@ -76,12 +77,9 @@ def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None =
     )
 
 
-def estimate(problem: Problem, config: Any) -> Resources:
+def estimate(problem: Problem, config: Any, arch: Arch) -> Resources:
     """What a program will need, by the space's formulas."""
-    space, width = problem.space, 1 << (problem.K - 1).bit_length()
-    registers = int(min(255, 40 + space.registers(width, config)))
-    shared = int(space.shared(width, problem.torch_dtype.itemsize, config))
-    return Resources(registers, 0, shared, config.num_warps)
+    return problem.space.needs.estimate(problem.place(arch), config)
 
 
 def _work(problem: Problem, config: Any) -> Work:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from generated.retention import auto, chunk, fused_chunk, fused_recurrent, parallel
+from tuning.compilation import Arch
 from tuning.oracle import retnet_rates
-from tuning.space import SPACES, Space
+from tuning.space import SPACES, Place, Sifted, Space
 from tuning.workloads import Workload
 
 FAMILY = "retention"
@@ -86,6 +87,14 @@ class Problem:
     def space(self) -> Space:
         """What may be chosen for the kernel."""
         return SPACES[self.form]
+
+    def place(self, arch: Arch) -> Place:
+        """What the space depends on, for an architecture."""
+        return Place(self.form, self.T, self.K, self.V, self.torch_dtype.itemsize, arch)
+
+    def sift(self, arch: Arch) -> Sifted:
+        """The configurations worth compiling for an architecture, and what the closed-form filters dropped."""
+        return self.space.sift(FORMS[self.form].config_type, self.place(arch))
 
     @property
     def torch_dtype(self) -> torch.dtype:

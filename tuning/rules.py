@@ -328,5 +328,4 @@ def _rounded(ms: float) -> float:
 
 def config_from(entry: Entry) -> Any:
     """The entry's configuration as the kernel's dataclass."""
-    config_type = kernel_registry()[entry.kernel].config_type
-    return config_type(**{field.name: entry.use[field.name] for field in fields(config_type)})
+    return kernel_registry()[entry.kernel].config_type(**entry.use)

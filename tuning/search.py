@@ -73,4 +73,4 @@ def _distributions(configs: list[Any]) -> dict[str, BaseDistribution]:
 
 
 def _distance(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    return sum(abs(math.log2(a / b)) for a, b in zip(one, other, strict=True))
+    return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(one, other, strict=True))

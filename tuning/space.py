@@ -1,68 +1,49 @@
-"""What may be chosen for each kernel, and what is sorted out before anything is compiled."""
+"""What may be chosen for each kernel: a class for each knob, a row of `SPACES` for each kernel.
+
+To add a knob: a field of the configuration in the kernel's template, a class here, and its name in the kernel's row.
+
+Combinations are built up knob by knob. Each knob gives its values at a problem after the knobs that come before it, so
+that whatever comes out is valid: no combination is made in order to be refused. What a kernel would need is then
+estimated in closed form, and what can't run well is sifted out before anything is compiled, with counts by filter.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
-from tuning.compilation import Arch
+from tuning.compilation import Arch, Resources
+from tuning.known_bad import known_bad
 
-MAX_REGISTERS = 300  # by the estimate below, which is rough: a little over the 255 that a thread has
-
-
-@dataclass(frozen=True)
-class Knob:
-    """One field of a configuration and the values it may take."""
-
-    name: str
-    values: tuple[int, ...]
-
-
-BT = Knob("BT", (16, 32, 64, 128))
-BS = Knob("BS", (32, 64, 128))
-BK = Knob("BK", (32, 64, 128))
-BV = Knob("BV", (16, 32, 64, 128))
-WIDE_BV = Knob("BV", (32, 64, 128, 256))
-NARROW_BV = Knob("BV", (4, 8, 16, 32, 64))
-SEGMENT = Knob("L", (128, 256, 512, 1024, 1 << 20))
-WARPS = Knob("num_warps", (4, 8))
-FEW_WARPS = Knob("num_warps", (1, 2, 4, 8))
-STAGES = Knob("num_stages", (1, 2, 3))
+MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
+BASE_REGISTERS = 40  # of a thread, for addresses and loops
+WHOLE = 1 << 20  # a segment that holds every sequence
+LEAST_TILE = 16  # that tl.dot takes, and so the least size that a tile is fitted to
 
 
 @dataclass(frozen=True)
-class Space:
-    """A kernel's knobs, the constraints between them, and an estimate of what a program needs.
+class Place:
+    """What a space depends on beside the kernel: the sweep's T, K and V, the bytes of an element, the architecture."""
 
-    registers(K, config) estimates registers a thread; shared(K, itemsize, config) bytes of shared memory a program.
-    """
+    form: str
+    T: int
+    K: int
+    V: int
+    itemsize: int
+    arch: Arch
 
-    knobs: tuple[Knob, ...]
-    allowed: Callable[[Any], bool]
-    registers: Callable[[int, Any], float]
-    shared: Callable[[int, int, Any], float]
+    @property
+    def width(self) -> int:
+        """K as a tile holds it."""
+        return power_of_two(self.K)
 
-    def configurations(self, config_type: type[Any]) -> Iterable[Any]:
-        """Every combination of the knobs that the configuration's own rules and the space's constraint allow."""
-        for values in itertools.product(*(knob.values for knob in self.knobs)):
-            with contextlib.suppress(ValueError):
-                config = config_type(**dict(zip((knob.name for knob in self.knobs), values, strict=True)))
-                if self.allowed(config):
-                    yield config
 
-    def candidates(self, config_type: type[Any], K: int, V: int, T: int, itemsize: int, arch: Arch) -> list[Any]:
-        """The configurations worth compiling for one problem."""
-        width = _power_of_two(K)
-        return [
-            config
-            for config in self.configurations(config_type)
-            if _fits_problem(config, K, V, T)
-            and self.registers(width, config) <= MAX_REGISTERS
-            and self.shared(width, itemsize, config) <= arch.shared
-        ]
+def power_of_two(size: int) -> int:
+    """The least power of two that holds the size."""
+    return 1 << (size - 1).bit_length()
 
 
 def knob_values(config: Any) -> dict[str, int]:
@@ -70,14 +51,22 @@ def knob_values(config: Any) -> dict[str, int]:
     return {field.name: getattr(config, field.name) for field in fields(config)}
 
 
-def _fits_problem(config: Any, K: int, V: int, T: int) -> bool:
-    """Leave out tiles that are mostly padding."""
-    limits = {"BT": T, "BS": T, "BK": K, "BV": V, "L": 1 << 20}
-    return all(getattr(config, name, 0) <= max(16, _power_of_two(size)) for name, size in limits.items())
+# What a program needs
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+@dataclass(frozen=True)
+class Needs:
+    """Estimates: registers(K, config) a thread, and shared(K, itemsize, config) bytes a program; K a power of two."""
+
+    registers: Callable[[int, Any], float]
+    shared: Callable[[int, int, Any], float]
+
+    def estimate(self, place: Place, config: Any) -> Resources:
+        """What the compiled kernel may be expected to need; what a limit on registers takes away is spilled."""
+        wanted = int(min(255, BASE_REGISTERS + self.registers(place.width, config)))
+        registers = min(wanted, getattr(config, "maxnreg", 0) or wanted)
+        shared = int(self.shared(place.width, place.itemsize, config))
+        return Resources(registers, 4 * (wanted - registers), shared, config.num_warps)
 
 
 def _sweep_registers(K: int, c: Any) -> float:
@@ -108,17 +97,206 @@ def _recurrent_registers(K: int, c: Any) -> float:
     return float((2 * K * c.BV + 2 * K) / (32 * c.num_warps))
 
 
-FUSED_CHUNK = Space((BT, BV, WARPS, STAGES), lambda c: True, _sweep_registers, _sweep_shared)
+SWEEP = Needs(_sweep_registers, _sweep_shared)
+STATES = Needs(_states_registers, _states_shared)
+PARALLEL = Needs(_parallel_registers, _parallel_shared)
+RECURRENT = Needs(_recurrent_registers, lambda K, itemsize, c: 0)
+
+
+# The knobs
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A field of a configuration. `structural`: it changes what is computed when; else only how it is launched."""
+
+    name: ClassVar[str]
+    meaning: ClassVar[str]
+    structural: ClassVar[bool] = False
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """The values worth trying at a place, after the knobs before this one were `chosen` (its attributes)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Powers(Knob):
+    """A knob whose values are the powers of two from `low` to `high`."""
+
+    low: int
+    high: int
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """All of them up to the knob's limit."""
+        limit = min(self.high, self.limit(place, chosen))
+        return [1 << bit for bit in range(self.low.bit_length() - 1, limit.bit_length())]
+
+    def limit(self, place: Place, chosen: Any) -> int:
+        """The most that makes sense at a place, after what was chosen."""
+        return self.high
+
+
+def _fitted(size: int) -> int:
+    """The widest tile that is not mostly padding."""
+    return max(LEAST_TILE, power_of_two(size))
+
+
+class L(Powers):
+    """Segment length: the states at the segments' starts are saved, so that all segments can run at once."""
+
+    name, structural = "L", True
+    meaning = "tokens a segment, of which the states are saved; one that holds every sequence saves none"
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """Those that cut the sequence, and one that does not: all that don't are the same launch."""
+        return [*(length for length in super().values(place, chosen) if length < place.T), WHOLE]
+
+
+class BT(Powers):
+    """Tokens a chunk."""
+
+    name, structural = "BT", True
+    meaning = "tokens a chunk (parallel: queries a program), a divisor of the segment"
+
+    def limit(self, place: Place, chosen: Any) -> int:
+        """No more than the sequence, and than the segment where there are any."""
+        return min(_fitted(place.T), getattr(chosen, "L", WHOLE))
+
+
+class BS(Powers):
+    """Keys a step."""
+
+    name, structural = "BS", True
+    meaning = "keys a step, a divisor of BT"
+
+    def limit(self, place: Place, chosen: Any) -> int:
+        """No more than the queries."""
+        return int(chosen.BT)
+
+
+class BK(Powers):
+    """Rows of the state a program."""
+
+    name, meaning = "BK", "rows of the state a program"
+
+    def limit(self, place: Place, chosen: Any) -> int:
+        """No more than there are."""
+        return _fitted(place.K)
+
+
+class BV(Powers):
+    """Columns a program."""
+
+    name, meaning = "BV", "columns of the state, or of v, a program"
+
+    def limit(self, place: Place, chosen: Any) -> int:
+        """No more than there are."""
+        return _fitted(place.V)
+
+
+class Warps(Powers):
+    """Warps a program."""
+
+    name, meaning = "num_warps", "warps a program"
+
+
+@dataclass(frozen=True)
+class Stages(Knob):
+    """Loads ahead of the products."""
+
+    most: int
+    name, meaning = "num_stages", "steps whose loads are in flight at once"
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """From one, no load ahead, on."""
+        return range(1, self.most + 1)
+
+
+@dataclass(frozen=True)
+class RegisterLimit(Knob):
+    """A limit on registers, which lets more programs share a multiprocessor and may spill."""
+
+    needs: Needs
+    name, meaning = "maxnreg", "the most registers a thread may have; 0: as many as the assembler likes"
+    LIMITS = (168, 128)  # of 65,536 registers: three or four programs of 4 warps; of 8 warps the second lets in two
+    LEAST_SHARE = 0.6  # of what is needed: with less, spills cost more than company gains
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """None, and those with which one more program fits than without, by the estimates."""
+        free = self.needs.estimate(place, chosen)
+        held, values = free.blocks_per_sm(place.arch), [0]
+        for limit in self.LIMITS:
+            limited = Resources(limit, 0, free.shared, free.warps).blocks_per_sm(place.arch)
+            if limit >= self.LEAST_SHARE * free.registers and limited > held:
+                held, values = limited, [*values, limit]
+        return values
+
+
+# The spaces
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """The candidates of one kernel at a place, and how many combinations each closed-form filter dropped."""
+
+    candidates: list[Any]
+    dropped: Counter[str]
+
+    @property
+    def enumerated(self) -> int:
+        """How many combinations there were."""
+        return len(self.candidates) + self.dropped.total()
+
+
+@dataclass(frozen=True)
+class Space:
+    """A kernel's knobs in the order in which they are chosen, and an estimate of what a program needs."""
+
+    knobs: tuple[Knob, ...]
+    needs: Needs
+
+    def combinations(self, place: Place) -> Iterator[dict[str, int]]:
+        """Every valid combination of the knobs."""
+        return _nested(self.knobs, place, {})
+
+    def sift(self, config_type: type[Any], place: Place) -> Sifted:
+        """The configurations worth compiling at a place."""
+        kept, dropped = [], Counter[str]()
+        for config in (config_type(**values) for values in self.combinations(place)):
+            if reason := self._dropped_by(config, place):
+                dropped[reason] += 1
+            else:
+                kept.append(config)
+        return Sifted(kept, dropped)
+
+    def _dropped_by(self, config: Any, place: Place) -> str | None:
+        if known_bad(place.form, config, place.arch.name):
+            return "known bad"
+        if self.needs.registers(place.width, config) > MAX_REGISTERS:
+            return "registers"
+        if self.needs.shared(place.width, place.itemsize, config) > place.arch.shared:
+            return "shared memory"
+        return None
+
+
+def _nested(knobs: tuple[Knob, ...], place: Place, chosen: dict[str, int]) -> Iterator[dict[str, int]]:
+    if not knobs:
+        yield chosen
+        return
+    for value in knobs[0].values(place, SimpleNamespace(**chosen)):
+        yield from _nested(knobs[1:], place, {**chosen, knobs[0].name: value})
+
+
+FUSED = Space((BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP)), SWEEP)
 SPACES = {
-    "fused_chunk": FUSED_CHUNK,
-    "fused_chunk_gradients": FUSED_CHUNK,
-    "chunk": Space((SEGMENT, BT, BV, WARPS, STAGES), lambda c: True, _sweep_registers, _sweep_shared),
-    "chunk_states": Space((BT, BK, BV, WARPS, STAGES), lambda c: c.BT >= 32, _states_registers, _states_shared),
-    "parallel": Space(
-        (BT, BS, WIDE_BV, WARPS, STAGES),
-        lambda c: c.BT >= 64,
-        _parallel_registers,
-        _parallel_shared,
+    "fused_chunk": FUSED,
+    "fused_chunk_gradients": FUSED,
+    "chunk": Space((L(128, 1024), BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP)), SWEEP),
+    "chunk_states": Space(
+        (BT(32, 128), BK(32, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(STATES)), STATES
     ),
-    "fused_recurrent": Space((NARROW_BV, FEW_WARPS), lambda c: True, _recurrent_registers, lambda K, itemsize, c: 0),
+    "parallel": Space(
+        (BT(64, 128), BS(32, 128), BV(32, 256), Warps(4, 8), Stages(3), RegisterLimit(PARALLEL)), PARALLEL
+    ),
+    "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
 }

@@ -457,10 +457,7 @@ def _states_problem(problem: Problem) -> Problem:
 
 def likely_first(problem: Problem, arch: Arch) -> list[Any]:
     """The configurations worth compiling for a problem, none known bad, those that the model likes best first."""
-    itemsize = problem.torch_dtype.itemsize
-    candidates = problem.space.candidates(type(problem.default()), problem.K, problem.V, problem.T, itemsize, arch)
-    candidates = [config for config in candidates if not known_bad(problem.form, config, arch.name)]
-    return sorted(candidates, key=lambda config: predict(problem, config, arch))
+    return sorted(problem.sift(arch).candidates, key=lambda config: predict(problem, config, arch))
 
 
 class _Task:

@@ -1,0 +1,118 @@
+"""The search space: what is enumerated, what is sifted out, and what the table says of each knob."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields, replace
+
+import pytest
+
+from tuning.compilation import ARCHS, compile_launch
+from tuning.known_bad import known_bad
+from tuning.problems import FORMS, Problem
+from tuning.space import BT, SPACES, WHOLE, L, Place, Sifted, knob_values
+
+SM90 = ARCHS["sm90"]
+PROBLEM = Problem("fused_chunk", "bfloat16", 1, 2048, 4, 128, 256)
+
+# How many candidates there were, and a hash of their knobs, before spaces were tables and had maxnreg; for chunk without
+# the segment lengths that are no shorter than T but one, which are all the same launch.
+BEFORE = {
+    "fused_chunk bfloat16 T=2048 K=128 V=256 sm90": (85, "67309a25e2f9dd1d"),
+    "fused_chunk bfloat16 T=2048 K=256 V=512 sm90": (65, "d1003dfc7642ca1d"),
+    "fused_chunk float32 T=1024 K=64 V=64 sm89": (60, "bc009471a2bd8f74"),
+    "fused_chunk bfloat16 T=100 K=40 V=24 sm80": (48, "a6e4673dcc700961"),
+    "fused_chunk float16 T=16 K=512 V=512 sm100": (15, "6637ff02bb73c179"),
+    "fused_chunk_gradients bfloat16 T=2048 K=128 V=256 sm90": (85, "67309a25e2f9dd1d"),
+    "fused_chunk_gradients bfloat16 T=2048 K=256 V=512 sm90": (65, "d1003dfc7642ca1d"),
+    "fused_chunk_gradients float32 T=1024 K=64 V=64 sm89": (60, "bc009471a2bd8f74"),
+    "fused_chunk_gradients bfloat16 T=100 K=40 V=24 sm80": (48, "a6e4673dcc700961"),
+    "fused_chunk_gradients float16 T=16 K=512 V=512 sm100": (15, "6637ff02bb73c179"),
+    "chunk_states bfloat16 T=2048 K=128 V=256 sm90": (189, "1133d76ef2642a9e"),
+    "chunk_states bfloat16 T=2048 K=256 V=512 sm90": (189, "1133d76ef2642a9e"),
+    "chunk_states float32 T=1024 K=64 V=64 sm89": (106, "1945f3b776de3353"),
+    "chunk_states bfloat16 T=100 K=40 V=24 sm80": (72, "f209fb6a3334034b"),
+    "chunk_states float16 T=16 K=512 V=512 sm100": (0, "e3b0c44298fc1c14"),
+    "chunk bfloat16 T=2048 K=128 V=256 sm90": (425, "48ee628f96a4dcaf"),
+    "chunk bfloat16 T=2048 K=256 V=512 sm90": (325, "917e8d09c61a3e8f"),
+    "chunk float32 T=1024 K=64 V=64 sm89": (240, "a2f464d07e5560a0"),
+    "chunk bfloat16 T=100 K=40 V=24 sm80": (48, "b23af7c5aebd3914"),
+    "chunk float16 T=16 K=512 V=512 sm100": (15, "d5f48122fd5d252c"),
+    "parallel bfloat16 T=2048 K=128 V=256 sm90": (95, "fdfd0213066df62b"),
+    "parallel bfloat16 T=2048 K=256 V=512 sm90": (93, "0c8718c1c9bef650"),
+    "parallel float32 T=1024 K=64 V=64 sm89": (54, "a7f49178b21eb786"),
+    "parallel bfloat16 T=100 K=40 V=24 sm80": (30, "cb1ef182ebb3ad0b"),
+    "parallel float16 T=16 K=512 V=512 sm100": (0, "e3b0c44298fc1c14"),
+    "fused_recurrent bfloat16 T=2048 K=128 V=256 sm90": (19, "e12468456cf1fddd"),
+    "fused_recurrent bfloat16 T=2048 K=256 V=512 sm90": (17, "f82af063bed23035"),
+    "fused_recurrent float32 T=1024 K=64 V=64 sm89": (20, "665e700da3d7eb8e"),
+    "fused_recurrent bfloat16 T=100 K=40 V=24 sm80": (16, "f66a07f296eec751"),
+    "fused_recurrent float16 T=16 K=512 V=512 sm100": (14, "bdbcfd76075900f3"),
+}
+
+
+def sifted(key: str) -> Sifted:
+    form, dtype, T, K, V, arch = key.split()
+    problem = Problem(form, dtype, 1, *(int(size[2:]) for size in (T, "H=4", K, V)))
+    return problem.sift(ARCHS[arch])
+
+
+@pytest.mark.parametrize("key", BEFORE)
+def test_without_a_limit_on_registers_the_candidates_are_those_that_there_were_before(key: str) -> None:
+    free = [knobs for knobs in map(knob_values, sifted(key).candidates) if not knobs.pop("maxnreg", 0)]
+    lines = sorted(",".join(f"{name}={value}" for name, value in knobs.items()) for knobs in free)
+    assert (len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]) == BEFORE[key]
+
+
+@pytest.mark.parametrize("key", BEFORE)
+def test_no_candidate_comes_twice_and_limits_on_registers_do_not_double_the_space(key: str) -> None:
+    candidates = sifted(key).candidates
+    assert len(set(candidates)) == len(candidates) < max(1, 2 * BEFORE[key][0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_space_names_every_knob_of_its_kernel_once_and_says_what_it_is(form: str) -> None:
+    knobs = SPACES[form].knobs
+    assert sorted(knob.name for knob in knobs) == sorted(field.name for field in fields(FORMS[form].config_type))
+    assert all(len(knob.meaning) > 10 for knob in knobs)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_combination_is_a_valid_configuration(form: str, arch: str) -> None:
+    for T, K, V in ((1, 1, 1), (100, 40, 24), (4096, 512, 512)):
+        place = Problem(form, "bfloat16", 1, T, 1, K, V).place(ARCHS[arch])
+        for values in SPACES[form].combinations(place):
+            FORMS[form].config_type(**values)  # raises where it is not
+
+
+def test_what_each_filter_dropped_is_counted() -> None:
+    found = replace(PROBLEM, K=256, V=512).sift(SM90)
+    assert set(found.dropped) == {"known bad", "registers", "shared memory"}
+    assert found.enumerated == len(found.candidates) + sum(found.dropped.values())
+    assert not any(known_bad("fused_chunk", config, "sm90") for config in found.candidates)
+
+
+def test_segments_cut_the_sequence_or_hold_all_of_it_and_chunks_divide_them() -> None:
+    place = Place("chunk", 512, 64, 64, 2, SM90)
+    assert list(L(128, 1024).values(place, None)) == [128, 256, WHOLE]
+    for values in SPACES["chunk"].combinations(place):
+        assert values["L"] % values["BT"] == 0
+    assert max(BT(16, 128).values(replace(place, T=20), object())) == 32
+
+
+def test_a_limit_on_registers_is_tried_only_where_another_program_fits_by_it() -> None:
+    place, needs = PROBLEM.place(SM90), SPACES["fused_chunk"].needs
+    limited = [config for config in PROBLEM.sift(SM90).candidates if config.maxnreg]
+    assert {config.maxnreg for config in limited} == {128, 168}
+    for config in limited:
+        free = needs.estimate(place, replace(config, maxnreg=0))
+        assert replace(free, registers=config.maxnreg).blocks_per_sm(SM90) > free.blocks_per_sm(SM90)
+
+
+@pytest.mark.parametrize("form", ["fused_chunk", "fused_chunk_gradients", "chunk", "chunk_states", "parallel"])
+def test_the_assembler_keeps_to_a_limit_on_registers(form: str) -> None:
+    problem = Problem(form, "bfloat16", 1, 2048, 2, 64, 64)
+    config = replace(problem.default(), maxnreg=48)
+    (*_, needs) = compile_launch(lambda: problem.run(problem.inputs("meta"), config), SM90)
+    assert needs.registers <= 48
