@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import subprocess
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
+import triton
 
-from tuning.compilation import ARCHS, compile_launch
+from tuning.compilation import ARCHS, compile_launch, offline, read_cubin
 from tuning.known_bad import known_bad
 from tuning.problems import FORMS, Problem
-from tuning.space import BT, SPACES, WHOLE, L, Place, Sifted, knob_values
+from tuning.space import BT, SPACES, WHOLE, L, Place, Sifted, knob_values, launched
 
 SM90 = ARCHS["sm90"]
 PROBLEM = Problem("fused_chunk", "bfloat16", 1, 2048, 4, 128, 256)
 
-# How many candidates there were, and a hash of their knobs, before spaces were tables and had maxnreg; for chunk without
-# the segment lengths that are no shorter than T but one, which are all the same launch.
+# How many candidates there were, and a hash of their knobs, before spaces were tables and had maxnreg; for chunk
+# without the segment lengths that are no shorter than T but one, which are all the same launch.
 BEFORE = {
     "fused_chunk bfloat16 T=2048 K=128 V=256 sm90": (85, "67309a25e2f9dd1d"),
     "fused_chunk bfloat16 T=2048 K=256 V=512 sm90": (65, "d1003dfc7642ca1d"),
@@ -116,3 +120,28 @@ def test_the_assembler_keeps_to_a_limit_on_registers(form: str) -> None:
     config = replace(problem.default(), maxnreg=48)
     (*_, needs) = compile_launch(lambda: problem.run(problem.inputs("meta"), config), SM90)
     assert needs.registers <= 48
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100"])
+def test_a_cubin_is_read_as_nvidias_own_tool_reads_it(arch: str, tmp_path: Path) -> None:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    problem = Problem("fused_chunk", "bfloat16", 1, 256, 1, 64, 64)
+    digests = set()
+    for maxnreg in (0, 48):
+        config = replace(problem.default(), maxnreg=maxnreg)
+        with offline(ARCHS[arch].target) as compiled:
+            problem.run(problem.inputs("meta"), config)
+        path = tmp_path / f"{maxnreg}.cubin"
+        path.write_bytes(compiled[-1].asm["cubin"])
+        done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+        usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
+        code = read_cubin(path.read_bytes())
+        assert (code.registers, code.stack) == (usage["REG"], usage["STACK"] + usage.get("LOCAL", 0))
+        digests.add(code.digest)
+    assert len(digests) == 2
+
+
+def test_a_launch_is_told_by_its_tiles_and_its_code() -> None:
+    config = PROBLEM.default()
+    assert launched(config) == launched(replace(config, num_stages=1, maxnreg=128))
+    assert launched(config) != launched(replace(config, BV=64))

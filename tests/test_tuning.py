@@ -617,14 +617,22 @@ class Crash(Problem):
         os._exit(1)
 
 
+class SlowAssembler(Problem):
+    """A problem whose configuration comes with the assembler to use."""
+
+    def run(self, inputs: Any, config: Any, **options: Any) -> Any:
+        tool, config = config
+        os.environ |= {"TRITON_PTXAS_PATH": tool, "TRITON_CACHE_DIR": f"{tool}.cache"}
+        return super().run(inputs, config, **options)
+
+
 def like(kind: type[Problem]) -> Problem:
     return kind(**{name: getattr(TINY, name) for name in ("form", "dtype", "B", "T", "H", "K", "V")})
 
 
-def test_compilation_over_the_limit_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_pool, "COMPILE_SECONDS", 1)
+def test_compilation_over_the_limit_gives_a_reason() -> None:
     handler = signal.getsignal(signal.SIGALRM)
-    outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", PLAIN)
+    outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", PLAIN, seconds=1)
     assert outcome == "TimeoutError: compiling took more than 1 s"
     assert signal.getsignal(signal.SIGALRM) == handler
 
@@ -644,6 +652,34 @@ def test_pool_survives_a_compiler_that_dies_and_leaves_no_process() -> None:
         assert pids
         assert all(process_exists(pid) for pid in pids)
     assert not any(process_exists(pid) for pid in pids)
+
+
+def test_nothing_that_a_compiler_has_started_outlives_its_limit(tmp_path: Path) -> None:
+    tool, log = tmp_path / "ptxas", tmp_path / "pids"
+    version = 'echo "Cuda compilation tools, release 12.9, V12.9.86"'
+    work = f"sleep 1000 & echo $$ $! >> {log}; wait"
+    tool.write_text(f'#!/bin/sh\ncase "$*" in *--version*) {version};; *) {work};; esac\n')
+    tool.chmod(0o755)
+    with contextlib.closing(CompilePool("sm90", 1, seconds=8)) as pool:
+        outcome = pool.result(like(SlowAssembler), (str(tool), TINY.default()))
+        assert outcome == "TimeoutError: compiling took more than 8 s"
+        pids = [int(pid) for pid in log.read_text().split()]
+        assert len(pids) == 2
+        deadline = time.monotonic() + 5
+        while any(map(process_exists, pids)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(map(process_exists, pids))
+        assert isinstance(pool.result(TINY, TINY.default()), Resources | str)  # the worker lives
+
+
+def test_candidates_of_equal_code_and_launch_are_measured_once() -> None:
+    judge = Judge(lambda config: 1.0 + config.BT / config.BV)
+    pool = Pool(needs=lambda problem, config, variant: replace(NEEDS, digest=f"{config.BT} {config.BV}"))
+    tuner = tune(judge, pool=pool)
+    tiles = [(config.BT, config.BV) for config in judge.timed]
+    assert len(tiles) == len(set(tiles))
+    assert tuner.funnel.same_code > 0
+    assert tuner.funnel.timed == len(judge.timed)
 
 
 # The command line, with parts replaced

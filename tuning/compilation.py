@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import subprocess
-import tempfile
+import hashlib
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -49,13 +46,14 @@ ARCHS = {
 }
 
 TENSOR_MEMORY = 512  # columns, where there is any
+SIZED, REGISTERS, FRAME = 4, 0x2F, 0x11  # in .nv.info: a format with a size, and two kinds, a number for each function
 
 
 @dataclass(frozen=True)
 class Resources:
     """What one compiled kernel needs: registers and spilled bytes a thread, shared memory in bytes a program.
 
-    On sm100 also columns of tensor memory a program.
+    On sm100 also columns of tensor memory a program. `digest` tells the machine code: equal code, equal digest.
     """
 
     registers: int
@@ -63,6 +61,7 @@ class Resources:
     shared: int
     warps: int
     tensor_memory: int = 0
+    digest: str = ""
 
     def fits(self, arch: Arch) -> bool:
         """Whether a multiprocessor can hold a program; where not, Triton compiles the kernel and fails to launch it."""
@@ -129,20 +128,53 @@ def compile_launch(launch: Callable[[], object], arch: Arch) -> list[Resources]:
 
 def resources(kernel: Any) -> Resources:
     """Read what a compiled kernel needs from its metadata and its cubin."""
-    usage = _resource_usage(kernel.asm["cubin"])
+    code = read_cubin(kernel.asm["cubin"])
     return Resources(
-        registers=usage["REG"],
-        spills=usage["STACK"] + usage.get("LOCAL", 0),
+        registers=code.registers,
+        spills=code.stack,
         shared=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
         tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
+        digest=code.digest,
     )
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", done.stdout)}
+@dataclass(frozen=True)
+class MachineCode:
+    """What a cubin holds of its one kernel: registers and bytes of stack a thread, and a hash of code and constants."""
+
+    registers: int
+    stack: int
+    digest: str
+
+
+def read_cubin(cubin: bytes) -> MachineCode:
+    """Read a cubin, an ELF file of 64 bits; `cuobjdump -res-usage` says the same, but takes a process for it."""
+    registers, stack, digest = 0, 0, hashlib.sha256()
+    for name, content in _sections(cubin):
+        if name.startswith((".text.", ".nv.constant")):
+            digest.update(content)
+        if name == ".nv.info":
+            registers, stack = (_attribute(content, kind) for kind in (REGISTERS, FRAME))
+    return MachineCode(registers, stack, digest.hexdigest()[:32])
+
+
+def _sections(cubin: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each section."""
+    (offset,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    heads = [struct.unpack_from("<IIQQQQII", cubin, offset + i * size) for i in range(count)]
+    for name, _, _, _, start, length, _, _ in heads:
+        at = heads[names][4] + name
+        yield cubin[at : cubin.index(b"\0", at)].decode(), cubin[start : start + length]
+
+
+def _attribute(attributes: bytes, wanted: int) -> int:
+    """The greatest number of one kind in .nv.info, where each attribute is a format, a kind, and a size or a value."""
+    at, found = 0, 0
+    while at < len(attributes):
+        form, kind, size = struct.unpack_from("<BBH", attributes, at)
+        if (form, kind) == (SIZED, wanted):
+            found = max(found, struct.unpack_from("<II", attributes, at + 4)[1])
+        at += 4 + (size if form == SIZED else 0)
+    return found

@@ -22,10 +22,10 @@ STUCK_SECONDS = 40  # a compiler that never comes back to Python does not hear t
 
 
 class CompilePool:
-    """Workers that compile for one architecture, and the results so far."""
+    """Workers that compile for one architecture, no candidate for longer than `seconds`, and the results so far."""
 
-    def __init__(self, arch: str, workers: int | None = None) -> None:
-        self._arch = arch
+    def __init__(self, arch: str, workers: int | None = None, seconds: int = COMPILE_SECONDS) -> None:
+        self._arch, self._seconds = arch, seconds
         self._futures: dict[Any, Future[Resources | str]] = {}
         self._count = workers or len(os.sched_getaffinity(0))
         self._pool = _executor(self._count)
@@ -61,17 +61,17 @@ class CompilePool:
     def _start(self, problem: Problem, config: Any, variant: str) -> Future[Resources | str]:
         with forkserver.uninterrupted():
             try:
-                return self._pool.submit(_compile, problem, config, self._arch, variant)
+                return self._pool.submit(_compile, problem, config, self._arch, variant, self._seconds)
             except BrokenExecutor:
                 _end(self._pool)
                 self._pool = _executor(self._count)
-                return self._pool.submit(_compile, problem, config, self._arch, variant)
+                return self._pool.submit(_compile, problem, config, self._arch, variant, self._seconds)
 
     def _alone(self, broken: Future[Resources | str], problem: Problem, config: Any, variant: str) -> Resources | str:
         """A worker died, of this candidate or of another's: once more, where it can take nothing else with it."""
         pool, outcome = _executor(1), Future[Resources | str]()
         try:
-            outcome.set_result(pool.submit(_compile, problem, config, self._arch, variant).result())
+            outcome.set_result(pool.submit(_compile, problem, config, self._arch, variant, self._seconds).result())
         except BrokenExecutor:
             outcome.set_result("crash: the compiler died")
         finally:
@@ -97,14 +97,17 @@ def _end(pool: ProcessPoolExecutor) -> None:
     processes = list((pool._processes or {}).values())  # shutdown forgets them
     for process in processes:  # first, so that none that is just starting misses what shutdown takes away
         process.kill()
+        assert process.pid
+        with contextlib.suppress(ProcessLookupError):  # one that is just starting has no group yet
+            os.killpg(process.pid, signal.SIGKILL)  # the assembler too
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         process.join()
 
 
-def _compile(problem: Problem, config: Any, arch: str, variant: str) -> Resources | str:
+def _compile(problem: Problem, config: Any, arch: str, variant: str, seconds: int) -> Resources | str:
     try:
-        with _time_limit(COMPILE_SECONDS):
+        with _time_limit(seconds):
             inputs, options = problem.inputs("meta"), problem.variants()[variant]
             # The launch that is tuned is the last one: chunk's pass over the states comes before it.
             return compile_launch(lambda: problem.run(inputs, config, **options), ARCHS[arch])[-1]
@@ -116,6 +119,7 @@ def _compile(problem: Problem, config: Any, arch: str, variant: str) -> Resource
 @contextlib.contextmanager
 def _time_limit(seconds: int) -> Iterator[None]:
     def stop(signum: int, frame: object) -> None:
+        _end_children()
         raise TimeoutError(f"compiling took more than {seconds} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
@@ -127,6 +131,14 @@ def _time_limit(seconds: int) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def _end_children() -> None:
+    """End what a worker has started, such as the assembler and what that has started: all others of its group."""
+    if os.getsid(0) == os.getpid() and multiprocessing.parent_process() is not None:
+        previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _quiet() -> None:
@@ -142,4 +154,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)

@@ -151,12 +151,16 @@ def read(path: Path) -> Landscape:
     candidates = [
         Candidate(
             config_type(**{name: int(row[name]) for name in knobs}),
-            Resources(*(int(row[name]) for name in NEEDS)),
+            Resources(**{name: _whole(row[name]) for name in NEEDS}),
             float(row["ms"]) if row["ms"] else None,
         )
         for row in csv.DictReader(io.StringIO(table))
     ]
     return Landscape(problem, Gpu(**about["gpu"]), about["software"], candidates)
+
+
+def _whole(text: str) -> Any:
+    return int(text)
 
 
 def shipped(directories: Iterable[Path] = (DIRECTORY,)) -> list[Landscape]:

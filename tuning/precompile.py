@@ -30,7 +30,9 @@ Launch = tuple[Problem, Any]
 def precompile(options: argparse.Namespace, console: Console) -> int:
     """Fill Triton's cache with the candidates that a run is likely to want, or with all; 1 if none was compiled."""
     arch, started = ARCHS[options.arch], time.monotonic()
-    launches = candidates(problems_for(parse(options.workload), options.form), arch, options.effort)
+    problems = problems_for(parse(options.workload), options.form)
+    launches = candidates(problems, arch, options.effort)
+    console.print(_sifted(problems, arch), soft_wrap=True)
     console.print(escape(f"{len(launches)} candidates for {arch.name}, into {cache_directory()}"), soft_wrap=True)
     deadline = started + min(options.budget or FOREVER, FOREVER)
     outcomes: Counter[tuple[str, str]] = Counter()
@@ -43,6 +45,15 @@ def precompile(options: argparse.Namespace, console: Console) -> int:
         console.print(f"the budget of {options.budget:g} s is spent: {left} candidates are left for another call")
     console.print(f"took {time.monotonic() - started:.0f} s; what was compiled is not compiled again by this Triton")
     return int(not any(outcome in ("clean", "spills") for _, outcome in outcomes))
+
+
+def _sifted(problems: Iterable[Problem], arch: Arch) -> str:
+    """How many combinations there are, and what the closed-form filters leave of them."""
+    found = [problem.sift(arch) for problem in problems]
+    dropped: Counter[str] = sum((sifted.dropped for sifted in found), Counter())
+    reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.most_common())
+    left = sum(len(sifted.candidates) for sifted in found)
+    return f"{sum(sifted.enumerated for sifted in found)} combinations{reasons}; {left} are left"
 
 
 def cache_directory() -> Path:

@@ -21,6 +21,7 @@ from tuning.known_bad import known_bad
 MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
 BASE_REGISTERS = 40  # of a thread, for addresses and loops
 WHOLE = 1 << 20  # a segment that holds every sequence
+IN_THE_CODE = ("num_warps", "num_stages", "maxnreg")  # knobs that a launch shows nowhere else
 LEAST_TILE = 16  # that tl.dot takes, and so the least size that a tile is fitted to
 
 
@@ -49,6 +50,11 @@ def power_of_two(size: int) -> int:
 def knob_values(config: Any) -> dict[str, int]:
     """The configuration as a mapping from knob to value."""
     return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def launched(config: Any) -> tuple[int, ...]:
+    """What a launch depends on beside the compiled code: where both are equal, so is the time."""
+    return tuple(value for name, value in knob_values(config).items() if name not in IN_THE_CODE)
 
 
 # What a program needs

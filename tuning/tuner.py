@@ -17,7 +17,7 @@ from tuning.measurement import MeasurementError, Measurer, Timing
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
 from tuning.search import Search
-from tuning.space import knob_values
+from tuning.space import knob_values, launched
 
 NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
 # Which runs the others' kernels too, or starts from their winners.
@@ -68,6 +68,7 @@ class Funnel:
     clean: int = 0
     timed: int = 0
     remembered: int = 0
+    same_code: int = 0
     raced: int = 0
     confirmed: int = 0
     proven: int = 0
@@ -476,6 +477,7 @@ class _Task:
         self.left = tuner.effort.first + tuner.effort.rounds * tuner.effort.per_round
         self.found = Found(problem, self.default, set(incumbents))
         self.tried: set[Any] = set()
+        self.measured: dict[Any, Outcome] = {}  # by compiled code and what else makes a launch
         self.finished = self.cut_short = False
         self._ask(len(incumbents) + tuner.effort.first)
 
@@ -534,11 +536,16 @@ class _Task:
         self.found.needs[config] = needs
         extra = self.tuner.extra(self.problem)
         outcome = self.tuner.journal and self.tuner.journal.remembered(self.problem, config, extra)
+        same = (needs, *launched(config)) if needs.digest else config
         if outcome:
             funnel.remembered += 1
+        elif same in self.measured:
+            outcome = self.measured[same]
+            funnel.same_code += 1
         else:
             outcome = self._measure(config, needs)
             funnel.timed += outcome.ms is not None
+        self.measured[same] = outcome
         if outcome.ms is None:
             funnel.reject(self.problem, config, outcome.reason)
         else:
