@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import os
-import random
 import re
 import signal
 import time
@@ -29,10 +28,11 @@ from tuning import run as run_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
+from tuning.coverage import Point
 from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
-from tuning.rules import AXES, Entry, Point
+from tuning.rules import Entry
 from tuning.search import Search
 from tuning.space import knob_values
 from tuning.tuner import NOISE, Effort, Winner
@@ -220,29 +220,6 @@ def test_search_is_the_same_each_time() -> None:
 
 
 # Rules
-
-
-def random_points(seed: int) -> list[Point]:
-    draw = random.Random(seed)  # noqa: S311 - shapes, no secrets
-    sizes = [1, 2, 3, 16, 33, 64, 100, 128, 200, 256, 428, 512]
-    points = [
-        Point(draw.choice(["bfloat16", "float32"]), draw.choice(sizes), draw.choice(sizes), draw.randint(1, 300), 1)
-        for _ in range(30)
-    ]
-    return list(dict.fromkeys(replace(point, T=draw.choice([1, 2, 100, 2048, 2**31])) for point in points))
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_intervals_hold_their_own_point_and_overlap_no_other(seed: int) -> None:
-    boxes = rules.intervals(random_points(seed))
-    for point, box in boxes.items():
-        assert all(1 <= box[axis][0] <= getattr(point, axis) <= box[axis][1] for axis in AXES), (point, box)
-    items = list(boxes.items())
-    for i, (point, box) in enumerate(items):
-        for other, other_box in items[i + 1 :]:
-            apart = any(max(box[a][0], other_box[a][0]) > min(box[a][1], other_box[a][1]) for a in AXES)
-            assert apart or point.dtype != other.dtype, (point, other)
-
 
 USE = {"BT": 64, "BV": 32, "num_warps": 4, "num_stages": 2}
 FIGURES = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9}
@@ -780,7 +757,7 @@ def test_run_offers_the_forms_of_sweeps(
         assert main([*RUN[:-1], form, "--budget", "1e-9", "--out", str(tmp_path / f"{form}.yaml")]) == 0
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["show"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["check"], ["verify"], ["show"], ["bench"]])
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

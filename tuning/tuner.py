@@ -42,7 +42,10 @@ EFFORTS = {"quick": Effort(first=10, rounds=2, per_round=5, finalists=3), "full"
 
 @dataclass(frozen=True)
 class Winner:
-    """What was found for one problem, with its proof. `timing` is that of the races, or of the only measurement."""
+    """What was found for one problem, with its proof.
+
+    `timing` is that of the races, or of the only measurement; `best_ms` is of the fastest, where that is another.
+    """
 
     problem: Problem
     config: Any
@@ -52,6 +55,7 @@ class Winner:
     needs: Resources
     trials: int
     modelled: bool
+    best_ms: float | None = None
 
     @property
     def ms(self) -> float:
