@@ -22,6 +22,7 @@ from tuning.coverage import AXES, TOLERANCE, Point, assign, regions, stretches
 from tuning.model import predict
 from tuning.problems import Problem
 from tuning.rules import Entry, point_of
+from tuning.tuner import MODEL_NOISE
 
 KERNEL = "retention_fused_chunk"
 CONFIG_TYPE = type(Problem("fused_chunk", "bfloat16", 1, 1, 1, 16, 16).default())
@@ -269,11 +270,17 @@ def test_modelled_and_measured_points_share_no_rule(path: Path) -> None:
     assert [rule.proof for rule in parse_file(path).kernels[KERNEL].rules] == ["measured", "modelled"]
 
 
-def test_the_models_loss_that_warnings_speak_of_is_that_of_the_landscapes() -> None:
+def test_what_the_model_chooses_is_never_slower_than_the_default_and_loses_what_warnings_say() -> None:
     losses = []
     for each in landscape.shipped():
-        clean = [c for c in each.candidates if c.ms and not c.needs.spills]
         arch = ARCHS[each.gpu.arch]
-        pick = min(clean, key=lambda c, p=each.problem, arch=arch: predict(p, c.config, arch, c.needs))
-        losses.append(pick.ms / each.best_ms - 1)
+        predicted = {c.config: predict(each.problem, c.config, arch, c.needs) for c in each.candidates if c.ms}
+        ms = {c.config: c.ms for c in each.candidates if c.ms}
+        choice = default = each.problem.default()
+        clean = [c.config for c in each.candidates if c.ms and not c.needs.spills]
+        best = min(clean, key=predicted.__getitem__)
+        if predicted[best] < (1 - MODEL_NOISE) * predicted[default]:
+            choice = best
+        assert ms[choice] <= ms[default]
+        losses.append(ms[choice] / each.best_ms - 1)
     assert statistics.median(losses) == pytest.approx(configuration.MODEL_LOSS, abs=0.01)

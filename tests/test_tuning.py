@@ -35,7 +35,7 @@ from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
 from tuning.rules import Entry
 from tuning.search import Search
 from tuning.space import knob_values
-from tuning.tuner import NOISE, Effort, Winner
+from tuning.tuner import MODEL_NOISE, NOISE, Effort, Winner
 from tuning.workloads import WorkloadError, builtin, parse
 
 # The loop
@@ -641,7 +641,7 @@ RUN = ["run", "--arch", "sm90", "--workload", "small", "--form", "fused_chunk"]
 def test_interrupt_writes_what_was_found_and_says_so(
     fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_parts["judge"] = judge = Judge(stop_after=7, modelled=True)
+    fake_parts["judge"] = judge = Judge(lambda config: 4 ** landscape(config), stop_after=7, modelled=True)
     path = tmp_path / "a.yaml"
     assert main([*RUN, "--out", str(path)]) == 130
     kernels = parse_file(path).kernels
@@ -659,6 +659,13 @@ def test_spent_budget_is_said(fake_parts: dict[str, Any], tmp_path: Path, capsys
     assert "the budget of 1e-09 s is spent: 4 of 4 searches did not end" in out
     assert re.search(r"took \d+ s", out)
     assert main([*RUN, "--budget", "1e300", "--out", str(path)]) == 0
+
+
+def test_the_model_leaves_the_default_where_it_does_not_predict_twice_its_speed() -> None:
+    default = PROBLEM.default()
+    for gain, kept in ((1 / (1 - MODEL_NOISE) - 0.1, True), (1 / (1 - MODEL_NOISE) + 0.1, False)):
+        judge = Judge(lambda config, gain=gain: gain if config == default else 1.0, modelled=True)
+        assert (tune(judge).winners[PROBLEM].config == default) is kept
 
 
 def test_next_run_keeps_the_other_points_and_the_incumbent(fake_parts: dict[str, Any], tmp_path: Path) -> None:
