@@ -313,8 +313,9 @@ def test_gradients_share_a_launch_where_it_is_faster_than_three_of_the_fastest_s
         [*TUNED, won(GRADIENTS, 0.1, T=2048)],
         [TUNED[0], won(GRADIENTS, 0.1)],
         [won(GRADIENTS, 0.1)],
+        [replace(winner, modelled=True) for winner in [won(GRADIENTS, 0.1), TUNED[0], TUNED[2]]],
     ],
-    ids=["no gradients", "another width", "another length", "one sweep", "no sweep"],
+    ids=["no gradients", "another width", "another length", "one sweep", "no sweep", "modelled"],
 )
 def test_no_way_to_the_gradients_is_chosen_where_there_are_not_both(winners: list[Winner]) -> None:
     kernels = [entry.kernel for entry in rules.form_entries(winners)]

@@ -64,11 +64,12 @@ def entry_of(winner: Winner) -> Entry:
 def form_entries(winners: Iterable[Winner]) -> list[Entry]:
     """Which form sweeps fastest at each point, where at least two were tuned, and which way gives the gradients.
 
-    The form chunk counts as the default, and for gradients three sweeps by the fastest form.
+    The form chunk counts as the default, and for gradients three sweeps by the fastest form. A model does not choose:
+    it is good enough to rank the tiles of one form, not to hold one form against another.
     """
     points: dict[Point, dict[str, Winner]] = {}
     gradients: dict[Point, Winner] = {}
-    for winner in winners:
+    for winner in (winner for winner in winners if not winner.modelled):
         if winner.problem.form == GRADIENTS:
             gradients[point_of(winner.problem)] = winner
         elif winner.problem.form not in PASSES:
