@@ -65,7 +65,9 @@ def rules_used(device: torch.device, dtype: torch.dtype) -> list[ActiveRule]:
     gpu = identify(device) if device.type == "cuda" else None
     shape = (str(torch.bfloat16 if gpu is None else dtype).removeprefix("torch."), K, V, B * H, T)
     first: dict[str, ActiveRule] = {}
-    for rule in active_rules(gpu.name, gpu.arch) if gpu else active_rules(None, ARCH_WITHOUT_GPU):
+    for rule in (
+        active_rules(gpu.name, gpu.arch, gpu.sms, gpu.bandwidth_gbs) if gpu else active_rules(None, ARCH_WITHOUT_GPU)
+    ):
         ours = rule.kernel.startswith("retention_chunk") and rule.status == "active"
         if ours and rule.when.matches(*shape):
             first.setdefault(rule.kernel, rule)

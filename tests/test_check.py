@@ -16,11 +16,12 @@ import pytest
 from generated import configuration
 from generated.configuration_file import When
 from tuning import check as checking
-from tuning import precompile, rules
+from tuning import coverage, precompile, rules
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
-from tuning.problems import Problem, problem_at
-from tuning.rules import Entry, Point
+from tuning.coverage import Point
+from tuning.problems import PLAIN, Problem, problem_at
+from tuning.rules import Entry
 from tuning.tuner import likely_first
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,9 +33,10 @@ WHEN = When("bfloat16", (9, 16), (9, 16), (32, 128), (512, 2048))
 POINT = Point("bfloat16", 16, 16, 64, 1024)
 
 
-def entry(T: int = 1024, **figures: int) -> Entry:
+def entry(T: int = 1024, *, use: dict[str, int] | None = None, **figures: float) -> Entry:
     shown = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 8, "trials": 9} | figures
-    return Entry(KERNEL, replace(POINT, T=T), dict(USE), "measured", shown | {"point": f"K=16 V=16 BH=64 T={T}"})
+    point = {"point": f"K=16 V=16 BH=64 T={T}"}
+    return Entry(KERNEL, replace(POINT, T=T), USE | (use or {}), "measured", shown | point)
 
 
 @pytest.fixture
@@ -46,21 +48,30 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A file with one rule of two points, of which the longer is farther behind the fastest there."""
+    path = tmp_path / "a.yaml"
+    entries = [entry(), entry(2048, ms=0.8, best_ms=0.77)]
+    rules.write(path, rules.document(entries, {"arch": "sm90"}, None))
+    return path
+
+
+@pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
     """Makes the compiler give this answer to everything; returns what it is asked for."""
 
-    def answer(needs: Resources | str) -> list[Any]:
+    def answer(needs: Resources | str | Callable[[str], Resources | str]) -> list[Any]:
         asked: list[Any] = []
 
         class Pool:
             def __init__(self, arch: str, workers: int | None) -> None:
                 asked.append(arch)
 
-            def submit(self, problem: Problem, config: Any) -> None:
-                asked.append((problem, config))
+            def submit(self, problem: Problem, config: Any, *, variant: str) -> None:
+                asked.append((problem, config, variant))
 
-            def result(self, problem: Problem, config: Any) -> Resources | str:
-                return needs
+            def result(self, problem: Problem, config: Any, *, variant: str) -> Resources | str:
+                return needs(variant) if callable(needs) else needs
 
             def close(self) -> None:
                 asked.append("closed")
@@ -92,10 +103,25 @@ def test_a_file_that_is_whole_and_compiles_as_it_did_passes(
 ) -> None:
     asked = compiler(NEEDS)
     assert main(["check", str(file)]) == 0
-    assert lines(capsys) == f"{file}: 2 rules, 2 of them compiled for sm90, nothing wrong"
+    assert lines(capsys) == f"{file}: 2 rules, 2 of them compiled for sm90 in 6 launches, nothing wrong"
     problems = [Problem("fused_chunk", "bfloat16", 1, T, 64, 16, 16) for T in (1024, 8192)]
     config = type(problems[0].default())(**USE)
-    assert asked == ["sm90", *((problem, config) for problem in problems), "closed"]
+    variants = (PLAIN, "states", "packed")
+    assert asked == ["sm90", *((problem, config, variant) for problem in problems for variant in variants), "closed"]
+
+
+def test_a_rule_of_several_points_is_compiled_once(shared: Path, compiler: Callable[[Any], list[Any]]) -> None:
+    asked = compiler(NEEDS)
+    assert main(["check", str(shared)]) == 0
+    assert [variant for _, _, variant in asked[1:-1]] == [PLAIN, "states", "packed"]
+
+
+def test_a_launch_that_only_fails_with_states_is_a_fault(
+    file: Path, compiler: Callable[[Any], list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler(lambda variant: "TimeoutError: too long" if variant == "states" else NEEDS)
+    assert main(["check", str(file)]) == 1
+    assert f"wrong: kernels.{KERNEL}.rules[1], states: does not compile: TimeoutError" in lines(capsys)
 
 
 def test_what_the_compiler_does_otherwise_is_shown_and_is_no_fault(
@@ -130,7 +156,7 @@ def test_rules_that_no_gpu_could_launch_are_faults(
     assert main(["check", str(file)]) == 1
     out = lines(capsys)
     assert f"wrong: kernels.{KERNEL}.rules[0]: {said}" in out
-    assert "2 wrong" in out
+    assert "6 wrong" in out
 
 
 @pytest.mark.parametrize(
@@ -165,6 +191,7 @@ def test_a_rule_of_a_users_own_compiles_at_its_upper_bounds_and_may_reach_as_far
     ("old", "new", "said"),
     [
         ("ms: 0.5", "ms: 1.5", "its 1.5 ms are more than the default's 1.0"),
+        ("ms: 0.5, default_ms: 1.0", "ms: 0.5, default_ms: 1.0, best_ms: 0.47", "over 5% more than the 0.47"),
         ("error: 0.001", "error: 0.9", "its error is 0.9, over the 1e-02"),
         ("T: [512, 2048]", "T: [1500, 2048]", "does not hold the point"),
     ],
@@ -175,6 +202,43 @@ def test_figures_that_speak_against_their_rule_are_faults(
     out = check_changed(file, old, new, capsys)
     assert said in out
     assert "1 wrong" in out
+
+
+def test_a_rule_of_several_points_is_as_its_worst_and_right(
+    shared: Path, compiler: Callable[[Any], list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler(NEEDS)
+    (rule,) = configuration.parse_file(shared).kernels[KERNEL].rules
+    assert rule.when.T == (512, 4096)
+    assert [figures["point"] for figures in (rule.figures, *rule.also)] == [
+        f"K=16 V=16 BH=64 T={T}" for T in (2048, 1024)
+    ]
+    assert main(["check", str(shared)]) == 0
+    assert "1 rules, 1 of them compiled" in lines(capsys)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("{ms: 0.5, default_ms: 1.0", "{ms: 1.5, default_ms: 1.0", "rules[0].also[0]: its 1.5 ms are more than"),
+        (
+            "{ms: 0.5, default_ms: 1.0",
+            "{ms: 0.5, default_ms: 1.0, best_ms: 0.4",
+            "rules[0].also[0]: its 0.5 ms are over",
+        ),
+        ("best_ms: 0.77", "best_ms: 0.7", "rules[0]: its 0.8 ms are over 5% more than the 0.7 of the fastest"),
+        ("T=1024", "T=16384", "does not hold the point K=16 V=16 BH=64 T=16384"),
+        ("T=1024", "T=16384", "rules[0].when.T reaches beyond [1024, 4096] and [8192, 32768]"),
+        ("point: K=16 V=16 BH=64 T=1024", "point: here", "must name each, and its point is 'here'"),
+        ("T: [512, 4096]", "T: [511, 4096]", "rules[0].when.T reaches beyond [512, 4096]"),
+        ("also:", "also: []\n        x:", "unknown key 'x'"),
+        ("{ms: 0.5, default", "{default", "rules[0].also[0]: missing key ms"),
+    ],
+)
+def test_each_point_of_a_rule_is_held_against_it(
+    shared: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str
+) -> None:
+    assert said in check_changed(shared, old, new, capsys)
 
 
 def test_an_architecture_that_is_not_known_is_not_compiled_for(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +254,7 @@ def test_shipped_files_are_right_and_found_without_being_named(
     monkeypatch.delenv("RETGEN_CONFIG_DIR", raising=False)
     assert main(["check", "--no-compile"]) == 0
     out = lines(capsys)
-    for path in configuration.packaged_directory().glob("*_*.yaml"):
+    for path in configuration.packaged_directory().glob("*.yaml"):
         assert f"{path}: " in out
 
 
@@ -213,13 +277,21 @@ def test_no_file_is_no_fault(
     ],
 )
 def test_rules_overlap_where_a_shape_is_in_both(change: dict[str, Any], apart: bool) -> None:
-    assert rules.overlap(WHEN, replace(WHEN, **change)) is not apart
-    assert rules.overlap(replace(WHEN, **change), WHEN) is not apart
+    assert coverage.overlap(WHEN, replace(WHEN, **change)) is not apart
+    assert coverage.overlap(replace(WHEN, **change), WHEN) is not apart
 
 
 def test_a_rule_written_by_the_tuner_never_stretches() -> None:
-    assert rules.stretches(WHEN, POINT) == []
-    assert rules.stretches(replace(WHEN, BH=(31, 129), T=(1024, 1024)), POINT) == [("BH", 32, 128)]
+    assert coverage.stretches(WHEN, [POINT]) == {}
+    assert coverage.stretches(replace(WHEN, BH=(31, 129), T=(1024, 1024)), [POINT]) == {"BH": [(32, 128)]}
+
+
+def test_a_rule_of_several_points_reaches_as_far_as_one_of_them_and_over_no_gap() -> None:
+    longer = [replace(POINT, T=T) for T in (1024, 4096, 65536)]
+    assert coverage.stretches(replace(WHEN, T=(512, 8192)), longer[:2]) == {}
+    assert coverage.stretches(replace(WHEN, T=(512, 16384)), longer) == {"T": [(512, 8192), (32768, 131072)]}
+    wider = replace(POINT, K=32)
+    assert coverage.stretches(replace(WHEN, K=(9, 32)), [POINT, wider]) == {"K": [(9, 16), (17, 32)]}
 
 
 # compile

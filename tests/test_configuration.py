@@ -226,6 +226,23 @@ def test_shape_outside_all_rules_is_only_logged(directories: Directories, caplog
     assert "sample_fwd: no rule for bfloat16, (K, V, BH, T) = (256, 512, 64, 7)" in caplog.text
 
 
+def test_knob_that_has_a_default_may_be_left_out(directories: Directories) -> None:
+    @dataclass(frozen=True)
+    class Limited(Knobs):
+        maxnreg: int = 0
+
+    configuration.register_kernel(KERNEL, Limited, SOURCE)
+    for knob, expected in (("", 0), (", maxnreg: 0", 0), (", maxnreg: 168", 168), (", maxnreg: 256", None)):
+        (directories.named / "a.yaml").write_text(GOOD.replace("num_stages: 3", f"num_stages: 3{knob}"))
+        entry = parse_file(directories.named / "a.yaml").kernels[KERNEL]
+        problem = configuration.kernel_problem(KERNEL, entry)
+        if expected is None:
+            assert "maxnreg is 256; allowed: an integer from 0, no limit, to 255" in str(problem)
+        else:
+            assert problem is None
+            assert Limited(**entry.rules[0].use).maxnreg == expected
+
+
 def test_text_knob_is_possible_and_its_type_decides(directories: Directories) -> None:
     @dataclass(frozen=True)
     class Form:
@@ -282,13 +299,76 @@ def test_device_without_an_index_is_asked_for_each_time(
     assert select(device=torch.device("cuda")).BT == 128
 
 
-def test_gpu_without_a_file_warns_once_and_uses_its_architecture(directories: Directories) -> None:
-    path = directories.packaged / "h200.yaml"
-    path.write_text(document(kernel(rule(64)), gpu=H200))
+# What stands in for an unseen GPU's own file
+
+UNSEEN = Gpu("NVIDIA Unseen", "sm90", sms=120, bandwidth_gbs=4000)
+
+
+@pytest.fixture
+def unseen(directories: Directories, monkeypatch: pytest.MonkeyPatch) -> Directories:
+    """A GPU that no file is of."""
+    monkeypatch.setattr(configuration, "identify", lambda device: UNSEEN)
+    return directories
+
+
+def write_relatives(directory: Path, **relatives: tuple[int, float | None, int]) -> None:
+    """A file for each GPU of the architecture: its multiprocessors, bandwidth, and the BT of its rule."""
+    for name, (sms, bandwidth, BT) in relatives.items():
+        text = document(kernel(rule(BT)), gpu=Gpu(name, "sm90"))
+        speed = f"memory_gb: 80, bandwidth_gbs: {bandwidth}" if bandwidth else "memory_gb: 80"
+        (directory / f"{name}.yaml").write_text(text.replace("sms: 132", f"sms: {sms}").replace("memory_gb: 80", speed))
+
+
+@pytest.mark.parametrize(
+    ("relatives", "nearest"),
+    [
+        ({"a": (60, 4000, 16), "b": (121, 1000, 32), "c": (132, 4000, 64)}, 32),
+        ({"a": (60, 4000, 16), "b": (240, 4000, 32), "c": (110, 100, 64)}, 64),
+        ({"a": (120, 2000, 16), "b": (120, 5000, 32), "c": (120, None, 64)}, 32),
+        ({"a": (120, None, 16), "b": (121, 4000, 32)}, 16),
+    ],
+    ids=["multiprocessors first", "by their ratio", "then bandwidth", "also where that is unknown"],
+)
+def test_unseen_gpu_goes_by_the_nearest_of_its_architecture(
+    unseen: Directories, relatives: dict[str, tuple[int, float | None, int]], nearest: int
+) -> None:
+    write_relatives(unseen.packaged, **relatives)
+    assert nearest == read_and_select()[0].BT
+
+
+def test_unseen_gpu_goes_by_the_next_nearest_for_a_kernel_that_the_nearest_has_not(unseen: Directories) -> None:
+    write_relatives(unseen.packaged, near=(120, 4000, 16), far=(60, 4000, 64))
+    path = unseen.packaged / "near.yaml"
+    path.write_text(path.read_text().replace(f"  {KERNEL}:", f"  {OTHER}:"))
+    chosen, messages = read_and_select()
+    assert (chosen.BT, select(kernel=OTHER).BT) == (64, 16)
+    assert len(messages) == 1
+    assert messages[0].index(str(path)) < messages[0].index(str(unseen.packaged / "far.yaml"))
+
+
+def test_unseen_gpu_goes_by_a_model_only_where_no_relative_was_measured(unseen: Directories) -> None:
+    (unseen.packaged / "sm90.yaml").write_text(document(kernel(rule(128, MODELLED)), named=False))
+    chosen, (message,) = read_and_select()
+    assert chosen.BT == 128
+    assert "rules of its architecture sm90, modelled and not measured" in message
+    assert "predicted loss against rules tuned here: much, about 36 % (a rough estimate)" in message
+    write_relatives(unseen.packaged, far=(10, 100, 64))
+    chosen, (message,) = read_and_select()
+    assert chosen.BT == 64
+    assert "the nearest GPU, far" in message
+
+
+def test_gpu_without_a_file_warns_once_and_says_what_stands_in_and_the_loss(unseen: Directories) -> None:
+    write_relatives(unseen.packaged, relative=(132, 3352, 64))
     chosen, messages = read_and_select()
     assert chosen.BT == 64
+    gain = 0.604 / 0.430 - 1
+    loss = (1 - 120 / 132 * 3352 / 4000) * gain
+    parts = ("rules of its architecture sm90, those of the nearest GPU, relative", "132 multiprocessors, here 120")
+    parts += ("3352 GB/s, here 4000", f"some, about {100 * loss:.0f} % (a rough estimate)", COMMAND, UNSEEN.name)
+    parts += (str(unseen.packaged / "relative.yaml"),)
     assert len(messages) == 1
-    assert all(part in messages[0] for part in (H100.name, "rules of its architecture sm90", str(path), COMMAND))
+    assert all(part in messages[0] for part in parts), messages[0]
 
 
 def test_gpu_without_any_rule_warns_once_and_uses_the_default(directories: Directories) -> None:
@@ -296,7 +376,37 @@ def test_gpu_without_any_rule_warns_once_and_uses_the_default(directories: Direc
     chosen, messages = read_and_select()
     assert chosen == DEFAULT
     assert len(messages) == 1
-    assert all(part in messages[0] for part in (H100.name, "default", COMMAND))
+    assert all(part in messages[0] for part in (H100.name, "each kernel's default", "much, about 40 %", COMMAND))
+
+
+def test_loss_is_said_to_be_unknown_where_nothing_was_ever_measured(directories: Directories) -> None:
+    _, (message,) = read_and_select()
+    assert "each kernel's default; predicted loss against rules tuned here: unknown" in message
+
+
+@pytest.mark.parametrize(
+    ("sms", "bandwidth", "loss"),
+    [(132, 80, 0.0), (66, 80, 0.5), (132, 160, 0.5), (66, 40, 0.75), (None, 80, 0.5), (None, None, 0.75)],
+)
+def test_predicted_loss_is_the_share_of_the_gain_by_which_the_gpus_differ(
+    tmp_path: Path, sms: int | None, bandwidth: float | None, loss: float
+) -> None:
+    path = tmp_path / "a.yaml"
+    text = GOOD.replace("ms: 0.430, default_ms: 0.604", "ms: 1.0, default_ms: 2.0")
+    path.write_text(text.replace("memory_gb: 80", "bandwidth_gbs: 80"))
+    found = configuration.predicted_loss(Gpu("Unseen", "sm90", sms, bandwidth), parse_file(path))
+    assert found == pytest.approx(loss)
+
+
+@pytest.mark.parametrize(
+    ("speed", "bandwidth"), [({"memory_clock_rate": 2_619_000, "memory_bus_width": 5120}, 3352), ({}, None)]
+)
+def test_gpu_is_identified_by_what_torch_tells(
+    monkeypatch: pytest.MonkeyPatch, speed: dict[str, int], bandwidth: int | None
+) -> None:
+    properties = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, **speed)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert configuration.identify(CUDA) == Gpu("A GPU", "sm90", 132, bandwidth)
 
 
 def test_kernel_that_is_not_registered_is_a_mistake_of_the_caller(directories: Directories) -> None:
@@ -333,6 +443,11 @@ VIOLATIONS = {
     "arch missing": ("arch: sm90, ", "", ["device: missing key arch"]),
     "arch not sm": ("arch: sm90", "arch: hopper", ["device.arch is 'hopper'", "sm90"]),
     "name a number": ("name: NVIDIA H100 80GB HBM3", "name: 4090", ["device.name is 4090", "quote"]),
+    "no bandwidth": ("memory_gb: 80", "bandwidth_gbs: 0", ["device.bandwidth_gbs is 0; allowed: a number over 0"]),
+    "points no list": (MEASURED, f"{MEASURED}\n        also: 3", [f"{RULE}.also is 3; allowed: a list of the figures"]),
+    "no other point": (MEASURED, f"{MEASURED}\n        also: []", [f"{RULE}.also is []"]),
+    "point without figures": (MEASURED, f"{MEASURED}\n        also: [{{ms: 1}}]", [f"{RULE}.also[0]: missing key"]),
+    "best a text": ("ms: 0.430,", "ms: 0.430, best_ms: x,", [f"{RULE}.measured.best_ms is 'x'"]),
     "sms a float": ("sms: 132", "sms: 132.0", ["device.sms is 132.0"]),
     "memory text": ("memory_gb: 80", "memory_gb: 80GB", ["device.memory_gb is '80GB'"]),
     "software missing": ("triton: 3.6.0, ", "", ["software: missing key triton"]),

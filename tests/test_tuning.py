@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import os
-import random
 import re
 import signal
 import time
@@ -29,13 +28,14 @@ from tuning import run as run_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
+from tuning.coverage import Point
 from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
-from tuning.rules import AXES, Entry, Point
+from tuning.rules import Entry
 from tuning.search import Search
 from tuning.space import knob_values
-from tuning.tuner import NOISE, Effort, Winner
+from tuning.tuner import MODEL_NOISE, NOISE, Effort, Winner
 from tuning.workloads import WorkloadError, builtin, parse
 
 # The loop
@@ -221,29 +221,6 @@ def test_search_is_the_same_each_time() -> None:
 
 # Rules
 
-
-def random_points(seed: int) -> list[Point]:
-    draw = random.Random(seed)  # noqa: S311 - shapes, no secrets
-    sizes = [1, 2, 3, 16, 33, 64, 100, 128, 200, 256, 428, 512]
-    points = [
-        Point(draw.choice(["bfloat16", "float32"]), draw.choice(sizes), draw.choice(sizes), draw.randint(1, 300), 1)
-        for _ in range(30)
-    ]
-    return list(dict.fromkeys(replace(point, T=draw.choice([1, 2, 100, 2048, 2**31])) for point in points))
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_intervals_hold_their_own_point_and_overlap_no_other(seed: int) -> None:
-    boxes = rules.intervals(random_points(seed))
-    for point, box in boxes.items():
-        assert all(1 <= box[axis][0] <= getattr(point, axis) <= box[axis][1] for axis in AXES), (point, box)
-    items = list(boxes.items())
-    for i, (point, box) in enumerate(items):
-        for other, other_box in items[i + 1 :]:
-            apart = any(max(box[a][0], other_box[a][0]) > min(box[a][1], other_box[a][1]) for a in AXES)
-            assert apart or point.dtype != other.dtype, (point, other)
-
-
 USE = {"BT": 64, "BV": 32, "num_warps": 4, "num_stages": 2}
 FIGURES = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9}
 
@@ -336,8 +313,9 @@ def test_gradients_share_a_launch_where_it_is_faster_than_three_of_the_fastest_s
         [*TUNED, won(GRADIENTS, 0.1, T=2048)],
         [TUNED[0], won(GRADIENTS, 0.1)],
         [won(GRADIENTS, 0.1)],
+        [replace(winner, modelled=True) for winner in [won(GRADIENTS, 0.1), TUNED[0], TUNED[2]]],
     ],
-    ids=["no gradients", "another width", "another length", "one sweep", "no sweep"],
+    ids=["no gradients", "another width", "another length", "one sweep", "no sweep", "modelled"],
 )
 def test_no_way_to_the_gradients_is_chosen_where_there_are_not_both(winners: list[Winner]) -> None:
     kernels = [entry.kernel for entry in rules.form_entries(winners)]
@@ -700,7 +678,7 @@ RUN = ["run", "--arch", "sm90", "--workload", "small", "--form", "fused_chunk"]
 def test_interrupt_writes_what_was_found_and_says_so(
     fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_parts["judge"] = judge = Judge(stop_after=7, modelled=True)
+    fake_parts["judge"] = judge = Judge(lambda config: 4 ** landscape(config), stop_after=7, modelled=True)
     path = tmp_path / "a.yaml"
     assert main([*RUN, "--out", str(path)]) == 130
     kernels = parse_file(path).kernels
@@ -718,6 +696,13 @@ def test_spent_budget_is_said(fake_parts: dict[str, Any], tmp_path: Path, capsys
     assert "the budget of 1e-09 s is spent: 4 of 4 searches did not end" in out
     assert re.search(r"took \d+ s", out)
     assert main([*RUN, "--budget", "1e300", "--out", str(path)]) == 0
+
+
+def test_the_model_leaves_the_default_where_it_does_not_predict_twice_its_speed() -> None:
+    default = PROBLEM.default()
+    for gain, kept in ((1 / (1 - MODEL_NOISE) - 0.1, True), (1 / (1 - MODEL_NOISE) + 0.1, False)):
+        judge = Judge(lambda config, gain=gain: gain if config == default else 1.0, modelled=True)
+        assert (tune(judge).winners[PROBLEM].config == default) is kept
 
 
 def test_next_run_keeps_the_other_points_and_the_incumbent(fake_parts: dict[str, Any], tmp_path: Path) -> None:
@@ -816,7 +801,7 @@ def test_run_offers_the_forms_of_sweeps(
         assert main([*RUN[:-1], form, "--budget", "1e-9", "--out", str(tmp_path / f"{form}.yaml")]) == 0
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["show"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["check"], ["verify"], ["show"], ["bench"]])
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

@@ -1,4 +1,4 @@
-"""Command line of the tuner: `python -m tuning run`, `compile`, `record`, `check`, `show`, `bench` and `report`."""
+"""Command line of the tuner: `python -m tuning --help` lists its commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from tuning import bench, check, precompile, record, report, run, show
+from tuning import bench, check, precompile, record, report, run, show, verify
 from tuning.compilation import ARCHS
 from tuning.measurement import MeasurementError
 from tuning.problems import FORMS, PASSES
@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   python -m tuning compile --arch sm90                     ahead of a run, on any machine: fill Triton's cache
   python -m tuning record -- python train.py               the shapes that a program uses, for run --workload FILE
   python -m tuning check                                   without a GPU: are the files whole, fresh and compilable
+  python -m tuning verify                                  on the GPU: are the rules as fast as when they were tuned
   python -m tuning show                                    the rules that hold on this machine, and where they lie
   python -m tuning bench --workload short --form chunk     times and errors, against the floor and fla
   python -m tuning report                                  what was searched, found and spent, as a page and a table
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compile(commands)
     _add_record(commands)
     _add_check(commands)
+    _add_verify(commands)
     show_parser = commands.add_parser("show", help="print the rules that hold on this machine and where each came from")
     show_parser.add_argument("--arch", choices=sorted(ARCHS), help="show another architecture's instead")
     show_parser.add_argument("--kernel", metavar="TEXT", help="only kernels whose names hold this text")
@@ -151,8 +153,9 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "check",
         help="check configuration files, without a GPU",
-        description="Check configuration files: schema, kernels' hashes, intervals, and that every rule compiles with "
-        "the installed Triton; tells where registers, spills or shared memory are no longer what the file says.",
+        description="Check configuration files: schema, kernels' hashes, intervals, each point's figures, and that "
+        "every rule compiles with the installed Triton, also with states and packed; tells where registers, spills or "
+        "shared memory are no longer what the file says.",
     )
     parser.add_argument("file", nargs="*", metavar="FILE", help="files to check (default: all that imports look for)")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiler")
@@ -183,6 +186,32 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=report.report)
 
 
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="time a sample of the active rules again, on the GPU",
+        description="Check and time rules at the points where they were tuned, each beside its default in interleaved "
+        "rounds, and name those that are stale: slower than they were or than the default, wrong, or not running. "
+        "Ends with 1 if there are any, and with the command that tunes them again.",
+    )
+    count = parser.add_mutually_exclusive_group()
+    count.add_argument(
+        "--sample", type=_positive, default=verify.SAMPLE, metavar="N", help=f"how many (default: {verify.SAMPLE})"
+    )
+    count.add_argument("--all", action="store_true", help="every point of every active rule")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws another sample (default: 0)")
+    parser.add_argument("--kernel", metavar="TEXT", help="only kernels whose names hold this text")
+    parser.add_argument(
+        "--tolerance",
+        type=_share,
+        default=verify.TOLERANCE,
+        metavar="SHARE",
+        help=f"slower than when it was tuned is what takes longer by more than this (default: {verify.TOLERANCE})",
+    )
+    _add_budget(parser, "look at no further rule after this time")
+    parser.set_defaults(command=verify.verify)
+
+
 def _add_budget(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help=what)
 
@@ -207,6 +236,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1024")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 10, such as 0.1 for 10 %")
+    return value
 
 
 def _seconds(text: str) -> float:

@@ -94,7 +94,7 @@ def bench(options: argparse.Namespace, console: Console) -> int:
 
     gpu = describe_gpu()
     peer, functions = ("left out", {}) if options.no_fla else _fla()
-    rules = [rule.status == "active" for rule in active_rules(gpu.name, gpu.arch)]
+    rules = [rule.status == "active" for rule in active_rules(gpu.name, gpu.arch, gpu.sms, gpu.bandwidth_gbs)]
     say(f"{gpu.name}, driver {gpu.driver}, torch {torch.__version__}, triton {version('triton')}, fla {peer}")
     say(f"{sum(rules)} of {len(rules)} rules in use; medians and quartile distances, L2 flushed before each call")
     machine = {"gpu": asdict(gpu), "torch": torch.__version__, "triton": version("triton"), "fla": peer}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +20,14 @@ from generated.configuration import kernel_problem, kernel_registry
 from generated.configuration_file import ConfigurationError, KernelRules, Rule, parse_file
 from tuning import rules
 from tuning.compilation import ARCHS, Resources
-from tuning.compile_pool import CompilePool
+from tuning.compile_pool import CompilePool, compile_key
+from tuning.coverage import AXES, TOLERANCE, Point, overlap, stretches
 from tuning.known_bad import known_bad
-from tuning.problems import FORMS, Problem, problem_at
+from tuning.problems import FORMS, PLAIN, Problem, problem_at
 from tuning.proof import ERROR_LIMITS
 from tuning.tuner import NOISE
 
+ROUNDING = 1e-3  # figures are written with four digits
 TUNED = {Problem(form, "bfloat16", 1, 1, 1, 1, 1).kernel for form in FORMS}  # the kernels that rules are compiled for
 
 
@@ -41,14 +43,25 @@ class Place:
         return f"kernels.{self.kernel}.rules[{self.index}]"
 
 
-Launch = tuple[Place, Problem, Any]
+@dataclass(frozen=True)
+class Launch:
+    """One way in which a rule's kernel is launched, and the figures of the compiled kernel that the file has."""
+
+    place: Place
+    problem: Problem
+    config: Any
+    variant: str
+    figures: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return str(self.place) if self.variant == PLAIN else f"{self.place}, {self.variant}"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a rule: the resources, or in words why there are none."""
+    """What the compiler says of a launch: the resources, or in words why there are none."""
 
-    place: Place
+    launch: Launch
     needs: Resources | str
 
 
@@ -96,7 +109,11 @@ def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tu
     faults = [problem for problem in problems.values() if problem]
     faults += [fault for own in places.values() for fault in (*interval_faults(own), *figure_faults(own))]
     launches = [
-        _launch(place) for kernel in places if kernel in TUNED and not problems[kernel] for place in places[kernel]
+        launch
+        for kernel in places
+        if kernel in TUNED and not problems[kernel]
+        for place in places[kernel]
+        for launch in launches_of(place)
     ]
     faults += bad_faults(launches, file.device.arch)
     checked = f"{sum(map(len, places.values()))} rules"
@@ -107,10 +124,11 @@ def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tu
     with contextlib.closing(CompilePool(file.device.arch, options.workers)) as pool:
         results = list(_compile(pool, launches, console))
     for result in results:
-        faults += [f"{result.place}: {reason}" for reason in [_compile_fault(result, file.device.arch)] if reason]
+        faults += [f"{result.launch}: {reason}" for reason in [_compile_fault(result, file.device.arch)] if reason]
         for name, then, now in changed_figures(result):
-            changes.add_row(str(result.place), name, str(then), str(now))
-    return faults, changes, f"{checked}, {len(results)} of them compiled for {file.device.arch}"
+            changes.add_row(str(result.launch.place), name, str(then), str(now))
+    compiled = len({str(result.launch.place) for result in results})
+    return faults, changes, f"{checked}, {compiled} of them compiled for {file.device.arch} in {len(results)} launches"
 
 
 def _places(kernel: str, entry: KernelRules) -> list[Place]:
@@ -118,57 +136,81 @@ def _places(kernel: str, entry: KernelRules) -> list[Place]:
 
 
 def interval_faults(places: list[Place]) -> list[str]:
-    """Rules of one kernel that cover a shape twice, or that reach farther from their point than the tuner lets them."""
+    """Rules of one kernel that cover a shape twice, or that reach farther from their points than a tuner lets them."""
     faults = []
     for one, other in itertools.combinations(places, 2):
-        tuned = rules.point_from(one.rule) and rules.point_from(other.rule)  # who writes by hand may rely on the order
-        if tuned and one.rule.proof == other.rule.proof and rules.overlap(one.rule.when, other.rule.when):
+        tuned = rules.points_of(one.rule) and rules.points_of(other.rule)  # who writes by hand may rely on the order
+        if tuned and one.rule.proof == other.rule.proof and overlap(one.rule.when, other.rule.when):
             faults.append(f"{other}.when covers shapes that {one} covers already; the first one wins")
     for place in places:
-        point = rules.point_from(place.rule)
-        for axis, low, high in [] if point is None else rules.stretches(place.rule.when, point):
-            faults.append(f"{place}.when.{axis} reaches beyond [{low}, {high}], as far as its point's figures hold")
-        if point and not place.rule.when.matches(point.dtype, point.K, point.V, point.BH, point.T):
-            faults.append(f"{place}.when does not hold the point at which its figures were found")
+        when, points = place.rule.when, rules.points_of(place.rule)
+        for axis, allowed in stretches(when, points).items() if points else ():
+            reach = " and ".join(f"[{low}, {high}]" for low, high in allowed)
+            faults.append(f"{place}.when.{axis} reaches beyond {reach}, as far as its points' figures hold")
+        faults += [
+            f"{place}.when does not hold the point {rules.point_text(point)}, at which its figures were found"
+            for point in points
+            if not when.matches(point.dtype, point.K, point.V, point.BH, point.T)
+        ]
     return faults
 
 
 def figure_faults(places: list[Place]) -> list[str]:
-    """Rules whose own figures speak against them."""
-    faults = []
-    for place in places:
-        figures, limit = place.rule.figures, ERROR_LIMITS[place.rule.when.dtype]
-        if (error := figures.get("error", 0.0)) > limit:
-            faults.append(f"{place}: its error is {error}, over the {limit:.0e} that is taken for rounding")
-        if (ms := figures.get("ms", 0.0)) > (1 + NOISE) * (default := figures.get("default_ms", ms)):
-            faults.append(f"{place}: its {ms} ms are more than the default's {default}")
-    return faults
+    """Rules whose own figures, at any of their points, speak against them."""
+    return [
+        f"{place}{where}: {fault}"
+        for place in places
+        for where, figures in figures_by_place(place.rule)
+        for fault in _faults_of(figures, place.rule)
+    ]
+
+
+def figures_by_place(rule: Rule) -> list[tuple[str, Mapping[str, Any]]]:
+    """The figures of a rule's points, and where in the rule they stand."""
+    return [("", rule.figures), *((f".also[{index}]", figures) for index, figures in enumerate(rule.also))]
+
+
+def _faults_of(figures: Mapping[str, Any], rule: Rule) -> Iterator[str]:
+    if (error := figures.get("error", 0.0)) > (limit := ERROR_LIMITS[rule.when.dtype]):
+        yield f"its error is {error}, over the {limit:.0e} that is taken for rounding"
+    if (ms := figures.get("ms", 0.0)) > (1 + NOISE) * (default := figures.get("default_ms", ms)):
+        yield f"its {ms} ms are more than the default's {default}"
+    if rules.slowness(figures) > (1 + TOLERANCE) * (1 + ROUNDING):
+        yield f"its {ms} ms are over {TOLERANCE:.0%} more than the {figures['best_ms']} of the fastest there"
+    if rule.also and rules.point_in(figures, rule.when.dtype) is None:
+        yield f"a rule of several points must name each, and its point is {figures.get('point')!r}"
 
 
 def _compile(pool: CompilePool, launches: list[Launch], console: Console) -> Iterator[Compiled]:
-    for _, problem, config in launches:
-        pool.submit(problem, config)
+    for launch in launches:
+        pool.submit(launch.problem, launch.config, variant=launch.variant)
     with console.status("compiling") as status:
-        for number, (place, problem, config) in enumerate(launches, 1):
-            status.update(f"compiling rule {number} of {len(launches)}")
-            yield Compiled(place, pool.result(problem, config))
+        for number, launch in enumerate(launches, 1):
+            status.update(f"compiling launch {number} of {len(launches)}")
+            yield Compiled(launch, pool.result(launch.problem, launch.config, variant=launch.variant))
 
 
-def _launch(place: Place) -> Launch:
-    """The launch that a rule is about: at its point, or in a rule that the tuner did not write at its upper bounds."""
+def launches_of(place: Place) -> list[Launch]:
+    """The launches that a rule is about, each compiled kernel once and in all its variants.
+
+    They are at the rule's points, or in a rule that the tuner did not write at its upper bounds.
+    """
     when, config_type = place.rule.when, kernel_registry()[place.kernel].config_type
-    point = rules.point_from(place.rule) or rules.Point(when.dtype, *(getattr(when, axis)[1] for axis in rules.AXES))
-    problem = problem_at(place.kernel, point.dtype, point.K, point.V, point.BH, point.T)
-    return place, problem, config_type(**place.rule.use)
+    farthest = Point(when.dtype, *(getattr(when, axis)[1] for axis in AXES))
+    found: dict[Any, Launch] = {}
+    for point, figures in (rules.points_of(place.rule) or {farthest: place.rule.figures}).items():
+        problem = problem_at(place.kernel, point.dtype, point.K, point.V, point.BH, point.T)
+        config = config_type(**place.rule.use)
+        for variant in problem.variants():
+            key = compile_key(problem, config), variant
+            found.setdefault(key, Launch(place, problem, config, variant, figures))
+    return list(found.values())
 
 
 def bad_faults(launches: list[Launch], arch: str) -> list[str]:
     """Rules that no tuner would launch, because the compiler gets them wrong."""
-    return [
-        f"{place} is known bad: {evidence}"
-        for place, problem, config in launches
-        if (evidence := known_bad(problem.form, config, arch))
-    ]
+    found = [(launch.place, known_bad(launch.problem.form, launch.config, arch)) for launch in launches]
+    return list(dict.fromkeys(f"{place} is known bad: {evidence}" for place, evidence in found if evidence))
 
 
 def _compile_fault(result: Compiled, arch: str) -> str | None:
@@ -180,8 +222,8 @@ def _compile_fault(result: Compiled, arch: str) -> str | None:
 
 
 def changed_figures(result: Compiled) -> list[tuple[str, Any, Any]]:
-    """Name, value in the file and value now, of the figures of the compiled kernel that the file has otherwise."""
-    if isinstance(result.needs, str):
+    """Name, value in the file and value now, of the figures of the timed kernel that the file has otherwise."""
+    if isinstance(result.needs, str) or result.launch.variant != PLAIN:
         return []
-    pairs = [(name, result.place.rule.figures.get(name), getattr(result.needs, name)) for name in rules.NEEDS]
+    pairs = [(name, result.launch.figures.get(name), getattr(result.needs, name)) for name in rules.NEEDS]
     return [pair for pair in pairs if pair[1] is not None and pair[1] != pair[2]]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from generated.configuration import memory_bandwidth
 from tuning.oracle import gradients_reference, relative_error, segment_states, sweep_reference
 from tuning.problems import GRADIENTS, STATES_SEGMENT, Problem
 from tuning.proof import ERROR_LIMITS, Guard, prove
@@ -42,6 +43,7 @@ class Gpu:
     memory_gb: int
     driver: str
     uuid: str = ""
+    bandwidth_gbs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def describe_gpu() -> Gpu:
         memory_gb=round(properties.total_memory / 2**30),
         driver=_driver_version(),
         uuid=str(getattr(properties, "uuid", "")),
+        bandwidth_gbs=memory_bandwidth(properties),
     )
 
 

@@ -113,4 +113,4 @@ def gpu_present() -> bool:
 
 def gpu_fields(gpu: Gpu) -> dict[str, Any]:
     """The `device` entry of a configuration file."""
-    return {name: value for name, value in asdict(gpu).items() if name not in ("driver", "uuid")}
+    return {name: value for name, value in asdict(gpu).items() if name not in ("driver", "uuid") and value}

@@ -6,11 +6,10 @@ import contextlib
 import datetime as dt
 import errno
 import fcntl
-import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,31 +17,19 @@ from typing import Any
 
 import yaml
 
-from generated.configuration import kernel_problem, kernel_registry
-from generated.configuration_file import ConfigurationError, Rule, When, parse_file
+from generated.configuration import ActiveRule, kernel_problem, kernel_registry
+from generated.configuration_file import ConfigurationError, Rule, parse_file
+from tuning.coverage import AXES, Point, Region, regions
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
 from tuning.space import knob_values
 from tuning.tuner import NOISE, Winner
 
-REACH = 2.0  # a rule holds from half to twice the measured B * H and T
-AXES = ("K", "V", "BH", "T")
 NEEDS = ("registers", "spills", "shared")  # what a rule tells of the compiled kernel
 
 
 @dataclass(frozen=True)
-class Point:
-    """What was measured: a dtype and shape, as rules name them."""
-
-    dtype: str
-    K: int
-    V: int
-    BH: int
-    T: int
-
-
-@dataclass(frozen=True)
 class Entry:
-    """A rule to be: where it was measured, what to use, and with what proof."""
+    """A rule to be, or a point of one: where it was measured, what to use, and with what proof."""
 
     kernel: str
     point: Point
@@ -61,13 +48,15 @@ def entry_of(winner: Winner) -> Entry:
     figures: dict[str, Any] = {"ms": _rounded(winner.ms)}
     if winner.default_ms is not None:
         figures["default_ms"] = _rounded(winner.default_ms)
+    if winner.best_ms is not None:
+        figures["best_ms"] = _rounded(winner.best_ms)
     if not winner.modelled:
         # A default that does not launch or is wrong has no time: the winner's own stands for it.
         figures.setdefault("default_ms", figures["ms"])
         figures["error"] = float(f"{winner.error or 0.0:.2g}")
     figures |= {name: getattr(winner.needs, name) for name in NEEDS} | {"trials": winner.trials}
     point = point_of(winner.problem)
-    figures["point"] = _point_text(point)
+    figures |= {"B": winner.problem.B, "point": point_text(point)}
     proof = "modelled" if winner.modelled else "measured"
     return Entry(winner.problem.kernel, point, knob_values(winner.config), proof, figures)
 
@@ -75,11 +64,12 @@ def entry_of(winner: Winner) -> Entry:
 def form_entries(winners: Iterable[Winner]) -> list[Entry]:
     """Which form sweeps fastest at each point, where at least two were tuned, and which way gives the gradients.
 
-    The form chunk counts as the default, and for gradients three sweeps by the fastest form.
+    The form chunk counts as the default, and for gradients three sweeps by the fastest form. A model does not choose:
+    it is good enough to rank the tiles of one form, not to hold one form against another.
     """
     points: dict[Point, dict[str, Winner]] = {}
     gradients: dict[Point, Winner] = {}
-    for winner in winners:
+    for winner in (winner for winner in winners if not winner.modelled):
         if winner.problem.form == GRADIENTS:
             gradients[point_of(winner.problem)] = winner
         elif winner.problem.form not in PASSES:
@@ -109,12 +99,11 @@ def existing_entries(path: Path) -> list[Entry]:
     except ConfigurationError:
         return []
     return [
-        Entry(kernel, point, dict(rule.use), rule.proof, dict(rule.figures))
+        Entry(kernel, point, dict(rule.use), rule.proof, dict(figures))
         for kernel, found in file.kernels.items()
         if kernel_problem(kernel, found) is None
         for rule in found.rules
-        for point in [point_from(rule)]
-        if point is not None
+        for point, figures in points_of(rule).items()
     ]
 
 
@@ -145,36 +134,16 @@ def merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
     return sorted(merged.values(), key=lambda entry: (entry.kernel, entry.point.dtype, _position(entry.point)))
 
 
-def intervals(points: list[Point]) -> dict[Point, dict[str, tuple[int, int]]]:
-    """An interval a point and axis, so that no two points' boxes overlap.
-
-    K and V reach down to the next power of two below (the same padded tile), B * H and T by a factor of two. Where two
-    boxes would overlap they are cut between their points, on the axis where the points are farthest apart.
-    """
-    boxes = {point: _box(point) for point in points}
-    for i, one in enumerate(points):
-        for other in points[i + 1 :]:
-            if one.dtype == other.dtype and _overlap(boxes[one], boxes[other]):
-                _cut(one, other, boxes)
-    return boxes
-
-
 def document(entries: list[Entry], device: dict[str, Any], driver: str | None) -> dict[str, Any]:
     """The configuration file as plain data."""
     registry = kernel_registry()
-    kernels: dict[str, Any] = {}
-    for name in sorted({entry.kernel for entry in entries}):
-        own = [entry for entry in entries if entry.kernel == name]
-        boxes = intervals([entry.point for entry in own])
-        rules = [
-            {
-                "when": _Flow(dtype=e.point.dtype, **{axis: list(boxes[e.point][axis]) for axis in AXES}),
-                "use": _Flow(e.use),
-                e.proof: _Flow(e.figures),
-            }
-            for e in own
-        ]
-        kernels[name] = {"source": registry[name].source, "rules": rules}
+    kernels = {
+        name: {
+            "source": registry[name].source,
+            "rules": _rules({entry.point: entry for entry in entries if entry.kernel == name}),
+        }
+        for name in sorted({entry.kernel for entry in entries})
+    }
     software = {"triton": version("triton"), "torch": version("torch")}
     return {
         "format": 1,
@@ -183,6 +152,28 @@ def document(entries: list[Entry], device: dict[str, Any], driver: str | None) -
         "tuned": dt.datetime.now().astimezone().date(),
         "kernels": kernels,
     }
+
+
+def _rules(entries: Mapping[Point, Entry]) -> list[dict[str, Any]]:
+    """The rules of a kernel: one for neighbours that share a configuration and the kind of its proof."""
+    found = regions({point: (entry.proof, config_from(entry)) for point, entry in entries.items()})
+    return [_rule(region, [entries[point] for point in region.points]) for region in found]
+
+
+def _rule(region: Region, entries: list[Entry]) -> dict[str, Any]:
+    worst, *others = sorted(entries, key=lambda entry: slowness(entry.figures), reverse=True)
+    rule: dict[str, Any] = {
+        "when": _Flow(dtype=worst.point.dtype, **{axis: list(region.box[axis]) for axis in AXES}),
+        "use": _Flow(worst.use),
+        worst.proof: _Flow(worst.figures),
+    }
+    return rule | ({"also": [_Flow(entry.figures) for entry in others]} if others else {})
+
+
+def slowness(figures: Mapping[str, Any]) -> float:
+    """A point's time as a multiple of the fastest that was found there; 1 where that is all that is known."""
+    ms = figures.get("ms", 0.0)
+    return float(ms / best) if (best := figures.get("best_ms", ms)) else 1.0
 
 
 def update(path: Path, entries: Iterable[Entry], device: dict[str, Any], driver: str | None) -> Path | None:
@@ -264,62 +255,26 @@ _Dumper.add_representer(
 )
 
 
-def _box(point: Point) -> dict[str, tuple[int, int]]:
-    def padded(size: int) -> tuple[int, int]:
-        top = 1 << (size - 1).bit_length()
-        return top // 2 + 1, max(top, 1)
-
-    def around(size: int) -> tuple[int, int]:
-        return max(1, math.ceil(size / REACH)), int(size * REACH)
-
-    return {"K": padded(point.K), "V": padded(point.V), "BH": around(point.BH), "T": around(point.T)}
-
-
-def overlap(one: When, other: When) -> bool:
-    """Whether there is a shape that both cover."""
-    return one.dtype == other.dtype and _overlap(_intervals(one), _intervals(other))
-
-
-def stretches(when: When, point: Point) -> list[tuple[str, int, int]]:
-    """Axis and farthest allowed bounds where a rule reaches farther from the point of its figures than they hold."""
-    allowed = _box(point)
-    return [
-        (axis, *allowed[axis])
-        for axis, (low, high) in _intervals(when).items()
-        if low < allowed[axis][0] or high > allowed[axis][1]
-    ]
-
-
-def _intervals(when: When) -> dict[str, tuple[int, int]]:
-    return {axis: getattr(when, axis) for axis in AXES}
-
-
-def _overlap(one: dict[str, tuple[int, int]], other: dict[str, tuple[int, int]]) -> bool:
-    return all(max(one[axis][0], other[axis][0]) <= min(one[axis][1], other[axis][1]) for axis in AXES)
-
-
-def _cut(one: Point, other: Point, boxes: dict[Point, dict[str, tuple[int, int]]]) -> None:
-    axis = max(AXES, key=lambda name: abs(math.log(getattr(one, name) / getattr(other, name))))
-    low, high = sorted((one, other), key=lambda point: int(getattr(point, axis)))
-    between = int(math.sqrt(getattr(low, axis) * getattr(high, axis)))
-    boxes[low][axis] = (boxes[low][axis][0], min(boxes[low][axis][1], between))
-    boxes[high][axis] = (max(boxes[high][axis][0], between + 1), boxes[high][axis][1])
-
-
 def _position(point: Point) -> tuple[int, ...]:
     return tuple(int(getattr(point, axis)) for axis in AXES)
 
 
-def _point_text(point: Point) -> str:
+def point_text(point: Point) -> str:
+    """The point as figures name it."""
     return " ".join(f"{axis}={getattr(point, axis)}" for axis in AXES)
 
 
-def point_from(rule: Rule) -> Point | None:
-    """Where the tuner measured; None in a rule that it did not write."""
-    found = re.fullmatch(
-        " ".join(rf"{axis}=([1-9]\d{{0,17}})" for axis in AXES), str(rule.figures.get("point")), re.ASCII
-    )
-    return Point(rule.when.dtype, *map(int, found.groups())) if found else None
+def points_of(rule: Rule | ActiveRule) -> dict[Point, Mapping[str, Any]]:
+    """Where the tuner measured, with the figures of each point; none in a rule that it did not write."""
+    found = {point_in(figures, rule.when.dtype): figures for figures in (rule.figures, *rule.also)}
+    return {point: figures for point, figures in found.items() if point is not None}
+
+
+def point_in(figures: Mapping[str, Any], dtype: str) -> Point | None:
+    """The point that the figures are of, if they name one."""
+    pattern = " ".join(rf"{axis}=([1-9]\d{{0,17}})" for axis in AXES)
+    found = re.fullmatch(pattern, str(figures.get("point")), re.ASCII)
+    return Point(dtype, *map(int, found.groups())) if found else None
 
 
 def _rounded(ms: float) -> float:

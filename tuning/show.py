@@ -14,14 +14,12 @@ from tuning.measurement import describe_gpu, gpu_present
 
 def show(options: argparse.Namespace, console: Console) -> int:
     """Print the rules in the order in which they are tried."""
-    name, arch = None, options.arch or "sm90"
-    if not options.arch and gpu_present():
-        gpu = describe_gpu()
-        name, arch = gpu.name, gpu.arch
-    console.print(escape(f"{name or 'no GPU: rules for an unnamed one of architecture'} {arch}"))
+    gpu = describe_gpu() if not options.arch and gpu_present() else None
+    device = (gpu.name, gpu.arch, gpu.sms, gpu.bandwidth_gbs) if gpu else (None, options.arch or "sm90", None, None)
+    console.print(escape(f"{device[0] or 'no GPU: rules for an unnamed one of architecture'} {device[1]}"))
     for directory in configuration.config_directories():
         console.print(escape(f"looking in {directory}"))
-    found = [rule for rule in configuration.active_rules(name, arch) if (options.kernel or "") in rule.kernel]
+    found = [rule for rule in configuration.active_rules(*device) if (options.kernel or "") in rule.kernel]
     table = Table("kernel", "when", "use", "proof", "ms", "file", "status")
     for rule in found:
         when = f"{rule.when.dtype} " + " ".join(f"{axis}={getattr(rule.when, axis)}" for axis in ("K", "V", "BH", "T"))

@@ -23,6 +23,7 @@ NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
 # Which runs the others' kernels too, or starts from their winners.
 AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
 NOISE = 0.01  # a challenger must beat the incumbent and the default by more than this
+MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' twenty choices none is then slower than the default
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
 CONTENDERS = 3  # of each race, which a fresh process times again
 
@@ -42,7 +43,10 @@ EFFORTS = {"quick": Effort(first=10, rounds=2, per_round=5, finalists=3), "full"
 
 @dataclass(frozen=True)
 class Winner:
-    """What was found for one problem, with its proof. `timing` is that of the races, or of the only measurement."""
+    """What was found for one problem, with its proof.
+
+    `timing` is that of the races, or of the only measurement; `best_ms` is of the fastest, where that is another.
+    """
 
     problem: Problem
     config: Any
@@ -52,6 +56,7 @@ class Winner:
     needs: Resources
     trials: int
     modelled: bool
+    best_ms: float | None = None
 
     @property
     def ms(self) -> float:
@@ -196,6 +201,7 @@ class Found:
     timings: dict[Any, Timing] = field(default_factory=dict)
     needs: dict[Any, Resources] = field(default_factory=dict)
     trials: int = 0
+    noise: float = NOISE
 
     @property
     def in_use(self) -> set[Any]:
@@ -222,21 +228,23 @@ class Found:
             for c in self._order()
             if c in configs
         ]
-        # What no GPU has run is not recommended where it spills, not even the default.
+        # What no GPU has run is not recommended where it spills, not even the default; nor what hardly beats that.
+        if modelled and ranked and ranked[0].needs.spills:
+            return []
         return [winner for winner in ranked if not (modelled and winner.needs.spills)]
 
     def _order(self) -> list[Any]:
         ordered = sorted(self.timings, key=lambda config: self.timings[config].ms)
         held = next((config for config in ordered if config in self.in_use), None)
-        if held is not None and not beats(self.timings[ordered[0]], self.timings[held]):
+        if held is not None and not beats(self.timings[ordered[0]], self.timings[held], self.noise):
             ordered.remove(held)
             ordered.insert(0, held)
         return ordered
 
 
-def beats(challenger: Timing, holder: Timing) -> bool:
-    """Whether it is faster beyond the noise: by more than a hundredth, and the two intervals lie apart."""
-    return challenger.ms < (1 - NOISE) * holder.ms and challenger.high < holder.low
+def beats(challenger: Timing, holder: Timing, noise: float = NOISE) -> bool:
+    """Whether it is faster beyond the noise: by more than such a share, and the two intervals lie apart."""
+    return challenger.ms < (1 - noise) * holder.ms and challenger.high < holder.low
 
 
 def both(one: Timing, other: Timing) -> Timing:
@@ -475,7 +483,8 @@ class _Task:
         self.search = Search(candidates, first)
         self.rounds = tuner.effort.rounds
         self.left = tuner.effort.first + tuner.effort.rounds * tuner.effort.per_round
-        self.found = Found(problem, self.default, set(incumbents))
+        noise = MODEL_NOISE if tuner.judge.modelled else NOISE
+        self.found = Found(problem, self.default, set(incumbents), noise=noise)
         self.tried: set[Any] = set()
         self.measured: dict[Any, Outcome] = {}  # by compiled code and what else makes a launch
         self.finished = self.cut_short = False

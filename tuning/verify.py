@@ -1,0 +1,211 @@
+"""`python -m tuning verify`: time a sample of the active rules again on this GPU, and say which are stale."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from generated.configuration import ActiveRule, active_rules, kernel_registry
+from tuning import rules
+from tuning.check import TUNED
+from tuning.coverage import Point
+from tuning.measurement import Gpu, MeasurementError, Measurer, Timing, gpu_present
+from tuning.problems import GRADIENTS, Problem, problem_at
+from tuning.run import FOREVER, RunError
+from tuning.tuner import beats
+from tuning.workloads import builtin
+
+SAMPLE = 12
+TOLERANCE = 0.1
+FRESH = "fresh"
+TUNED_WITH = {"chunk_states": "chunk", GRADIENTS: "fused_chunk"}  # passes have no `--form` of their own
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a rule says of one of its points."""
+
+    rule: ActiveRule
+    point: Point
+    figures: Mapping[str, Any]
+
+    @property
+    def problem(self) -> Problem:
+        """The kernel at the shape that was timed: heads differ in how far they see, so B and H are not one number."""
+        p = self.point
+        problem = problem_at(self.rule.kernel, p.dtype, p.K, p.V, p.BH, p.T)
+        B = self.figures.get("B") or _usual_batch(p)
+        return replace(problem, B=int(B), H=p.BH // int(B)) if p.BH % int(B) == 0 else problem
+
+    @property
+    def config(self) -> Any:
+        """What the rule uses."""
+        return kernel_registry()[self.rule.kernel].config_type(**self.rule.use)
+
+    def __str__(self) -> str:
+        return f"{self.rule.kernel} {self.point.dtype} {rules.point_text(self.point)}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a claim: times in milliseconds, where there are any, and what they say in words."""
+
+    claim: Claim
+    then_ms: float | None
+    now_ms: float | None
+    default_ms: float | None
+    verdict: str
+    reason: str = ""
+
+
+def verify(options: argparse.Namespace, console: Console) -> int:
+    """Time the sample and print a table; 1 if anything is stale."""
+    if not gpu_present():
+        raise RunError("verify times rules again, and there is no GPU here; `python -m tuning check` needs none")
+    with contextlib.closing(Measurer()) as measurer:
+        gpu = measurer.gpu
+        found = active_rules(gpu.name, gpu.arch, gpu.sms, gpu.bandwidth_gbs)
+        wanted = [rule for rule in found if rule.kernel in TUNED and (options.kernel or "") in rule.kernel]
+        claims = claims_of(wanted)
+        drawn = claims if options.all else draw(claims, options.sample, options.seed)
+        console.print(escape(f"{len(drawn)} of {len(claims)} points of active rules, on {gpu.name}"), soft_wrap=True)
+        findings, interrupted = _look_at(drawn, measurer, options, console)
+    unused = [rule for rule in wanted if rule.status != "active" and rule.device == gpu.name]
+    _report(console, findings, len(drawn) - len(findings), unused)
+    stale = [finding.claim for finding in findings if finding.verdict != FRESH]
+    if again := stale + [claim for rule in unused for claim in _points(rule)]:
+        console.print(escape(f"tune them again with\n  {command(again)}"), soft_wrap=True)
+    return 130 if interrupted else int(bool(stale or unused))
+
+
+def claims_of(found: list[ActiveRule]) -> list[Claim]:
+    """The points of active rules at which no earlier rule is used; in the order in which rules are tried."""
+    active = [rule for rule in found if rule.status == "active"]
+    first: dict[tuple[str, Point], Claim] = {}
+    for claim in itertools.chain.from_iterable(map(_points, active)):
+        p = claim.point
+        shape = (p.dtype, p.K, p.V, p.BH, p.T)
+        user = next(rule for rule in active if rule.kernel == claim.rule.kernel and rule.when.matches(*shape))
+        if user is claim.rule:
+            first.setdefault((user.kernel, p), claim)
+    return list(first.values())
+
+
+def draw(claims: list[Claim], count: int, seed: int) -> list[Claim]:
+    """So many claims, the same for the same seed, in their order."""
+    chosen = random.Random(seed).sample(range(len(claims)), min(count, len(claims)))  # noqa: S311 - no secret
+    return [claims[index] for index in sorted(chosen)]
+
+
+def look(claim: Claim, measurer: Measurer, tolerance: float) -> Finding:
+    """Check a claim's numerics and time it beside the default, in interleaved rounds."""
+    problem, config, default = claim.problem, claim.config, claim.problem.default()
+    then = claim.figures.get("ms") if _is_of(claim.rule, measurer.gpu) else None
+    try:
+        measurer.measure(problem, config, 0.0, {})
+        raced = [config, default] if config != default and _runs(problem, default, measurer) else [config]
+        now, *others = measurer.compare(problem, raced, {})
+    except MeasurementError as error:
+        wrong = str(error).startswith(ArithmeticError.__name__)
+        return Finding(claim, then, None, None, "wrong" if wrong else "does not run", str(error))
+    default_ms = others[0].ms if others else now.ms if config == default else None
+    return Finding(claim, then, now.ms, default_ms, _verdict(now, others, then, tolerance))
+
+
+def command(claims: Iterable[Claim]) -> str:
+    """What tunes the claims' shapes again, measured anew."""
+    problems = [claim.problem for claim in claims]
+    forms = dict.fromkeys(TUNED_WITH.get(problem.form, problem.form) for problem in problems)
+    shapes = dict.fromkeys(_workload(problem) for problem in problems)
+    options = [*(f"--form {form}" for form in forms), *(f"--workload {shape}" for shape in shapes)]
+    return " ".join(["python -m tuning run --fresh", *options])
+
+
+def _points(rule: ActiveRule) -> list[Claim]:
+    return [Claim(rule, point, figures) for point, figures in rules.points_of(rule).items()]
+
+
+def _usual_batch(point: Point) -> int:
+    """The B of the builtin workload that the point is of; 1 where it is of none."""
+    return _batches().get((point.dtype, frozenset((point.K, point.V)), point.BH, point.T), 1)
+
+
+@functools.cache
+def _batches() -> dict[tuple[str, frozenset[int], int, int], int]:
+    return {(w.dtype, frozenset((w.K, w.V)), w.B * w.H, w.T): w.B for w in builtin().values()}
+
+
+def _is_of(rule: ActiveRule, gpu: Gpu) -> bool:
+    """Whether the rule's milliseconds are this kind of GPU's."""
+    return rule.proof == "measured" and rule.device == gpu.name
+
+
+def _look_at(
+    claims: list[Claim], measurer: Measurer, options: argparse.Namespace, console: Console
+) -> tuple[list[Finding], bool]:
+    """What was found by the end of the budget or Ctrl-C, and whether it was that."""
+    deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
+    findings: list[Finding] = []
+    try:
+        with console.status("timing") as status:
+            for claim in itertools.takewhile(lambda _: time.monotonic() < deadline, claims):
+                status.update(f"timing {len(findings) + 1} of {len(claims)}")
+                findings.append(look(claim, measurer, options.tolerance))
+    except KeyboardInterrupt:
+        return findings, True
+    return findings, False
+
+
+def _runs(problem: Problem, config: Any, measurer: Measurer) -> bool:
+    try:
+        measurer.measure(problem, config, 0.0, {})
+    except MeasurementError:
+        return False
+    return True
+
+
+def _verdict(now: Timing, default: list[Timing], then: float | None, tolerance: float) -> str:
+    if any(beats(timing, now) for timing in default):
+        return "slower than the default"
+    return "slower than it was" if then and now.ms > (1 + tolerance) * then else FRESH
+
+
+def _workload(problem: Problem) -> str:
+    K, V = sorted((problem.K, problem.V))  # the tuner takes both sweeps of a workload
+    dtype = "" if problem.dtype == "bfloat16" else f",dtype={problem.dtype}"
+    return f"B={problem.B},T={problem.T},H={problem.H},K={K},V={V}{dtype}"
+
+
+def _report(console: Console, findings: list[Finding], left: int, unused: list[ActiveRule]) -> None:
+    if findings:
+        console.print(_table(findings))
+    for finding in findings:
+        if finding.reason:
+            console.print(escape(f"{finding.claim}: {finding.reason}"), soft_wrap=True)
+    for path, status in dict.fromkeys((rule.path, rule.status) for rule in unused):
+        console.print(escape(f"{path}: rules not used: {status}"), soft_wrap=True)
+    if left:
+        console.print(f"the budget or Ctrl-C left {left} unlooked at")
+    counts = Counter(finding.verdict for finding in findings)
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing was timed")
+
+
+def _table(findings: list[Finding]) -> Table:
+    table = Table("rule", "ms then", "ms now", "ratio", "default now", "verdict")
+    for f in findings:
+        ratio = f"{f.now_ms / f.then_ms:.2f}" if f.now_ms and f.then_ms else ""
+        times = ["" if ms is None else f"{ms:.4g}" for ms in (f.then_ms, f.now_ms, f.default_ms)]
+        table.add_row(str(f.claim), times[0], times[1], ratio, times[2], f.verdict)
+    return table
