@@ -66,11 +66,12 @@ class Candidates:
         }
         self.ranks = np.array([[levels[name].index(row[name]) for name in levels] for row in rows], dtype=float)
         self._by_rank = {tuple(map(int, ranks)): number for number, ranks in enumerate(self.ranks)}
-        self.features = self._features(rows)
+        self.features, self.learned = self._features(rows), 0
         self.estimates = np.log2([predict(problem, config, arch) for config in configs])
 
     def learn(self, config: Any, needs: Resources) -> None:
         """Estimate anew with what the compiler says that the kernel needs: registers, spills, occupancy."""
+        self.learned += 1
         self.estimates[self.numbers[config]] = math.log2(predict(self.problem, config, self.arch, needs))
 
     def params(self, number: int) -> dict[str, int]:
@@ -153,10 +154,11 @@ class Informed(BaseSampler):
 
     def __init__(self, candidates: Candidates) -> None:
         self._candidates = candidates
+        self._belief: tuple[tuple[int, int], Belief] | None = None  # and of how many trials and compiled candidates
 
     def gains(self, study: Study, numbers: list[int]) -> Array:
         """By how many octaves each of some candidates is expected to beat the best so far."""
-        belief = self._belief(study)
+        belief = self._believe(study)
         gains = -self._candidates.estimates if belief is None else belief.gain()
         return gains[numbers]
 
@@ -177,14 +179,18 @@ class Informed(BaseSampler):
         """Never: all knobs are related."""
         raise NotImplementedError(f"{param_name} is no knob of the list")
 
-    def _belief(self, study: Study) -> Belief | None:
+    def _believe(self, study: Study) -> Belief | None:
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
         times = [trial.value for trial in trials if trial.value is not None]
         if not times:
             return None
-        log_ms = np.log2([trial.value or max(times) for trial in trials])
-        measured = [self._candidates.number(trial.params) for trial in trials]
-        return believe(self._candidates.features, self._candidates.estimates, measured, log_ms)
+        known = (len(trials), self._candidates.learned)
+        if self._belief is None or self._belief[0] != known:
+            log_ms = np.log2([trial.value or max(times) for trial in trials])
+            measured = [self._candidates.number(trial.params) for trial in trials]
+            belief = believe(self._candidates.features, self._candidates.estimates, measured, log_ms)
+            self._belief = (known, belief)
+        return self._belief[1]
 
 
 def sampler(name: str, candidates: Candidates, seed: int) -> BaseSampler:
