@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -137,7 +138,10 @@ class OnList(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Hand on, but to brute force: all that it would do is to stop a study that is not asked and told."""
         if not isinstance(self._inner, optuna.samplers.BruteForceSampler):
-            self._inner.after_trial(study, trial, state, values)
+            with warnings.catch_warnings():
+                # CMA-ES goes without constraints, as it may: what exceeds them is pruned.
+                warnings.filterwarnings("ignore", "Constraints have been set")
+                self._inner.after_trial(study, trial, state, values)
 
     def reseed_rng(self) -> None:
         """Hand on."""
@@ -198,7 +202,9 @@ def sampler(name: str, candidates: Candidates, seed: int) -> BaseSampler:
     if name == INFORMED:
         return Informed(candidates)
     check_available(name)
-    return OnList(OPTUNAS[name](seed), candidates)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # brute force, since 2023
+        return OnList(OPTUNAS[name](seed), candidates)
 
 
 def _order(value: int) -> float:
