@@ -57,8 +57,9 @@ def test_regret_is_none_once_everything_was_tried() -> None:
 
 
 def test_simulate_prints_tables_and_writes_curves_and_a_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     picture, curves = tmp_path / "regret.png", tmp_path / "regret.json"
     options = ["--landscape", SMALL, "--sampler", "informed", "--sampler", "random", "--seeds", "2", "--each"]
     assert main(["simulate", *options, "--measurements", "20", "--plot", str(picture), "--json", str(curves)]) == 0
