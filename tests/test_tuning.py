@@ -33,7 +33,6 @@ from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
 from tuning.rules import Entry
-from tuning.search import Search
 from tuning.space import knob_values
 from tuning.tuner import MODEL_NOISE, NOISE, Effort, Winner
 from tuning.workloads import WorkloadError, builtin, parse
@@ -182,41 +181,6 @@ def test_chunk_runs_with_the_states_pass_that_won() -> None:
     assert seen
     assert all(extra["states_config"] == tuner.winners[states].config for extra in seen)
     assert list(tune(Judge(), problems=[problem], effort=Effort(5, 0, 0, 3)).winners) == [problem]
-
-
-# Search
-
-
-def test_search_tries_the_given_first_and_everything_once() -> None:
-    everything = candidates()
-    outside = type(PROBLEM.default())(BT=256, BV=16, num_warps=4, num_stages=1)
-    first = [everything[40], outside, everything[3], everything[40]]
-    search = Search(everything, first)
-    proposed = search.ask(3)
-    assert proposed == [everything[40], outside, everything[3]]
-    for config in proposed:
-        search.tell(config, landscape(config))
-    while batch := search.ask(7):
-        proposed += batch
-        for config in batch:
-            search.tell(config, None if config.BV == 16 else landscape(config))
-    assert len(proposed) == len(set(proposed))
-    assert set(proposed) == {*everything, outside}
-    assert search.ask(1) == []
-    assert search.best(1) == [min(everything, key=landscape)]
-
-
-def test_search_is_the_same_each_time() -> None:
-    def proposals() -> list[Any]:
-        search, found = Search(candidates(), [PROBLEM.default()]), []
-        for _ in range(6):
-            batch = search.ask(4)
-            found += batch
-            for config in batch:
-                search.tell(config, landscape(config))
-        return found
-
-    assert proposals() == proposals()
 
 
 # Rules

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from tuning import bench, check, precompile, record, report, run, show, verify
+from tuning import bench, check, landscape, precompile, record, report, run, show, simulate, verify
 from tuning.compilation import ARCHS
 from tuning.measurement import MeasurementError
 from tuning.problems import FORMS, PASSES
 from tuning.run import RunError
+from tuning.samplers import INFORMED, SAMPLERS, SamplerError
 from tuning.tuner import EFFORTS
 from tuning.workloads import DTYPES, WorkloadError, builtin
 
@@ -28,6 +29,7 @@ EXAMPLES = """examples:
   python -m tuning check                                   without a GPU: are the files whole, fresh and compilable
   python -m tuning verify                                  on the GPU: are the rules as fast as when they were tuned
   python -m tuning show                                    the rules that hold on this machine, and where they lie
+  python -m tuning simulate --sampler informed --sampler tpe   without a GPU: how well ways of searching do
   python -m tuning bench --workload short --form chunk     times and errors, against the floor and fla
   python -m tuning report                                  what was searched, found and spent, as a page and a table
 """
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.command(options, _console()))
     except WorkloadError as error:
         return _fail(error, 2)
-    except (RunError, MeasurementError, OSError) as error:
+    except (RunError, SamplerError, MeasurementError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -87,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     bench_parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     bench_parser.set_defaults(command=bench.bench)
     _add_report(commands)
+    _add_simulate(commands)
+    _add_landscape(commands)
     return parser
 
 
@@ -99,6 +103,13 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_selection(parser, [form for form in FORMS if form not in PASSES])
     parser.add_argument(
         "--effort", choices=sorted(EFFORTS), default="quick", help="how many candidates (default: quick)"
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default=INFORMED,
+        help=f"which way to search: {INFORMED} by a model, the compiler's figures and what was measured, the others "
+        f"are Optuna's (default: {INFORMED})",
     )
     _add_budget(parser, "stop after this time with what was found, once there is something")
     parser.add_argument(
@@ -210,6 +221,52 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     _add_budget(parser, "look at no further rule after this time")
     parser.set_defaults(command=verify.verify)
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "simulate",
+        help="replay samplers over measured landscapes, without a GPU",
+        description="Replay ways of searching over landscapes, in which every candidate was measured, and tell how "
+        "much slower than the best what they find is. A landscape of fewer candidates than measurements is searched "
+        "to its end, which leaves no regret.",
+    )
+    default = ", ".join(simulate.DEFAULT_SAMPLERS)
+    parser.add_argument(
+        "--sampler",
+        action="append",
+        default=[],
+        choices=SAMPLERS,
+        help=f"may be repeated (default: {default}; gp takes minutes)",
+    )
+    parser.add_argument(
+        "--landscape",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a file, or a pattern for the shipped ones' names, such as 'chunk_*'; may be repeated (default: all)",
+    )
+    parser.add_argument("--measurements", type=_positive, default=60, metavar="N", help="of each search (default: 60)")
+    parser.add_argument(
+        "--seeds", type=_positive, default=5, metavar="N", help="searches of each sampler that chance has a part in"
+    )
+    parser.add_argument("--each", action="store_true", help="also tell the regret on each landscape")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the regret by measurements (.png, .svg or .pdf)")
+    parser.add_argument("--json", metavar="FILE", help="also write the curves to this file")
+    parser.set_defaults(command=simulate.simulate)
+
+
+def _add_landscape(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "landscape",
+        help="measure every candidate, for simulate to replay",
+        description="Measure every candidate of the selected searches on this GPU, and write a file for each.",
+    )
+    _add_selection(parser, [form for form in FORMS if form not in PASSES])
+    _add_budget(parser, "stop after this time: searches that are not complete are not written")
+    parser.add_argument("--out", metavar="FOLDER", help="where to write (default: tuning/landscapes/<gpu>)")
+    _add_workers(parser)
+    parser.set_defaults(command=landscape.landscape)
 
 
 def _add_budget(parser: argparse.ArgumentParser, what: str) -> None:

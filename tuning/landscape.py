@@ -13,7 +13,7 @@ import io
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Landscape:
     problem: Problem
     gpu: Gpu
     software: dict[str, str]
+    source: str
     candidates: list[Candidate]
 
     @property
@@ -120,14 +121,14 @@ def _measure(
     for config, timing in zip(fastest, again, strict=False):
         found[config] = Candidate(config, found[config].needs, timing.ms)
     software = {"driver": measurer.gpu.driver} | {name: version(name) for name in ("triton", "torch")}
-    return Landscape(problem, measurer.gpu, software, list(found.values()))
+    source = kernel_registry()[problem.kernel].source
+    return Landscape(problem, measurer.gpu, software, source, list(found.values()))
 
 
 def write(directory: Path, found: Landscape) -> Path:
     """Write a landscape's file, whole or not at all."""
     knobs = list(knob_values(found.candidates[0].config))
-    head: dict[str, Any] = {"problem": asdict(found.problem), "gpu": asdict(found.gpu), "software": found.software}
-    head["source"] = kernel_registry()[found.problem.kernel].source
+    head = {name: value for name, value in asdict(replace(found, candidates=[])).items() if name != "candidates"}
     text = io.StringIO()
     text.write(f"# {json.dumps(head)}\n")
     rows = csv.writer(text, lineterminator="\n")
@@ -151,16 +152,12 @@ def read(path: Path) -> Landscape:
     candidates = [
         Candidate(
             config_type(**{name: int(row[name]) for name in knobs}),
-            Resources(**{name: _whole(row[name]) for name in NEEDS}),
+            Resources(*(int(row[name]) for name in NEEDS)),
             float(row["ms"]) if row["ms"] else None,
         )
         for row in csv.DictReader(io.StringIO(table))
     ]
-    return Landscape(problem, Gpu(**about["gpu"]), about["software"], candidates)
-
-
-def _whole(text: str) -> Any:
-    return int(text)
+    return Landscape(problem, Gpu(**about["gpu"]), about["software"], about["source"], candidates)
 
 
 def shipped(directories: Iterable[Path] = (DIRECTORY,)) -> list[Landscape]:

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from tuning.compile_pool import CompilePool
 from tuning.journal import Journal
 from tuning.journal import default_path as default_journal
 from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
-from tuning.problems import GRADIENTS, Problem, problems_of
+from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, Problem, problem_at, problems_of
+from tuning.samplers import check_available
 from tuning.space import knob_values
 from tuning.tuner import EFFORTS, GpuJudge, Judge, ModelJudge, Tuner, Winner
 from tuning.workloads import Workload, parse
@@ -48,6 +50,7 @@ class RunError(Exception):
 def run(options: argparse.Namespace, console: Console) -> int:
     """Tune what the options select; write even after Ctrl-C what was found until then."""
     started, workloads = time.monotonic(), parse(options.workload)
+    check_available(options.sampler)
     for workload in workloads:
         if not has_aligned_rows(workload.torch_dtype, workload.K, workload.V):
             raise RunError(f"{workload.name}: an odd K or V in {workload.dtype} always runs the defaults, never a rule")
@@ -163,10 +166,20 @@ def _tune(
         contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
         SearchProgress(console) as progress,
     ):
-        tuner = Tuner(judge, pool, arch, EFFORTS[options.effort], deadline, incumbents, progress, journal)
+        effort, how = EFFORTS[options.effort], {"sampler": options.sampler, "earlier": earlier_winners(known)}
+        tuner = Tuner(judge, pool, arch, effort, deadline, incumbents, progress, journal, **how)
         tuner.run(problems)
         tuner.conclude()
     return tuner
+
+
+def earlier_winners(entries: list[rules.Entry]) -> dict[Problem, Any]:
+    """What a file's rules say for the problems that they were measured at."""
+    return {
+        problem_at(entry.kernel, **asdict(entry.point)): rules.config_from(entry)
+        for entry in entries
+        if entry.kernel not in (FORM_KERNEL, GRADIENTS_FORM_KERNEL)
+    }
 
 
 @contextlib.contextmanager

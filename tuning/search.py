@@ -1,76 +1,188 @@
-"""Which candidates to try: Optuna proposes, and what it proposes is always a candidate that was not tried yet."""
+"""Which candidates to compile and which of those to measure: Optuna's ask and tell over a finite list.
+
+A search goes in rounds. `ask` opens one and gives what to compile; `compiled` takes what the compiler says; `next`
+gives what to measure, one by one; `tell` takes its time. More is compiled than measured, because the compiler's answer
+tells much about a candidate and costs the GPU nothing: what a round leaves over competes in the next.
+
+Every candidate that was asked for is a trial of the search's study: COMPLETE with its milliseconds, FAIL where it does
+not run right, PRUNED where it does not compile, is too large or was never worth measuring. What it needs of a
+multiprocessor lies in the trial as constraints, feasible up to 0.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
 
-from tuning.space import knob_values
+from tuning.compilation import TENSOR_MEMORY, Arch, Resources
+from tuning.problems import Problem
+from tuning.samplers import INFORMED, Candidates, Informed, sampler
+
+MAX_SPILLS = 1024  # bytes a thread; of the shipped landscapes' candidates within 1.5 of the best none has over 560
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-class Search:
-    """A study over a finite list of configurations, the first ones given and the rest from Optuna's TPE.
+@dataclass(frozen=True)
+class Effort:
+    """How much to try: so many measurements in the first round, then rounds of so many, and so many in the final race.
 
-    candidates: every configuration that may be tried. first: those to try before anything is known, best guess first.
+    ahead: how many more are compiled than are measured. gain: the search ends when none is expected to be faster than
+    the best by more than this; 0 for never. Only the sampler `informed` looks ahead and expects.
     """
 
-    def __init__(self, candidates: list[Any], first: list[Any], seed: int = 0) -> None:
-        self._untried = {_key(config): config for config in [*first, *candidates]}
-        self._queue = list(self._untried.values())[: len({_key(config) for config in first})]
-        self._proposals: dict[tuple[int, ...], optuna.Trial] = {}
-        self._distributions = _distributions(list(self._untried.values()))
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
-        self.study = optuna.create_study(sampler=sampler, direction="minimize")
-        self.results: dict[Any, float] = {}
+    first: int
+    rounds: int
+    per_round: int
+    finalists: int
+    ahead: int = 0
+    gain: float = 0.0
 
-    def ask(self, count: int) -> list[Any]:
-        """Up to `count` configurations to try next; none when all were tried."""
-        return [self._next() for _ in range(min(count, len(self._untried)))]
+    @property
+    def measurements(self) -> int:
+        """How many candidates a search measures at most, beside the incumbents."""
+        return self.first + self.rounds * self.per_round
+
+
+class Search:
+    """A study over a finite list of configurations.
+
+    candidates: what may be tried. kept: what is in use now, which need not be on the list: tried first, one trial more
+    for each beyond the first. first: what is tried next, such as other searches' winners. max_spills: with more bytes
+    spilled a thread, only what is kept is measured.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        candidates: list[Any],
+        kept: list[Any],
+        arch: Arch,
+        effort: Effort,
+        *,
+        name: str = INFORMED,
+        max_spills: int = MAX_SPILLS,
+        seed: int = 0,
+    ) -> None:
+        self._kept, self._effort, self._max_spills = list(dict.fromkeys(kept)), effort, max_spills
+        self._list = Candidates(problem, list(dict.fromkeys([*kept, *candidates])), arch)
+        self._queue = list(self._kept)
+        self._first: set[Any] = set()  # asked for from the queue: measured as they come
+        self._sampler = sampler(name, self._list, seed)
+        self.study = optuna.create_study(sampler=self._sampler, direction="minimize")
+        self._trials: dict[Any, Trial] = {}  # asked for and not told
+        self._compiling: set[Any] = set()
+        self._ready: list[Any] = []  # compiled and not measured, in the order in which they were asked for
+        self._left = effort.measurements + max(0, len(self._kept) - 1)
+        self._quota = 0
+        self.results: dict[Any, float] = {}
+        self.finished = self.stopped = False  # stopped: because nothing better is expected
+
+    @property
+    def measured(self) -> int:
+        """How many candidates were told of."""
+        return len(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)))
+
+    def enqueue(self, configs: list[Any]) -> None:
+        """Try these first of what is left, where they are on the list and not asked for yet."""
+        open_ = {self._list.configs[number] for number in self._list.open(self.study)}
+        self._queue += [c for c in dict.fromkeys(configs) if c in open_ and c not in self._queue]
+
+    def ask(self) -> list[Any]:
+        """What to compile for the next round; `finished` where there is neither that nor anything left to measure."""
+        a_round = self._effort.per_round if self.results else self._effort.first + max(0, len(self._kept) - 1)
+        self._quota = min(self._left, a_round or self._left)
+        ahead = self._effort.ahead if isinstance(self._sampler, Informed) else 0
+        count = min(len(self._list.open(self.study)), max(0, self._quota + ahead - len(self._ready)))
+        self.finished = self.stopped or not self._quota or not (count or self._ready)
+        if self.finished:
+            self._prune(list(self._trials))
+            return []
+        asked = [self._propose() for _ in range(count)]
+        self._compiling.update(asked)
+        return asked
+
+    def compiled(self, config: Any, needs: Resources | str) -> str | None:
+        """Take what the compiler says of one that was asked for; why it is not going to be measured, or None."""
+        self._compiling.discard(config)
+        trial = self._trials[config]
+        if isinstance(needs, str):
+            self.study.tell(self._trials.pop(config), state=TrialState.PRUNED)
+            return needs
+        self._list.learn(config, needs)
+        trial.set_user_attr("needs", asdict(needs))
+        over = constraints(needs, self._list.arch, self._max_spills)
+        for what, value in over.items():
+            trial.set_constraint(what, value)
+        reasons = [what for what, value in over.items() if value > 0 and (what != "spills" or config not in self._kept)]
+        if reasons:
+            self._prune([config])
+            return reasons[0]
+        self._ready.append(config)
+        return None
+
+    def next(self) -> Any | None:
+        """What to measure now; None until more is compiled, and at the end of a round."""
+        if not self._quota or not self._ready:
+            return None
+        config = self._ready[0]
+        if config not in self._first:
+            if self._compiling:
+                return None
+            config = self._most_promising()
+        if config is not None:
+            self._ready.remove(config)
+            self._quota -= 1
+            self._left -= 1
+        return config
 
     def tell(self, config: Any, ms: float | None) -> None:
-        """The time of a configuration, or None where it failed."""
+        """The time of a configuration, whoever measured it, or None where it does not run right."""
+        trial = self._trials.pop(config, None) or self._trial_of(config)
+        self.study.tell(trial, ms, TrialState.FAIL if ms is None else TrialState.COMPLETE)
         if ms is not None:
             self.results[config] = ms
-        trial = self._proposals.pop(_key(config), None)
-        if trial is not None:
-            self.study.tell(trial, ms, TrialState.COMPLETE if ms is not None else TrialState.FAIL)
-            return
-        if ms is not None:
-            params, distributions = knob_values(config), self._distributions
-            self.study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=ms))
 
-    def best(self, count: int) -> list[Any]:
-        """The fastest configurations so far, fastest first."""
-        return sorted(self.results, key=lambda config: self.results[config])[:count]
-
-    def _next(self) -> Any:
+    def _propose(self) -> Any:
         if self._queue:
-            return self._untried.pop(_key(self._queue.pop(0)))
-        trial = self.study.ask(self._distributions)
-        wanted = tuple(trial.params[name] for name in self._distributions)
-        key = min(self._untried, key=lambda key: _distance(key, wanted))
-        if key == wanted:
-            self._proposals[key] = trial
+            config = self._queue.pop(0)
+            self._first.add(config)
+            trial = self._trial_of(config)
         else:
-            # The proposal was tried or is no candidate: its nearest neighbour stands in, and is added when told.
-            self.study.tell(trial, state=TrialState.FAIL)
-        return self._untried.pop(key)
+            trial = self.study.ask(self._list.distributions)
+            config = self._list.configs[self._list.number(trial.params)]
+        self._trials[config] = trial
+        return config
+
+    def _trial_of(self, config: Any) -> Trial:
+        self.study.enqueue_trial(self._list.params(self._list.numbers[config]))
+        return self.study.ask(self._list.distributions)
+
+    def _most_promising(self) -> Any | None:
+        """The compiled candidate with the largest expected gain; None where nothing is to be gained any more."""
+        if not isinstance(self._sampler, Informed):
+            return self._ready[0]
+        ready = [self._list.numbers[config] for config in self._ready]
+        gains = self._sampler.gains(self.study, ready + self._list.open(self.study))
+        if self.results and self.measured >= self._effort.first and gains.max() < math.log2(1 + self._effort.gain):
+            self.stopped = True
+            return None
+        return self._ready[int(gains[: len(ready)].argmax())]
+
+    def _prune(self, configs: list[Any]) -> None:
+        """These are not going to be measured."""
+        for config in configs:
+            self.study.tell(self._trials.pop(config), state=TrialState.PRUNED)
 
 
-def _key(config: Any) -> tuple[int, ...]:
-    return tuple(knob_values(config).values())
-
-
-def _distributions(configs: list[Any]) -> dict[str, BaseDistribution]:
-    rows = [knob_values(config) for config in configs]
-    return {name: CategoricalDistribution(sorted({row[name] for row in rows})) for name in rows[0]}
-
-
-def _distance(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(one, other, strict=True))
+def constraints(needs: Resources, arch: Arch, max_spills: int = MAX_SPILLS) -> dict[str, float]:
+    """By how much a candidate exceeds what it may need, as Optuna's constraints: feasible where none is above 0."""
+    return {
+        "shared memory": needs.shared - arch.shared,
+        "tensor memory": needs.tensor_memory - TENSOR_MEMORY,
+        "spills": needs.spills - max_spills,
+    }

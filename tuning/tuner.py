@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -16,7 +17,8 @@ from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, Measurer, Timing
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
-from tuning.search import Search
+from tuning.samplers import INFORMED
+from tuning.search import MAX_SPILLS, Effort, Search
 from tuning.space import knob_values, launched
 
 NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
@@ -28,17 +30,10 @@ CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spen
 CONTENDERS = 3  # of each race, which a fresh process times again
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How many candidates to try: those the model likes best at first, then by Optuna in rounds."""
-
-    first: int
-    rounds: int
-    per_round: int
-    finalists: int
-
-
-EFFORTS = {"quick": Effort(first=10, rounds=2, per_round=5, finalists=3), "full": Effort(24, 8, 8, 5)}
+EFFORTS = {
+    "quick": Effort(first=8, rounds=4, per_round=4, finalists=3, ahead=24, gain=0.001),
+    "full": Effort(first=24, rounds=5, per_round=8, finalists=5, ahead=24, gain=0.0002),
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,7 @@ class Funnel:
     remembered: int = 0
     same_code: int = 0
     raced: int = 0
+    stopped: int = 0  # searches that ended because nothing better was expected
     confirmed: int = 0
     proven: int = 0
     compared: int = 0  # winners where a rule was in use before
@@ -259,7 +255,8 @@ class Tuner:
 
     incumbents(problem) gives the configurations that earlier files hold for it; they race from the start.
     progress(done, total, problem, phase, standing) is told after every step. The journal remembers what earlier runs
-    measured. Afterwards `winners` holds what was found and proven, `unfinished` says how many searches the deadline or
+    measured. sampler: one of tuning.samplers.SAMPLERS. earlier: what the rules say for other problems.
+    Afterwards `winners` holds what was found and proven, `unfinished` says how many searches the deadline or
     Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
     """
 
@@ -273,7 +270,11 @@ class Tuner:
         incumbents: Callable[[Problem], list[Any]],
         progress: Callable[[int, int, Problem, str, str], None],
         journal: Journal | None = None,
+        *,
+        sampler: str = INFORMED,
+        earlier: dict[Problem, Any] | None = None,
     ) -> None:
+        self.sampler, self.earlier = sampler, earlier or {}
         self.judge, self.pool, self.arch, self.effort, self.deadline = judge, pool, arch, effort, deadline
         self.incumbents, self.progress, self.journal = incumbents, progress, journal
         self.funnel = Funnel()
@@ -317,7 +318,7 @@ class Tuner:
     def _search(self, problems: list[Problem], tasks: list[_Task]) -> None:
         waiting, started = self._startable(problems, problems)
         tasks += started
-        done, total = 0, len(problems) * (self.effort.first + self.effort.rounds * self.effort.per_round)
+        done, total = 0, len(problems) * self.effort.measurements
         while tasks:
             task = next((t for t in tasks if t.ready()), tasks[0])
             for _ in task.step():
@@ -442,14 +443,22 @@ class Tuner:
         return [p for p in waiting if p not in ready], [_Task(self, p) for p in ready]
 
     def neighbours(self, problem: Problem) -> list[Any]:
-        """What won where the work is alike: fused_chunk's tiles, for chunk at several segment lengths."""
-        if problem.form not in ("chunk", GRADIENTS):
-            return []
-        ranked = self.ranked.get(replace(problem, form="fused_chunk"), [])
+        """What won where the work is alike: fused_chunk's tiles, and the kernel's own at the nearest other shape."""
+        found = [*self._related(problem)]
+        for known in ({one: winners[0].config for one, winners in self.ranked.items()}, self.earlier):
+            kernel = (problem.form, problem.dtype)
+            far = {one: distance(one, problem) for one in known if (one.form, one.dtype) == kernel}
+            found += [known[one] for one in sorted(far, key=far.__getitem__) if far[one]][:1]
+        return found
+
+    def _related(self, problem: Problem) -> Iterator[Any]:
+        """For the gradients in one launch fused_chunk's winners, for chunk the same at several segment lengths."""
+        ranked = self.ranked.get(replace(problem, form="fused_chunk"), [])[:2]
         if problem.form == GRADIENTS:
-            return [winner.config for winner in ranked[:2]]
-        tiles = [knob_values(winner.config) for winner in ranked[:2]]
-        return [type(problem.default())(L=L, **tile) for L in NEIGHBOUR_SEGMENTS for tile in tiles]
+            yield from (winner.config for winner in ranked)
+        if problem.form == "chunk":
+            tiles = [knob_values(winner.config) for winner in ranked]
+            yield from (type(problem.default())(L=L, **tile) for L in NEIGHBOUR_SEGMENTS for tile in tiles)
 
     def extra(self, problem: Problem) -> dict[str, Any]:
         """What a sweep is run with beside its own configuration."""
@@ -458,6 +467,12 @@ class Tuner:
         states = _states_problem(problem)
         best = self.winners.get(states) or next(iter(self.ranked.get(states, [])), None)
         return {"states_config": best.config} if best else {}
+
+
+def distance(one: Problem, other: Problem) -> float:
+    """How unlike the work of two problems is: by how many doublings K, V, B * H and T differ."""
+    sizes = [(p.K, p.V, p.B * p.H, p.T) for p in (one, other)]
+    return sum(abs(math.log2(a / b)) for a, b in zip(*sizes, strict=True))
 
 
 def _states_problem(problem: Problem) -> Problem:
@@ -478,38 +493,42 @@ class _Task:
         tuner.funnel.enumerated += len(candidates)
         self.default = problem.default()
         incumbents = tuner.incumbents(problem)
-        guesses = [*tuner.neighbours(problem), *candidates][: tuner.effort.first - 1]
-        first = [*incumbents, self.default, *guesses]
-        self.search = Search(candidates, first)
-        self.rounds = tuner.effort.rounds
-        self.left = tuner.effort.first + tuner.effort.rounds * tuner.effort.per_round
+        # To a model, compiling is measuring: looking ahead would tell it nothing.
+        effort, max_spills = (replace(tuner.effort, ahead=0), 0) if tuner.judge.modelled else (tuner.effort, MAX_SPILLS)
+        kept = [*incumbents, self.default]
+        self.search = Search(problem, candidates, kept, tuner.arch, effort, name=tuner.sampler, max_spills=max_spills)
+        self.left = effort.measurements
         noise = MODEL_NOISE if tuner.judge.modelled else NOISE
         self.found = Found(problem, self.default, set(incumbents), noise=noise)
         self.tried: set[Any] = set()
         self.measured: dict[Any, Outcome] = {}  # by compiled code and what else makes a launch
         self.finished = self.cut_short = False
-        self._ask(len(incumbents) + tuner.effort.first)
+        self._ask()
 
     def ready(self) -> bool:
         return all(future.done() for _, future in self.batch)
 
     def step(self) -> Iterator[None]:
-        """Time the batch as it comes out of the compiler, then ask for the next."""
+        """Take the batch as it comes out of the compiler, time what is worth it, then ask for the next."""
         for config, _ in self.batch:
             needs = self._needs(config)
             if needs is None:
                 self.finished = self.cut_short = True
                 return
-            self.search.tell(config, self._time(config, needs))
+            self._compiled(config, needs)
+            yield from self._time_ready()
+        yield from self._time_ready()
+        if not self.finished:
+            self._ask()
+
+    def _time_ready(self) -> Iterator[None]:
+        while not self.finished and (config := self.search.next()) is not None:
+            self.search.tell(config, self._time(config, self.found.needs[config]))
             self.found.trials = len(self.search.results)
             self.tried.add(config)
             self.left -= 1
             yield
-        self.finished = self.rounds == 0
-        if not self.finished:
-            self.rounds -= 1
-            self._ask(self.tuner.effort.per_round)
-            self.finished = not self.batch
+            self.finished = self.cut_short = self.tuner.seconds_left() == 0
 
     def _needs(self, config: Any) -> Resources | str | None:
         """What the compiler says, or None at the deadline."""
@@ -521,28 +540,31 @@ class _Task:
         except TimeoutError:
             return None
 
-    def _ask(self, count: int) -> None:
+    def _ask(self) -> None:
+        """Compile the next round's, with what was found elsewhere since the last before the rest."""
+        self.search.enqueue(self.tuner.neighbours(self.problem))
         self.batch: list[tuple[Any, Future[Resources | str]]] = [
-            (config, self.tuner.pool.submit(self.problem, config)) for config in self.search.ask(count)
+            (config, self.tuner.pool.submit(self.problem, config)) for config in self.search.ask()
         ]
+        self.finished = self.search.finished
+        self.tuner.funnel.stopped += self.search.stopped
 
-    def _time(self, config: Any, needs: Resources | str) -> float | None:
+    def _compiled(self, config: Any, needs: Resources | str) -> None:
+        """Take what the compiler says."""
         funnel = self.tuner.funnel
-        if evidence := known_bad(self.problem.form, config, self.tuner.arch.name):  # an incumbent may be
-            funnel.reject(self.problem, config, f"known bad: {evidence}")
-            return None
-        funnel.compiled += 1
-        if isinstance(needs, str):
-            funnel.fail(_kind(needs))
-            return None
-        if not needs.fits(self.tuner.arch):
-            funnel.fail("shared memory")
-            return None
-        if needs.spills and self.tuner.judge.modelled and config not in {self.default, *self.found.in_use}:
-            funnel.fail("spills")
-            return None
-        funnel.clean += 1
-        self.found.needs[config] = needs
+        evidence = known_bad(self.problem.form, config, self.tuner.arch.name)  # an incumbent may be
+        funnel.compiled += not evidence
+        reason = self.search.compiled(config, f"known bad: {evidence}" if evidence else needs)
+        if isinstance(needs, str) or reason:
+            self.tried.add(config)
+            count = funnel.reject if evidence else lambda problem, config, reason: funnel.fail(_kind(reason))
+            count(self.problem, config, str(reason))
+        else:
+            self.found.needs[config] = needs
+            funnel.clean += 1
+
+    def _time(self, config: Any, needs: Resources) -> float | None:
+        funnel = self.tuner.funnel
         extra = self.tuner.extra(self.problem)
         outcome = self.tuner.journal and self.tuner.journal.remembered(self.problem, config, extra)
         same = (needs, *launched(config)) if needs.digest else config

@@ -1,0 +1,168 @@
+"""Which candidates are tried: a finite list, each once, in an order that every sampler of the command line can give."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fakes import NEEDS, PROBLEM, SM90, Judge, candidates, landscape, tune
+from optuna.trial import TrialState
+
+from tuning.compilation import Resources
+from tuning.samplers import INFORMED, SAMPLERS, SamplerError, check_available
+from tuning.search import MAX_SPILLS, Effort, Search
+from tuning.tuner import Tuner, distance
+
+EVERYTHING = Effort(first=10, rounds=50, per_round=5, finalists=3, ahead=7)
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+
+
+def search_for(listed: list[Any] | None = None, **options: Any) -> Search:
+    """A search over all candidates of the problem, or over some."""
+    given: dict[str, Any] = {"kept": [PROBLEM.default()], "effort": EVERYTHING} | options
+    return Search(PROBLEM, listed or candidates(), given.pop("kept"), SM90, given.pop("effort"), **given)
+
+
+def run(search: Search, needs: Resources = NEEDS, ms: Any = landscape) -> list[Any]:
+    """Search to the end; what was measured, in order."""
+    measured = []
+    while not search.finished:
+        for config in search.ask():
+            search.compiled(config, needs)
+        while (config := search.next()) is not None:
+            measured.append(config)
+            search.tell(config, ms(config))
+    return measured
+
+
+@every_sampler
+def test_everything_is_measured_once_and_nothing_off_the_list(name: str) -> None:
+    listed = candidates()[::6]
+    measured = run(search_for(listed, name=name))
+    assert len(measured) == len(set(measured))
+    assert set(measured) == {*listed, PROBLEM.default()}
+
+
+@every_sampler
+def test_a_search_is_the_same_each_time(name: str) -> None:
+    effort = Effort(first=5, rounds=1, per_round=3, finalists=3, ahead=5)
+    assert run(search_for(name=name, effort=effort)) == run(search_for(name=name, effort=effort))
+
+
+@every_sampler
+def test_what_is_asked_for_at_once_is_different(name: str) -> None:
+    batch = search_for(name=name).ask()
+    assert len(batch) == len(set(batch)) >= EVERYTHING.first
+
+
+def test_what_is_in_use_comes_first_even_off_the_list() -> None:
+    outside = type(PROBLEM.default())(BT=256, BV=16, num_warps=4, num_stages=1)
+    assert run(search_for(kept=[outside, PROBLEM.default()]))[:2] == [outside, PROBLEM.default()]
+
+
+def test_what_is_in_use_is_measured_before_all_others_are_compiled() -> None:
+    search = search_for()
+    first, *_ = search.ask()
+    search.compiled(first, NEEDS)
+    assert (first, search.next(), search.next()) == (PROBLEM.default(), PROBLEM.default(), None)
+
+
+def test_neighbours_come_next_where_they_are_on_the_list() -> None:
+    worst = max(candidates(), key=landscape)
+    outside = type(PROBLEM.default())(BT=256, BV=16, num_warps=4, num_stages=1)
+    search = search_for()
+    search.enqueue([outside, worst])
+    assert search.ask()[:2] == [PROBLEM.default(), worst]
+
+
+def test_more_is_compiled_than_measured_and_the_compiler_decides_what_comes_first() -> None:
+    search = search_for(effort=Effort(first=2, rounds=0, per_round=0, finalists=1, ahead=10), kept=[])
+    batch = search.ask()
+    assert len(batch) == 12
+    for config in batch:
+        search.compiled(config, NEEDS if config == batch[-1] else replace(NEEDS, spills=900))
+    assert search.next() == batch[-1]
+
+
+def test_a_trial_holds_what_its_kernel_needs_as_constraints() -> None:
+    search = search_for(effort=Effort(first=3, rounds=0, per_round=0, finalists=1))
+    run(search, replace(NEEDS, spills=24))
+    for trial in search.study.get_trials(states=(TrialState.COMPLETE,)):
+        assert trial.constraints["spills"] == 24 - MAX_SPILLS
+        assert trial.constraints["shared memory"] == NEEDS.shared - SM90.shared
+        assert trial.user_attrs["needs"]["registers"] == NEEDS.registers
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        (replace(NEEDS, shared=SM90.shared + 1), "shared memory"),
+        (replace(NEEDS, spills=MAX_SPILLS + 1), "spills"),
+        ("CompilationError: no", "CompilationError: no"),
+    ],
+    ids=["large", "spills", "no"],
+)
+def test_what_cannot_be_worth_measuring_is_pruned(needs: Resources | str, reason: str) -> None:
+    search = search_for(kept=[])
+    batch = search.ask()
+    assert {search.compiled(config, needs) for config in batch} == {reason}
+    assert search.next() is None
+    assert {trial.state for trial in search.study.trials} == {TrialState.PRUNED}
+
+
+def test_what_is_in_use_is_measured_though_it_spills() -> None:
+    search = search_for()
+    run(search, replace(NEEDS, spills=MAX_SPILLS + 1))
+    assert list(search.results) == [PROBLEM.default()]
+
+
+def test_a_search_ends_where_nothing_better_is_expected() -> None:
+    search = search_for(effort=replace(EVERYTHING, gain=0.01))
+    measured = run(search, ms=lambda config: 1.0 if config == PROBLEM.default() else 8.0)
+    assert search.stopped
+    assert EVERYTHING.first <= len(measured) < len(candidates())
+
+
+def test_a_search_ends_with_its_measurements() -> None:
+    effort = Effort(first=5, rounds=2, per_round=4, finalists=3, ahead=6)
+    search = search_for(effort=effort)
+    assert len(run(search)) == effort.measurements == 13
+    assert not search.stopped
+
+
+def test_what_others_measured_is_taken_and_not_measured_again() -> None:
+    search, known = search_for(), candidates()[0]
+    search.tell(known, 0.5)
+    assert known not in run(search)
+    assert search.results[known] == 0.5
+
+
+def test_failures_are_counted_and_passed_over() -> None:
+    search = search_for()
+    run(search, ms=lambda config: None if config.BT == 32 else landscape(config))
+    assert not [config for config in search.results if config.BT == 32]
+    assert len(search.study.get_trials(states=(TrialState.FAIL,))) == sum(c.BT == 32 for c in candidates())
+
+
+@pytest.mark.parametrize(("name", "package"), [("gp", "scipy"), ("cmaes", "cmaes")])
+def test_a_missing_package_is_named_with_the_extra_that_has_it(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == package else find(wanted))
+    with pytest.raises(SamplerError, match=rf"--sampler {name} needs {package}.*pip install 'retgen\[samplers\]'"):
+        check_available(name)
+    check_available(INFORMED)
+
+
+def test_the_nearest_problem_s_winner_is_a_neighbour() -> None:
+    near, far = replace(PROBLEM, T=2 * PROBLEM.T), replace(PROBLEM, T=16 * PROBLEM.T)
+    other = replace(near, dtype="float32")
+    one, two, three, *_ = candidates()
+    tuner = tune(Judge(), effort=Effort(2, 0, 0, 1))
+    given = (tuner.judge, tuner.pool, SM90, tuner.effort, 0.0, lambda problem: [], lambda *progress: None)
+    again = Tuner(*given, earlier={far: one, near: two, other: three, PROBLEM: three})
+    assert again.neighbours(PROBLEM) == [two]
+    assert distance(PROBLEM, near) == 1

@@ -1,0 +1,103 @@
+"""How near the searches come to the best, on the landscapes that come with the package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tuning import landscape, simulate
+from tuning.__main__ import main
+from tuning.landscape import Landscape
+from tuning.samplers import INFORMED
+from tuning.tuner import EFFORTS
+
+MEASUREMENTS = 60
+SMALL = "fused_chunk_bfloat16_B8_T2048_H8_K512_V256"
+
+
+@cache
+def shipped() -> list[Landscape]:
+    """All landscapes of the package."""
+    return landscape.shipped()
+
+
+def regret(sampler: str, known: list[Landscape]) -> float:
+    """The mean regret after 60 measurements."""
+    effort = simulate.sampler_effort(MEASUREMENTS)
+    return float(np.mean([simulate.replay(one, sampler, effort).regrets(MEASUREMENTS)[-1] for one in known]))
+
+
+def test_the_default_sampler_s_regret_is_small_and_below_tpe_s_and_random_s() -> None:
+    informed, tpe, random = (regret(sampler, shipped()) for sampler in (INFORMED, "tpe", "random"))
+    assert informed < 0.03
+    assert informed < tpe
+    assert informed < random
+
+
+@pytest.mark.parametrize(("effort", "limit"), [("quick", 0.05), ("full", 0.02)])
+def test_an_effort_ends_near_the_best_on_every_landscape(effort: str, limit: float) -> None:
+    chosen = EFFORTS[effort]
+    worst = {one.name: simulate.replay(one, INFORMED, chosen).regrets(chosen.measurements)[-1] for one in shipped()}
+    assert {name: found for name, found in worst.items() if found >= limit} == {}
+
+
+def test_regret_is_none_once_everything_was_tried() -> None:
+    (one,) = (one for one in shipped() if one.name == SMALL)
+    replayed = simulate.replay(one, "random", simulate.sampler_effort(MEASUREMENTS))
+    assert len(replayed.times) < len(one.candidates) + 1 < MEASUREMENTS
+    regrets = replayed.regrets(MEASUREMENTS)
+    assert len(regrets) == MEASUREMENTS
+    assert regrets == sorted(regrets, reverse=True)
+    assert regrets[-1] == 0
+
+
+def test_simulate_prints_tables_and_writes_curves_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    picture, curves = tmp_path / "regret.png", tmp_path / "regret.json"
+    options = ["--landscape", SMALL, "--sampler", "informed", "--sampler", "random", "--seeds", "2", "--each"]
+    assert main(["simulate", *options, "--measurements", "20", "--plot", str(picture), "--json", str(curves)]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("informed", "random", "quick", "full", SMALL, "to 2 %"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    regrets = json.loads(curves.read_text(encoding="utf-8"))["regret"]
+    assert np.shape(regrets["random"]) == (1, 2, 20)
+
+
+def test_a_landscape_of_another_kernel_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (one,) = (one for one in shipped() if one.name == SMALL)
+    path = landscape.write(tmp_path, one)
+    path.write_text(path.read_text(encoding="utf-8").replace(one.source, "0" * 16), encoding="utf-8")
+    assert main(["simulate", "--landscape", str(path), "--sampler", "informed"]) == 0
+    assert f"earlier version of the kernel: {SMALL}" in capsys.readouterr().out
+
+
+def test_a_landscape_is_read_as_it_was_written(tmp_path: Path) -> None:
+    one = shipped()[0]
+    assert landscape.read(landscape.write(tmp_path, one)) == one
+
+
+def test_what_cannot_be_simulated_is_refused_with_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["simulate", "--landscape", "nothing*"]) == 1
+    assert SMALL in capsys.readouterr().err
+    assert main(["simulate", "--plot", str(tmp_path / "regret.txt")]) == 1
+    assert ".png" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["simulate", "--plot", str(tmp_path / "regret.png")]) == 1
+    assert "pip install 'retgen[plot]'" in capsys.readouterr().err
+
+
+def test_a_landscape_is_not_measured_without_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(landscape, "gpu_present", lambda: False)
+    assert main(["landscape"]) == 1
+    assert "no GPU here" in capsys.readouterr().err
