@@ -152,7 +152,7 @@ def read(path: Path) -> Landscape:
     candidates = [
         Candidate(
             config_type(**{name: int(row[name]) for name in knobs}),
-            Resources(*(int(row[name]) for name in NEEDS)),
+            Resources(**{name: int(row[name]) for name in NEEDS}),  # type: ignore[arg-type]
             float(row["ms"]) if row["ms"] else None,
         )
         for row in csv.DictReader(io.StringIO(table))
