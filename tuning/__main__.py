@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from tuning.compilation import ARCHS
 from tuning.measurement import MeasurementError
 from tuning.problems import FORMS, PASSES
 from tuning.run import RunError
+from tuning.storage import StorageError, masked
 from tuning.tuner import EFFORTS
 from tuning.workloads import DTYPES, WorkloadError, builtin
 
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.command(options, _console()))
     except WorkloadError as error:
         return _fail(error, 2)
-    except (RunError, MeasurementError, OSError) as error:
+    except (RunError, MeasurementError, StorageError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -54,12 +56,19 @@ def _fail(error: Exception, code: int) -> int:
     text = str(error)
     if isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or text
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {masked(text)}", file=sys.stderr)
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells of wrong arguments without the passwords in them."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(masked(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m tuning",
         description="Find the fastest configurations of the generated kernels, and write them where imports find them.",
         epilog=EXAMPLES,
@@ -86,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "run",
         help="tune, and write a configuration file",
@@ -102,8 +111,10 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument(
         "--storage",
-        metavar="FILE",
-        help="where measurements are kept, so that a stopped run goes on (default: the user's cache directory)",
+        metavar="FILE|URL",
+        help="where measurements are kept, so that a stopped run goes on and others share them: a file here, or "
+        "postgresql://user@host/database for many (default: RETGEN_STORAGE, where other users do not see it as they "
+        "see a command line, or a file in the user's cache directory); a password may also be in ~/.pgpass",
     )
     parser.add_argument("--fresh", action="store_true", help="measure anew what is kept there")
     parser.add_argument(
@@ -113,7 +124,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(command=run.run)
 
 
-def _add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_compile(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "compile",
         help="compile candidates ahead of a run, without a GPU",
@@ -133,7 +144,7 @@ def _add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(command=precompile.precompile)
 
 
-def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "record",
         help="run a program and write down the shapes that it uses",
@@ -145,7 +156,7 @@ def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=record.record)
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "check",
         help="check configuration files, without a GPU",

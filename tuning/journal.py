@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,13 +34,14 @@ from generated.configuration import kernel_registry
 from tuning.compilation import Resources
 from tuning.problems import Problem
 from tuning.space import knob_values
-from tuning.storage import Store, StorageError, is_url, masked, open_store, reason_of
+from tuning.storage import StorageError, Store, is_url, masked, open_store, reason_of
 
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
 SUSPECT = "killed: the tuner died while this was measured, so it is not launched again"
 MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
 RACES = (RACE, FRESH)
+POLL_SECONDS = 0.05  # between two looks at what another worker is at
 # What a candidate does, and neither the machine nor whoever uses it too; other failures are not remembered.
 VERDICTS = (
     "ArithmeticError",
@@ -210,6 +212,50 @@ class Journal:
             outcomes: Sequence[Outcome | None] = told[-1] if told else [None] * len(configs)
             for config, trial, outcome in zip(configs, trials, outcomes, strict=True):
                 self._settle(study, step, config, trial, outcome)
+
+    def launch(
+        self,
+        problem: Problem,
+        config: Any,
+        extra: dict[str, Any],
+        action: Callable[[], Outcome],
+        *,
+        step: str = MEASURE,
+        needs: Resources | None = None,
+    ) -> Outcome:
+        """What is known of a candidate, or what another worker, waited for, finds out, or what `action` does."""
+        while True:
+            with self.measuring(problem, config, extra, step=step, needs=needs) as record:
+                if record is not None:
+                    outcome = action()
+                    record(outcome)
+                    return outcome
+            if known := self.remembered(problem, config, extra, step=step):
+                return known
+            time.sleep(POLL_SECONDS)
+
+    def race(
+        self,
+        problem: Problem,
+        configs: Sequence[Any],
+        extra: dict[str, Any],
+        action: Callable[[list[Any]], list[Outcome]],
+        *,
+        step: str,
+    ) -> dict[Any, Outcome]:
+        """As `launch`, for a race; without those that may not be raced, and empty where fewer than two are left."""
+        while True:
+            fit = [config for config in configs if config not in self.barred(problem, extra)]
+            if known := self.raced(problem, extra, step):
+                return {config: outcome for config, outcome in known.items() if outcome.ms is not None}
+            if len(fit) < 2:
+                return {}
+            with self.racing(problem, fit, extra, step) as record:
+                if record is not None:
+                    outcomes = action(fit)
+                    record(outcomes)
+                    return {c: outcome for c, outcome in zip(fit, outcomes, strict=True) if outcome.ms is not None}
+            time.sleep(POLL_SECONDS)
 
     def describe(self, problem: Problem, extra: dict[str, Any], **attributes: Any) -> None:
         """Add to what a search's study tells of itself, such as `floor_ms`."""
