@@ -79,7 +79,8 @@ def run_all(
     previous = [signal.signal(number, stop) for number in handled]
     try:
         for device in devices:
-            children.append(_start([*arguments, "--workers", each], shared | {"CUDA_VISIBLE_DEVICES": device}))
+            child = _start([*arguments, "--workers", each], shared | {"CUDA_VISIBLE_DEVICES": device})
+            children.append(child)  # at once: a signal may come between two
         threads = [
             threading.Thread(target=_repeat, args=(child, f"gpu {device}", say), daemon=True)
             for child, device in zip(children, devices, strict=True)
