@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -15,6 +16,7 @@ from tuning.measurement import MeasurementError
 from tuning.problems import FORMS, PASSES
 from tuning.run import RunError
 from tuning.samplers import INFORMED, SAMPLERS, SamplerError
+from tuning.storage import StorageError, masked
 from tuning.tuner import EFFORTS
 from tuning.workloads import DTYPES, WorkloadError, builtin
 
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.command(options, _console()))
     except WorkloadError as error:
         return _fail(error, 2)
-    except (RunError, SamplerError, MeasurementError, OSError) as error:
+    except (RunError, SamplerError, MeasurementError, StorageError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -58,12 +60,19 @@ def _fail(error: Exception, code: int) -> int:
     text = str(error)
     if isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or text
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {masked(text)}", file=sys.stderr)
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells of wrong arguments without the passwords in them."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(masked(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m tuning",
         description="Find the fastest configurations of the generated kernels, and write them where imports find them.",
         epilog=EXAMPLES,
@@ -94,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "run",
         help="tune, and write a configuration file",
@@ -117,8 +126,10 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument(
         "--storage",
-        metavar="FILE",
-        help="where measurements are kept, so that a stopped run goes on (default: the user's cache directory)",
+        metavar="FILE|URL",
+        help="where measurements are kept, so that a stopped run goes on and others share them: a file here, or "
+        "postgresql://user@host/database for many (default: RETGEN_STORAGE, where other users do not see it as they "
+        "see a command line, or a file in the user's cache directory); a password may also be in ~/.pgpass",
     )
     parser.add_argument("--fresh", action="store_true", help="measure anew what is kept there")
     parser.add_argument(
@@ -128,7 +139,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(command=run.run)
 
 
-def _add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_compile(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "compile",
         help="compile candidates ahead of a run, without a GPU",
@@ -148,7 +159,7 @@ def _add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(command=precompile.precompile)
 
 
-def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "record",
         help="run a program and write down the shapes that it uses",
@@ -160,7 +171,7 @@ def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=record.record)
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "check",
         help="check configuration files, without a GPU",

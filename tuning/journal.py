@@ -1,41 +1,48 @@
 """What was measured, written down as it is measured: a run that is stopped in any way loses one point at most.
 
-Each search is a study of Optuna's in a journal file (`optuna-dashboard` opens it), each candidate a trial. A trial is
-written before its candidate is launched. One that a dead process has left running was the last thing that this process
-did, and may have been what killed it, or the machine: it counts as failed, and is never launched again.
+Each search is a study of Optuna's (`optuna-dashboard` opens it), each candidate a trial; beside it lies a study of the
+search's finals: races, races again in a fresh process, and proofs. A trial is written before its candidate is launched,
+and is this worker's claim to it: of the trials of one candidate the first counts, so that of any number of workers one
+measures it, and the others take its outcome.
+
+A trial that a dead process has left running was the last thing that this process did, and may have been what killed
+it, or the machine: it counts as failed, and is never launched again. Of a race, each of those that took part may have
+been it: none of them is raced again, its own measurement is what is known of it, and it may still be proved, alone.
+
+Measurements hold for as long as their context does. Races and proofs hold for the workers of one tuning, whenever they
+start, and for those who take up a tuning that was stopped: a run after one that ended races and proves anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import fcntl
-import json
 import os
 import tempfile
-import uuid
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
-import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from generated.configuration import kernel_registry
+from tuning.compilation import Resources
 from tuning.problems import Problem
 from tuning.space import knob_values
+from tuning.storage import StorageError, Store, is_url, masked, open_store, reason_of
 
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
 LIMIT = IntDistribution(0, 255)  # for maxnreg, which may be none
 SUSPECT = "killed: the tuner died while this was measured, so it is not launched again"
+MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
+RACES = (RACE, FRESH)
+POLL_SECONDS = 0.05  # between two looks at what another worker is at
 # What a candidate does, and neither the machine nor whoever uses it too; other failures are not remembered.
 VERDICTS = (
     "ArithmeticError",
@@ -49,104 +56,378 @@ VERDICTS = (
 )
 T = TypeVar("T")
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a measurement gave: milliseconds and what else is known of them, or why there are none."""
+    """What a measurement gave: milliseconds and what else is known of them, or why there are none.
+
+    Of a proof `ms` is the largest error. `needs` is what the compiled kernel needs, where that was written down.
+    """
 
     ms: float | None
     reason: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
+    needs: Resources | None = field(default=None, compare=False)
 
 
 @dataclass
 class _Study:
+    """What is known of a search or of its finals: by step, what came of each configuration, and who is at it."""
+
     number: int | None
-    outcomes: dict[Any, Outcome]
+    config_type: type[Any]
+    outcomes: dict[str, dict[Any, Outcome]] = field(default_factory=dict)
+    busy: dict[str, set[Any]] = field(default_factory=dict)  # which other workers are launching
+    barred: set[Any] = field(default_factory=set)  # from races
+
+    def of(self, step: str) -> dict[Any, Outcome]:
+        return self.outcomes.setdefault(step, {})
+
+    def is_taken(self, step: str, configs: Sequence[Any]) -> bool:
+        """Whether this was done or is being done. A race is one, whoever takes part."""
+        known, busy = self.of(step), self.busy.get(step, set())
+        if step in RACES:
+            return bool(known or busy)
+        return any(config in known or config in busy for config in configs)
 
 
 class Journal:
-    """The record, in one file, of what was measured in one context: all that times depend on beside the problem.
+    """The record of what was measured in one context: all that times depend on beside the problem.
 
-    `fresh` forgets what the file has of every problem that is asked about. Where the file cannot be written, `say` is
-    told so once, and tuning goes on without a record.
+    place: a journal file's path, or a database's URL (`tuning.storage`). context: by name, such as gpu and driver.
+    `fresh` forgets what it has of every problem that is asked about, once for all workers of one `session`. Where
+    nothing can be written, `say` is told so once, and tuning goes on without a record; but a database that is not
+    there from the start is a StorageError.
     """
 
-    def __init__(self, path: Path, context: str, say: Callable[[str], None], *, fresh: bool = False) -> None:
-        self._path, self._context, self._say, self._fresh = path, context, say, fresh
+    def __init__(
+        self,
+        place: Path | str,
+        context: Mapping[str, str],
+        say: Callable[[str], None],
+        *,
+        fresh: bool = False,
+        session: str = "",
+    ) -> None:
+        self._context, self._say, self._fresh = dict(context), say, fresh
+        self._name = masked(str(place))
         self._studies: dict[str, _Study] = {}
-        self._storage: JournalStorage | None = None
+        self._ended: set[str] = set()  # workers of tunings that came to their end before this one
+        self._store: Store | None = None
+        self.rank = 0
         try:
-            self._storage = _open(path, say)
-            self._alive = _Alive(path)
+            self._store = open_store(place, say)
+            self._session = session or self._store.worker
+            self._begin(self._store)
+        except StorageError:
+            raise
         except Exception as error:  # noqa: BLE001 - a record must not cost the run, whatever becomes of it
-            self._lose(error)
+            if not is_url(place):
+                self._lose(error)
+                return
+            reason = reason_of(error)
+        else:
+            return
+        raise StorageError(f"{self._name}: {reason}")
 
-    def remembered(self, problem: Problem, config: Any, extra: dict[str, Any]) -> Outcome | None:
-        """What is known of a candidate that runs with `extra` beside its own configuration."""
-        return self._study(problem, extra).outcomes.get(config)
+    # What is known
+
+    def remembered(
+        self, problem: Problem, config: Any, extra: dict[str, Any], *, step: str = MEASURE
+    ) -> Outcome | None:
+        """What is known of a candidate that runs with `extra` beside its own configuration; nothing is read anew.
+
+        What failed in its proof has failed, whatever its time.
+        """
+        proof = self._study(problem, extra, PROVE).of(PROVE).get(config)
+        if proof is not None and proof.ms is None:
+            return proof
+        return self._study(problem, extra, step).of(step).get(config)
+
+    def outcomes(self, problem: Problem, extra: dict[str, Any]) -> dict[Any, Outcome]:
+        """What all workers have measured by now of one problem."""
+        self._refresh(problem, extra, PROVE)
+        found = dict(self._refresh(problem, extra, MEASURE).of(MEASURE))
+        failed = {c: proof for c, proof in self._study(problem, extra, PROVE).of(PROVE).items() if proof.ms is None}
+        return found | {config: proof for config, proof in failed.items() if config in found}
+
+    def is_busy(self, problem: Problem, config: Any, extra: dict[str, Any], *, step: str = MEASURE) -> bool:
+        """Whether another worker, which lives, is measuring it right now."""
+        return config in self._refresh(problem, extra, step).busy.get(step, ())
+
+    def raced(self, problem: Problem, extra: dict[str, Any], step: str) -> dict[Any, Outcome] | None:
+        """The outcome of a race of this tuning, whoever held it; None where there was none or it is not over."""
+        study = self._refresh(problem, extra, step)
+        return None if study.busy.get(step) else dict(study.of(step)) or None
+
+    def is_racing(self, problem: Problem, extra: dict[str, Any], step: str) -> bool:
+        """Whether another worker, which lives, holds this race right now."""
+        return bool(self._refresh(problem, extra, step).busy.get(step))
+
+    def barred(self, problem: Problem, extra: dict[str, Any]) -> set[Any]:
+        """Which configurations must not be raced: a race in which they took part ended its process."""
+        return set(self._study(problem, extra, RACE).barred)
+
+    # What is written
 
     @contextlib.contextmanager
-    def measuring(self, problem: Problem, config: Any, extra: dict[str, Any]) -> Iterator[Callable[[Outcome], None]]:
+    def measuring(
+        self,
+        problem: Problem,
+        config: Any,
+        extra: dict[str, Any],
+        *,
+        step: str = MEASURE,
+        needs: Resources | None = None,
+    ) -> Iterator[Callable[[Outcome], None] | None]:
         """Write the candidate down, to be launched within, and take the outcome by what this yields.
 
-        Without an outcome, as after Ctrl-C, the candidate counts as not tried.
+        It yields None, and nothing may be launched, where another worker is at it or it is known by now. Without an
+        outcome, as after Ctrl-C, the candidate counts as not tried.
         """
-        study = self._study(problem, extra)
-        trial = self._try(lambda storage: storage.create_new_trial(study.number, _running(config, self._alive.name)))
+        study = self._study(problem, extra, step)
+        trials = self._claim(study, [config], step, needs)
+        if trials is None:
+            yield None
+            return
         told: list[Outcome] = []
         try:
             yield told.append
         finally:
-            kept = [outcome for outcome in told if outcome.ms is not None or _is_verdict(outcome.reason)]
-            for outcome in kept:
-                study.outcomes[config] = outcome
-            if trial is not None:
-                self._try(lambda storage: _finish(storage, trial, kept[-1] if kept else None))
+            self._settle(study, step, config, trials[0], told[-1] if told else None)
 
-    def _study(self, problem: Problem, extra: dict[str, Any]) -> _Study:
-        name = self._name(problem) + "".join(f"; {key} {knob_values(value)}" for key, value in sorted(extra.items()))
+    @contextlib.contextmanager
+    def racing(
+        self, problem: Problem, configs: Sequence[Any], extra: dict[str, Any], step: str
+    ) -> Iterator[Callable[[Sequence[Outcome]], None] | None]:
+        """As `measuring`, for a race of several: all are written down, and the outcomes come in their order."""
+        study = self._study(problem, extra, step)
+        trials = self._claim(study, configs, step, None)
+        if trials is None:
+            yield None
+            return
+        told: list[Sequence[Outcome]] = []
+        try:
+            yield told.append
+        finally:
+            outcomes: Sequence[Outcome | None] = told[-1] if told else [None] * len(configs)
+            for config, trial, outcome in zip(configs, trials, outcomes, strict=True):
+                self._settle(study, step, config, trial, outcome)
+
+    def launch(
+        self,
+        problem: Problem,
+        config: Any,
+        extra: dict[str, Any],
+        action: Callable[[], Outcome],
+        *,
+        step: str = MEASURE,
+        needs: Resources | None = None,
+    ) -> Outcome:
+        """What is known of a candidate, or what another worker, waited for, finds out, or what `action` does."""
+        while True:
+            with self.measuring(problem, config, extra, step=step, needs=needs) as record:
+                if record is not None:
+                    outcome = action()
+                    record(outcome)
+                    return outcome
+            if known := self.remembered(problem, config, extra, step=step):
+                return known
+            time.sleep(POLL_SECONDS)
+
+    def race(
+        self,
+        problem: Problem,
+        configs: Sequence[Any],
+        extra: dict[str, Any],
+        action: Callable[[list[Any]], list[Outcome]],
+        *,
+        step: str,
+    ) -> dict[Any, Outcome]:
+        """As `launch`, for a race; without those that may not be raced, and empty where fewer than two are left."""
+        while True:
+            fit = [config for config in configs if config not in self.barred(problem, extra)]
+            if known := self.raced(problem, extra, step):
+                return {config: outcome for config, outcome in known.items() if outcome.ms is not None}
+            if len(fit) < 2:
+                return {}
+            with self.racing(problem, fit, extra, step) as record:
+                if record is not None:
+                    outcomes = action(fit)
+                    record(outcomes)
+                    return {c: outcome for c, outcome in zip(fit, outcomes, strict=True) if outcome.ms is not None}
+            time.sleep(POLL_SECONDS)
+
+    def describe(self, problem: Problem, extra: dict[str, Any], **attributes: Any) -> None:
+        """Add to what a search's study tells of itself, such as `floor_ms`."""
+        study = self._study(problem, extra, MEASURE)
+        for name, value in attributes.items():
+            self._try(partial(_set_study_attribute, number=study.number, name=name, value=value), None)
+
+    def run(self, **attributes: Any) -> Run:
+        """Write down that a run of the tuner has begun; passwords in the attributes are masked."""
+        run = Run(self)
+        run.add(**attributes)
+        return run
+
+    def close(self) -> None:
+        """End the record; what this worker has not finished is another's to judge."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def _begin(self, store: Store) -> None:
+        """Write the run down, and find out which earlier ones came to their end, and how many go on beside it."""
+        storage = store.storage
+        self._runs = _study_number(storage, f"runs; {_text(self._context)}", {"context": self._context, "runs": True})
+        earlier = storage.get_all_trials(self._runs, deepcopy=False)
+        trial = create_trial(state=TrialState.RUNNING, user_attrs={"worker": store.worker})
+        self._run = storage.create_new_trial(self._runs, trial)
+        store.begin(self._runs, self._run)
+        self._ended = {str(run.user_attrs.get("worker")) for run in earlier if run.state == TrialState.COMPLETE}
+        for run in earlier:
+            if run.state == TrialState.RUNNING and store.is_dead(str(run.user_attrs.get("worker"))):
+                _close(storage, run._trial_id, TrialState.FAIL, {"reason": "killed"})
+            elif run.state == TrialState.RUNNING:
+                self.rank += 1
+
+    def _claim(self, study: _Study, configs: Sequence[Any], step: str, needs: Resources | None) -> list[Any] | None:
+        """The trials by which these configurations are this worker's to launch; None where they are not."""
+
+        def claim(storage: Any) -> list[Any] | None:
+            assert self._store is not None
+            self._read(storage, study)
+            if study.is_taken(step, configs):
+                return None
+            attributes = _attributes(self._store.worker, step, needs, len(configs))
+            trials = [storage.create_new_trial(study.number, _running(config, attributes)) for config in configs]
+            self._read(storage, study, before=storage.get_trial(trials[0]).number)
+            if not study.is_taken(step, configs):
+                return trials
+            for trial in trials:
+                _close(storage, trial, TrialState.PRUNED, {"withdrawn": True})
+            return None
+
+        unrecorded: list[Any] | None = [None] * len(configs)
+        return self._try(claim, unrecorded)
+
+    def _settle(self, study: _Study, step: str, config: Any, trial: Any, outcome: Outcome | None) -> None:
+        kept = outcome if outcome and (outcome.ms is not None or _is_verdict(outcome.reason)) else None
+        if kept is not None:
+            _take(study, step, config, kept, alone=False)
+        if trial is not None:
+            self._try(lambda storage: _finish(storage, trial, step, kept), None)
+
+    # Studies
+
+    def _refresh(self, problem: Problem, extra: dict[str, Any], step: str) -> _Study:
+        study = self._study(problem, extra, step)
+        self._try(lambda storage: self._read(storage, study), None)
+        return study
+
+    def _study(self, problem: Problem, extra: dict[str, Any], step: str) -> _Study:
+        described = "".join(f"; {key} {knob_values(value)}" for key, value in sorted(extra.items()))
+        name = self._name_of(problem) + described + ("" if step == MEASURE else "; finals")
         if name not in self._studies:
-            found = self._try(lambda storage: self._load(storage, name, type(problem.default())))
-            self._studies[name] = found or _Study(None, {})
+            empty, attributes = _Study(None, type(problem.default())), self._described(problem, extra, step)
+            self._studies[name] = self._try(lambda storage: self._load(storage, name, empty, attributes), empty)
         return self._studies[name]
 
-    def _load(self, storage: JournalStorage, name: str, config_type: type[Any]) -> _Study:
-        numbers = {study.study_name: study._study_id for study in storage.get_all_studies()}
-        if self._fresh and name in numbers:
-            storage.delete_study(numbers.pop(name))
-        if name not in numbers:
-            with contextlib.suppress(DuplicatedStudyError):  # by another tuner, between the two calls
-                return _Study(storage.create_new_study([StudyDirection.MINIMIZE], name), {})
-        number = storage.get_study_id_from_name(name)
-        found = _Study(number, {})
-        for trial in storage.get_all_trials(number, deepcopy=False):
-            outcome = _outcome(storage, trial, self._path)
-            if outcome is not None:
-                with contextlib.suppress(TypeError, ValueError):  # knobs of another time
-                    found.outcomes[config_type(**trial.params)] = outcome
-        return found
+    def _load(self, storage: Any, name: str, empty: _Study, attributes: dict[str, Any]) -> _Study:
+        if self._fresh:
+            self._forget(storage, name)
+        number = _study_number(storage, name, attributes | {"session": self._session})
+        study = _Study(number, empty.config_type)
+        self._read(storage, study)
+        return study
 
-    def _name(self, problem: Problem) -> str:
+    def _forget(self, storage: Any, name: str) -> None:
+        """Delete a study that was there before this session; another worker of it may be doing so too."""
+        with contextlib.suppress(KeyError):
+            number = storage.get_study_id_from_name(name)
+            if storage.get_study_user_attrs(number).get("session") != self._session:
+                storage.delete_study(number)
+
+    def _name_of(self, problem: Problem) -> str:
         sizes = " ".join(f"{axis}={getattr(problem, axis)}" for axis in "BTHKV")
         source = kernel_registry()[problem.kernel].source
-        return f"{problem.kernel} {source} {problem.dtype} {sizes}; {self._context}; protocol {PROTOCOL}"
+        return f"{problem.kernel} {source} {problem.dtype} {sizes}; {_text(self._context)}; protocol {PROTOCOL}"
 
-    def _try(self, action: Callable[[Any], T]) -> T | None:
-        if self._storage is None:
-            return None
+    def _described(self, problem: Problem, extra: dict[str, Any], step: str) -> dict[str, Any]:
+        return {
+            "problem": asdict(problem),
+            "context": self._context,
+            "extra": {key: knob_values(value) for key, value in sorted(extra.items())},
+            "source": kernel_registry()[problem.kernel].source,
+            "default": knob_values(problem.default()),
+        } | ({} if step == MEASURE else {"finals": True})
+
+    def _read(self, storage: Any, study: _Study, *, before: int | None = None) -> None:
+        """Take in what all workers have written, or what they had before the trial of a number."""
+        study.outcomes, study.busy = {}, {}
+        for trial in storage.get_all_trials(study.number, deepcopy=False):
+            if before is None or trial.number < before:
+                self._take_in(storage, study, trial)
+
+    def _take_in(self, storage: Any, study: _Study, trial: FrozenTrial) -> None:
+        assert self._store is not None
+        worker, step = str(trial.user_attrs.get("worker")), str(trial.user_attrs.get("step", MEASURE))
         try:
-            return action(self._storage)
-        except Exception as error:  # noqa: BLE001 - as above
+            config = study.config_type(**trial.params)
+        except (TypeError, ValueError):  # knobs of another time
+            return
+        if trial.state == TrialState.RUNNING and worker != self._store.worker and not self._store.is_dead(worker):
+            study.busy.setdefault(step, set()).add(config)
+        elif (outcome := self._outcome(storage, trial, worker, step)) is not None:
+            _take(study, step, config, outcome, alone=trial.user_attrs.get("rivals", 1) == 1)
+
+    def _outcome(self, storage: Any, trial: FrozenTrial, worker: str, step: str) -> Outcome | None:
+        assert self._store is not None
+        figures, needs = trial.user_attrs.get("figures", {}), trial.user_attrs.get("needs")
+        if trial.state == TrialState.COMPLETE and (step == MEASURE or worker not in self._ended):
+            return Outcome(trial.value, "", figures, Resources(**needs) if needs else None)
+        if trial.state == TrialState.FAIL:
+            return Outcome(None, str(trial.user_attrs.get("reason", "")))
+        if trial.state == TrialState.RUNNING and worker != self._store.worker:
+            _finish(storage, trial._trial_id, step, Outcome(None, SUSPECT))
+            return Outcome(None, SUSPECT)
+        return None
+
+    def _try(self, action: Callable[[Any], T], otherwise: T) -> T:
+        if self._store is None:
+            return otherwise
+        try:
+            return action(self._store.storage)
+        except Exception as error:  # noqa: BLE001 - a record must not cost the run, whatever becomes of it
             self._lose(error)
-            return None
+            return otherwise
 
     def _lose(self, error: Exception) -> None:
-        self._storage = None
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        self._say(f"{self._path}: {reason}: what is measured from here on is not remembered")
+        self.close()
+        self._say(f"{self._name}: {reason_of(error)}: what is measured from here on is not remembered")
+
+
+class Run:
+    """The record of one run of the tuner, which counts as running until it is finished or its process has ended."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def add(self, **attributes: Any) -> None:
+        """Write attributes down; passwords in them are masked."""
+        for name, value in attributes.items():
+            self._journal._try(partial(self._set, name=name, value=value), None)
+
+    def finish(self, seconds: float, *, interrupted: bool = False, **attributes: Any) -> None:
+        """Write down how the run ended. One that was interrupted can be taken up: its races and proofs still hold."""
+        self.add(**attributes)
+        state = TrialState.PRUNED if interrupted else TrialState.COMPLETE
+        values = None if interrupted else [seconds]
+        self._journal._try(lambda storage: _close(storage, self._journal._run, state, {}, values), None)
+
+    def _set(self, storage: Any, name: str, value: Any) -> None:
+        with contextlib.suppress(UpdateFinishedTrialError):  # another worker took this one for dead
+            storage.set_trial_user_attr(self._journal._run, name, _masked(value))
 
 
 def default_path(device: str) -> Path:
@@ -160,141 +441,81 @@ def default_path(device: str) -> Path:
     return base / "retgen" / f"{device}.journal"
 
 
-def _open(path: Path, say: Callable[[str], None]) -> JournalStorage:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _text(context: Mapping[str, str]) -> str:
+    return ", ".join(value if name == "gpu" else f"{name} {value}" for name, value in context.items())
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, Mapping):
+        return {_masked(name): _masked(inner) for name, inner in value.items()}
+    return [_masked(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _study_number(storage: Any, name: str, attributes: dict[str, Any]) -> int:
+    """The study of a name, made where there is none."""
+    with contextlib.suppress(KeyError):
+        return int(storage.get_study_id_from_name(name))
     try:
-        return JournalStorage(_backend(path))
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever damaged lines lead Optuna to
-        broken = path.with_name(f"{path.name}.broken-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}")
-        say(f"{path} is damaged ({type(error).__name__}): as it was it is now {broken}, and what can be read is kept")
-        return _salvaged(path, broken)
+        number = int(storage.create_new_study([StudyDirection.MINIMIZE], name))
+    except DuplicatedStudyError:  # by another worker, between the two calls
+        return int(storage.get_study_id_from_name(name))
+    for key, value in attributes.items():
+        storage.set_study_user_attr(number, key, value)
+    return number
 
 
-def _backend(path: Path) -> JournalFileBackend:
-    lock: Any = _Lock(path)
-    return JournalFileBackend(str(path), lock)
-
-
-def _salvaged(path: Path, broken: Path) -> JournalStorage:
-    """The storage of the lines that can be read, or an empty one where these make no whole."""
-    with _Lock(path) as file:
-        data = file.read()
-        broken.write_bytes(data)
-        whole = b"".join(line for line in data.splitlines(keepends=True) if _is_record(line))
-        file.truncate(0)
-        file.write(whole)
-    try:
-        return JournalStorage(_backend(path))
-    except Exception:  # noqa: BLE001 - as above
-        with _Lock(path) as file:
-            file.truncate(0)
-        return JournalStorage(_backend(path))
-
-
-def _is_record(line: bytes) -> bool:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and "op_code" in record
+def _set_study_attribute(storage: Any, *, number: int | None, name: str, value: Any) -> None:
+    storage.set_study_user_attr(number, name, value)
 
 
 def _is_verdict(reason: str) -> bool:
     return any(text in reason for text in VERDICTS)
 
 
-class _Lock:
-    """Held by whoever writes the file, as Optuna's own locks, which outlive a process that is killed; this does not."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: BinaryIO | None = None
-
-    def acquire(self) -> bool:
-        """Wait for the lock, and cut off a line that was not written to its end: the next would continue it."""
-        self._file = self._path.open("a+b")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        size = self._file.seek(0, os.SEEK_END)
-        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
-            self._file.seek(0)
-            self._file.truncate(self._file.read().rfind(b"\n") + 1)
-        self._file.seek(0)
-        return True
-
-    def release(self) -> None:
-        assert self._file is not None
-        self._file.close()
-
-    def __enter__(self) -> BinaryIO:
-        self.acquire()
-        assert self._file is not None
-        return self._file
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+def _take(study: _Study, step: str, config: Any, outcome: Outcome, *, alone: bool) -> None:
+    """Take in what came of a configuration; which of those that raced ended a race, nobody knows."""
+    if step in RACES and outcome.ms is None:
+        study.barred.add(config)
+        if not alone:
+            return
+        step = PROVE  # it is known: it was alone, and is not to be launched for its proof either
+    study.of(step).setdefault(config, outcome)
 
 
-class _Alive:
-    """A file beside the journal that is locked while this process lives: its number and machine's name tell less."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = uuid.uuid4().hex
-        file = _alive_path(path, self.name)
-        handle = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        weakref.finalize(self, _end, handle, file)
+def _attributes(worker: str, step: str, needs: Resources | None, rivals: int) -> dict[str, Any]:
+    """What a trial tells from its beginning on."""
+    attributes: dict[str, Any] = {"worker": worker}
+    if step != MEASURE:
+        attributes |= {"step": step, "rivals": rivals}
+    return attributes | ({"needs": asdict(needs)} if needs else {})
 
 
-def _end(handle: int, file: Path) -> None:
-    file.unlink(missing_ok=True)
-    os.close(handle)
-
-
-def _alive_path(path: Path, name: str) -> Path:
-    return path.with_name(f".{path.name}.{name}.alive")
-
-
-def _is_dead(path: Path, name: str) -> bool:
-    """Whether the process that wrote this name into a journal has ended."""
-    file = _alive_path(path, name)
-    try:
-        with file.open("rb") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return True
-    except BlockingIOError:
-        return False
-    file.unlink(missing_ok=True)
-    return True
-
-
-def _running(config: Any, worker: str) -> FrozenTrial:
+def _running(config: Any, attributes: dict[str, Any]) -> FrozenTrial:
     params = knob_values(config)
     distributions: dict[str, BaseDistribution] = {name: LIMIT if name == "maxnreg" else KNOB for name in params}
-    attributes = {"worker": worker}
     return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attributes)
 
 
-def _finish(storage: JournalStorage, trial: int, outcome: Outcome | None) -> None:
+def _finish(storage: Any, trial: int, step: str, outcome: Outcome | None) -> None:
     if outcome is None:
-        storage.set_trial_state_values(trial, TrialState.PRUNED)
+        _close(storage, trial, TrialState.PRUNED, {})
     elif outcome.ms is None:
-        storage.set_trial_user_attr(trial, "reason", outcome.reason)
-        storage.set_trial_state_values(trial, TrialState.FAIL)
+        _close(storage, trial, TrialState.FAIL, {"reason": outcome.reason})
     else:
-        storage.set_trial_state_values(trial, TrialState.COMPLETE, [outcome.ms])
+        figures = dict(outcome.figures)
+        attributes: dict[str, Any] = {"figures": figures} if figures else {}
+        if step in RACES and {"low", "high"} <= figures.keys():
+            attributes["interval"] = [figures["low"], figures["high"]]
+        _close(storage, trial, TrialState.COMPLETE, attributes, [outcome.ms])
 
 
-def _outcome(storage: JournalStorage, trial: FrozenTrial, path: Path) -> Outcome | None:
-    if trial.state == TrialState.COMPLETE:
-        return Outcome(trial.value)
-    if trial.state == TrialState.FAIL:
-        return Outcome(None, str(trial.user_attrs.get("reason", "")))
-    if trial.state == TrialState.RUNNING and _is_dead(path, str(trial.user_attrs.get("worker"))):
-        outcome = Outcome(None, SUSPECT)
-        with contextlib.suppress(UpdateFinishedTrialError):  # another tuner has said the same
-            _finish(storage, trial._trial_id, outcome)
-        return outcome
-    return None
+def _close(
+    storage: Any, trial: int, state: TrialState, attributes: dict[str, Any], values: list[float] | None = None
+) -> None:
+    """End a trial, its attributes first: afterwards it cannot be changed, by no worker."""
+    with contextlib.suppress(UpdateFinishedTrialError):  # another worker took this one for dead, or has said the same
+        for name, value in attributes.items():
+            storage.set_trial_user_attr(trial, name, value)
+        storage.set_trial_state_values(trial, state, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, Problem, problem_at, problems_of
 from tuning.samplers import check_available
 from tuning.space import knob_values
+from tuning.storage import VARIABLE, is_url, masked
 from tuning.tuner import EFFORTS, GpuJudge, Judge, ModelJudge, Tuner, Winner
 from tuning.workloads import Workload, parse
 
@@ -89,14 +91,15 @@ def default_path(gpu: Gpu | None, arch: Arch) -> Path:
 
 def _journal(options: argparse.Namespace, console: Console, gpu: Gpu) -> Journal:
     """What earlier runs measured on this GPU with this compiler."""
-    path = Path(options.storage) if options.storage else default_journal(configuration.slug(gpu.name))
-    console.print(escape(f"what is measured is kept in {path}"), soft_wrap=True)
-    context = f"{gpu.name}, driver {gpu.driver}, triton {version('triton')}, torch {version('torch')}"
+    place = options.storage or os.environ.get(VARIABLE) or default_journal(configuration.slug(gpu.name))
+    console.print(escape(f"what is measured is kept in {masked(str(place))}"), soft_wrap=True)
+    software = {name: version(name) for name in ("triton", "torch")}
 
     def say(message: str) -> None:
         console.print(escape(message), soft_wrap=True)
 
-    return Journal(path, context, say, fresh=options.fresh)
+    where = place if is_url(place) else Path(place)
+    return Journal(where, {"gpu": gpu.name, "driver": gpu.driver} | software, say, fresh=options.fresh)
 
 
 def _architecture(name: str | None, measurer: Measurer | None) -> Arch:

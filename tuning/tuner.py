@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from tuning.compilation import Arch, Resources
 from tuning.compile_pool import CompilePool
-from tuning.journal import Journal, Outcome
+from tuning.journal import FRESH, PROVE, RACE, Journal, Outcome
 from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, Measurer, Timing
 from tuning.model import predict
@@ -287,6 +287,7 @@ class Tuner:
     def run(self, problems: list[Problem]) -> None:
         """Search for every problem; what is found by the deadline, or by Ctrl-C, is kept in `ranked`."""
         tasks: list[_Task] = []
+        problems = spread(problems, self.journal.rank if self.journal else 0)
         try:
             with self._phase("search"):
                 self._search(problems, tasks)
@@ -359,15 +360,25 @@ class Tuner:
 
     def _race(self, found: Found, count: int, *, first: bool) -> int:
         """Time the fastest against each other, and rank them; how many there were."""
-        configs = found.contenders(count)
-        try:
-            timings = self.judge.rank(found.problem, configs, self.extra(found.problem))
-        except MeasurementError as error:
-            self.funnel.fail(_kind(str(error)))
-            return 0
-        found.take(configs, timings, first=first)
+        configs, extra = found.contenders(count), self.extra(found.problem)
+
+        def rank(configs: list[Any]) -> list[Outcome]:
+            try:
+                timings = self.judge.rank(found.problem, configs, extra)
+            except MeasurementError as error:
+                self.funnel.fail(_kind(str(error)))
+                return [Outcome(None, str(error))] * len(configs)
+            return [Outcome(timing.ms, figures=timing.figures) for timing in timings]
+
+        if self.journal:
+            step = RACE if first else FRESH
+            raced = self.journal.race(found.problem, configs, extra, rank, step=step)
+        else:
+            raced = {c: outcome for c, outcome in zip(configs, rank(configs), strict=True) if outcome.ms is not None}
+        known = {c: Timing.recalled(o.ms or 0.0, o.figures) for c, o in raced.items() if c in found.timings}
+        found.take(list(known), list(known.values()), first=first)
         self._rank(found, count)
-        return len(configs)
+        return len(known)
 
     def _rank(self, found: Found, count: int) -> None:
         ranked = found.winners(found.contenders(count), modelled=self.judge.modelled)
@@ -419,13 +430,24 @@ class Tuner:
             if reason := self._unfit(problem, winner.config):
                 self.funnel.reject(problem, winner.config, reason)
                 continue
-            try:
-                error = self.judge.prove(problem, winner.config, self.extra(problem))
-            except MeasurementError as failure:
-                self.funnel.reject(problem, winner.config, str(failure))
-                continue
-            return replace(winner, error=error)
+            proof = self._proof(problem, winner)
+            if not proof.reason:
+                return replace(winner, error=proof.ms)
+            self.funnel.reject(problem, winner.config, proof.reason)
         return None
+
+    def _proof(self, problem: Problem, winner: Winner) -> Outcome:
+        extra = self.extra(problem)
+
+        def prove() -> Outcome:
+            try:
+                return Outcome(self.judge.prove(problem, winner.config, extra))
+            except MeasurementError as failure:
+                return Outcome(None, str(failure))
+
+        if self.journal is None:
+            return prove()
+        return self.journal.launch(problem, winner.config, extra, prove, step=PROVE, needs=winner.needs)
 
     def _unfit(self, problem: Problem, config: Any) -> str | None:
         """Why a variant of the launch can't run. Workers compile them, so that the process with the GPU only loads."""
@@ -473,6 +495,13 @@ def distance(one: Problem, other: Problem) -> float:
     """How unlike the work of two problems is: by how many doublings K, V, B * H and T differ."""
     sizes = [(p.K, p.V, p.B * p.H, p.T) for p in (one, other)]
     return sum(abs(math.log2(a / b)) for a, b in zip(*sizes, strict=True))
+
+
+def spread(problems: list[Problem], rank: int) -> list[Problem]:
+    """Where the worker of a rank begins, so that any number of them begin far apart: 0, 1/2, 1/4, 3/4, 1/8 ..."""
+    bits = f"{rank:b}"
+    start = len(problems) * int(bits[::-1], 2) // (1 << len(bits))
+    return problems[start:] + problems[:start]
 
 
 def _states_problem(problem: Problem) -> Problem:
@@ -586,18 +615,15 @@ class _Task:
     def _measure(self, config: Any, needs: Resources) -> Outcome:
         best = min(self.search.results.values(), default=float("inf"))
         journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
-        with journal.measuring(self.problem, config, extra) if journal else contextlib.nullcontext(_forget) as record:
+
+        def measure() -> Outcome:
             try:
                 timing = self.tuner.judge.time(self.problem, config, needs, CLEARLY_SLOWER * best, extra)
-                outcome = Outcome(timing.ms, figures=timing.figures)
             except MeasurementError as error:
-                outcome = Outcome(None, str(error))
-            record(outcome)
-        return outcome
+                return Outcome(None, str(error))
+            return Outcome(timing.ms, figures=timing.figures)
 
-
-def _forget(outcome: Outcome) -> None:
-    """Takes what no journal is there to take."""
+        return journal.launch(self.problem, config, extra, measure, needs=needs) if journal else measure()
 
 
 def _kind(reason: str) -> str:

@@ -1,0 +1,342 @@
+"""Where measurements are kept: a journal file for one host, a database for many. And who of its users still lives.
+
+A password in a database's URL stays in here: it reaches the driver as an argument of its own, Optuna and SQLAlchemy
+are given the URL without it, and `masked` takes it out of whatever is said, raised or stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import fcntl
+import json
+import os
+import random
+import re
+import threading
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+from urllib.parse import quote, quote_plus
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend
+
+HEARTBEAT_SECONDS = 5  # between two signs of life in a database
+GRACE_SECONDS = 20  # without one, after which a worker counts as dead
+OPEN_TRIES = 8  # workers that start together all make the tables, which one of them can
+VARIABLE = "RETGEN_STORAGE"
+POSTGRES = "postgresql+psycopg"
+# Of the server's side and of the network's: nothing waits for longer than a worker may be silent.
+POSTGRES_ARGUMENTS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 20_000,
+    "options": "-c lock_timeout=20s -c idle_in_transaction_session_timeout=60s",
+}
+_secrets: set[str] = set()
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class StorageError(Exception):
+    """A storage that cannot be used; the message says why, without its password."""
+
+
+class Store(Protocol):
+    """An open storage, and this process as one of its users: `name` can be printed, `worker` names the process."""
+
+    storage: Any
+    name: str
+    worker: str
+
+    def begin(self, runs: int, trial: int) -> None:
+        """From now on this process lives, and the trial of the study `runs` stands for it."""
+
+    def is_dead(self, worker: str) -> bool:
+        """Whether the process that wrote this name into the storage has ended."""
+
+    def close(self) -> None:
+        """This process is no user any more."""
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a storage is a database; everything else is a file's path."""
+    return isinstance(place, str) and re.match(r"[A-Za-z][\w+.-]*://", place) is not None
+
+
+def open_store(place: str | Path, say: Callable[[str], None]) -> Store:
+    """Open a journal file, repaired where it is damaged, of which `say` is told; or a database; StorageError if not."""
+    return Database(str(place)) if is_url(place) else JournalFile(Path(place), say)
+
+
+def masked(text: str) -> str:
+    """A text without the passwords of URLs: of those that stand in it, and of those that were opened."""
+    text = re.sub(r"(://[^\s:/@]*):[^\s]*@", r"\1:***@", text)
+    text = re.sub(r"([?&]\w*password=)[^\s&]*", r"\1***", text, flags=re.IGNORECASE)
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+# Databases
+
+
+class Database:
+    """A database by its URL, whose users give signs of life."""
+
+    def __init__(self, url: str) -> None:
+        self.name, self.worker = masked(url), uuid.uuid4().hex
+        self.storage: Any = _connected(url, self.name)
+        self._runs = self._trial = -1
+        self._dead: set[str] = set()
+        self._ended = threading.Event()
+
+    def begin(self, runs: int, trial: int) -> None:
+        """Give signs of life by this trial, from a thread, until the end."""
+        self._runs, self._trial = runs, trial
+        self.storage.record_heartbeat(trial)
+        threading.Thread(target=_beat, args=(self.storage, trial, self._ended), daemon=True).start()
+        weakref.finalize(self, self._ended.set)
+
+    def is_dead(self, worker: str) -> bool:
+        """Whether its run has ended or is silent; the database's clock counts, of one that died none again."""
+        if worker not in self._dead and worker != self.worker:
+            runs = {
+                run.user_attrs.get("worker"): run for run in self.storage.get_all_trials(self._runs, deepcopy=False)
+            }
+            run = runs.get(worker)
+            silent = self.storage._get_stale_trial_ids(self._runs)
+            if run is None or run.state.is_finished() or run._trial_id in silent:
+                self._dead.add(worker)
+        return worker in self._dead
+
+    def close(self) -> None:
+        """Give no more signs of life."""
+        self._ended.set()
+
+
+def _connected(url: str, name: str) -> BaseStorage:
+    """The storage, its tables made; the driver is given the password, and nobody else."""
+    bare, arguments = _arguments(url, name)
+    for left in reversed(range(OPEN_TRIES)):
+        reason = ""
+        try:
+            return _opened(bare, arguments)
+        except ImportError:
+            hint = "pip install 'retgen[postgres]'" if bare.startswith("postgresql") else "install it"
+            reason, left = f"the driver of this database is not installed: {hint}", 0
+        except Exception as error:  # noqa: BLE001 - the drivers' are not related to each other
+            reason = reason_of(error)
+            if "already exists" not in reason and "duplicate key" not in reason:
+                left = 0
+        if not left:
+            break
+        time.sleep(random.uniform(0.05, 0.5))  # noqa: S311 - no secret
+    # Not in the except clause: what was raised there holds more than is to be told.
+    raise StorageError(f"{name}: {reason}")
+
+
+def _opened(url: str, arguments: dict[str, Any]) -> BaseStorage:
+    options = {"connect_args": arguments, "pool_pre_ping": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = RDBStorage(
+            url.replace("{", "{{").replace("}", "}}"),  # Optuna takes it for a template
+            engine_kwargs=options,
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+        )
+    return get_storage(storage)
+
+
+def _arguments(url: str, name: str) -> tuple[str, dict[str, Any]]:
+    """The URL without its password, and what the driver is given beside it."""
+    from sqlalchemy.engine import make_url  # noqa: PLC0415 - takes 0.2 s, which a journal file need not pay
+
+    authority = url.partition("://")[2]
+    if authority.count("@") > 1:
+        raise StorageError("a storage's URL holds more than one @: in a password, write it as %40")
+    _remember_secrets(authority)
+    try:
+        parsed = make_url(url)
+    except Exception:  # noqa: BLE001 - may hold the URL
+        parsed = None
+    if parsed is None:
+        raise StorageError(f"{name}: not a URL of the form dialect://user:password@host:port/database")
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername=POSTGRES)
+    given = {key: value for key, value in parsed.query.items() if "password" in key.lower()}
+    if parsed.password:
+        given["password"] = str(parsed.password)
+    _secrets.update(form for secret in given.values() for form in _forms(str(secret)))
+    bare = parsed.set(password=None).difference_update_query(list(given))
+    defaults = POSTGRES_ARGUMENTS if parsed.drivername == POSTGRES else {}
+    if parsed.get_backend_name() == "sqlite":
+        defaults = {"timeout": 60}
+    arguments = {key: value for key, value in defaults.items() if key not in parsed.query} | given
+    return bare.render_as_string(hide_password=False), arguments
+
+
+def _remember_secrets(authority: str) -> None:
+    """A password as it is written in a URL, whatever becomes of the URL."""
+    user, at, _ = authority.rpartition("@")
+    password = user.partition(":")[2]
+    if at and password:
+        _secrets.add(password)
+
+
+def _forms(secret: str) -> set[str]:
+    """A password as it may stand in a text."""
+    return {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), repr(secret)[1:-1]} - {""}
+
+
+def _beat(storage: Any, trial: int, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT_SECONDS):
+        with contextlib.suppress(Exception):  # the server may come back; if it does not, the tuner finds out itself
+            storage.record_heartbeat(trial)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why an access failed, in a line that can be printed."""
+    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ else error
+    told = getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
+    return masked((told.strip().splitlines() or [""])[0])
+
+
+# Journal files
+
+
+class JournalFile:
+    """A journal file, whose users each hold a lock on a file beside it."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.name, self._path = str(path), path
+        self.storage = _open(path, say)
+        self._alive = Alive(path)
+        self.worker = self._alive.name
+
+    def begin(self, runs: int, trial: int) -> None:
+        """The lock says it already."""
+
+    def is_dead(self, worker: str) -> bool:
+        """Whether nobody holds its lock."""
+        return is_dead(self._path, worker)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        self._alive.end()
+
+
+def _open(path: Path, say: Callable[[str], None]) -> JournalStorage:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return JournalStorage(_backend(path))
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever damaged lines lead Optuna to
+        broken = path.with_name(f"{path.name}.broken-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}")
+        say(f"{path} is damaged ({type(error).__name__}): as it was it is now {broken}, and what can be read is kept")
+        return _salvaged(path, broken)
+
+
+def _backend(path: Path) -> JournalFileBackend:
+    lock: Any = _Lock(path)
+    return JournalFileBackend(str(path), lock)
+
+
+def _salvaged(path: Path, broken: Path) -> JournalStorage:
+    """The storage of the lines that can be read, or an empty one where these make no whole."""
+    with _Lock(path) as file:
+        data = file.read()
+        broken.write_bytes(data)
+        whole = b"".join(line for line in data.splitlines(keepends=True) if _is_record(line))
+        file.truncate(0)
+        file.write(whole)
+    try:
+        return JournalStorage(_backend(path))
+    except Exception:  # noqa: BLE001 - as above
+        with _Lock(path) as file:
+            file.truncate(0)
+        return JournalStorage(_backend(path))
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "op_code" in record
+
+
+class _Lock:
+    """Held by whoever writes the file, as Optuna's own locks, which outlive a process that is killed; this does not."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and cut off a line that was not written to its end: the next would continue it."""
+        self._file = self._path.open("a+b")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        size = self._file.seek(0, os.SEEK_END)
+        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            self._file.seek(0)
+            self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        self._file.seek(0)
+        return True
+
+    def release(self) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def __enter__(self) -> BinaryIO:
+        self.acquire()
+        assert self._file is not None
+        return self._file
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+class Alive:
+    """A file beside the journal that is locked while this process lives: its number and machine's name tell less."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = uuid.uuid4().hex
+        file = alive_path(path, self.name)
+        handle = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        self.end = weakref.finalize(self, _end, handle, file)
+
+
+def _end(handle: int, file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.close(handle)
+
+
+def alive_path(path: Path, name: str) -> Path:
+    """The file that a user of a journal, by its name there, holds locked."""
+    return path.with_name(f".{path.name}.{name}.alive")
+
+
+def is_dead(path: Path, name: str) -> bool:
+    """Whether the process that wrote this name into a journal has ended."""
+    file = alive_path(path, name)
+    try:
+        with file.open("rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    file.unlink(missing_ok=True)
+    return True

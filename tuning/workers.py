@@ -1,0 +1,118 @@
+"""A worker for each GPU of this host, and one tuner at a time on each GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from tuning.storage import VARIABLE
+
+SESSION = "RETGEN_SESSION"  # what the workers of one run have in common
+
+
+class GpuBusyError(Exception):
+    """Another tuner measures on this GPU."""
+
+
+@contextlib.contextmanager
+def gpu_alone(name: str) -> Iterator[None]:
+    """Be the only tuner on a GPU, by its UUID or, where that is not known, its index; GpuBusyError where one is there.
+
+    The lock is a file in the temporary directory, for all users of the host, and ends with the process that holds it.
+    """
+    path = Path(tempfile.gettempdir()) / f"retgen-{name.replace('/', '-')}.lock"
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o644))
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise GpuBusyError(f"another tuner measures on {name} ({path}): wait for it, or choose --devices") from None
+    finally:
+        os.close(handle)
+
+
+def visible() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; CUDA is not initialised."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(index) for index in range(count)]
+
+
+def chosen(devices: str | None) -> list[str]:
+    """Of the visible GPUs those that `--devices` names, by position as torch counts or by UUID; ValueError if not."""
+    there = visible()
+    wanted = [name.strip() for name in devices.split(",")] if devices else [str(i) for i in range(len(there))]
+    found = [there[int(name)] if name.isdecimal() and int(name) < len(there) else name for name in wanted]
+    if missing := [name for name in found if name not in there]:
+        raise ValueError(f"--devices {','.join(missing)}: not among the visible GPUs, 0 to {len(there) - 1}")
+    return list(dict.fromkeys(found))
+
+
+def run_all(
+    arguments: list[str], devices: list[str], storage: str | None, compilers: int, say: Callable[[str], None]
+) -> int:
+    """Run the command once a GPU, as one tuning; Ctrl-C ends all in order. 0 where one did its work to the end."""
+    shared = os.environ | {SESSION: f"session-{os.getpid()}-{os.urandom(8).hex()}", "PYTHONUNBUFFERED": "1"}
+    shared |= {VARIABLE: storage} if storage else {}  # not on a command line, which every user sees
+    each = str(max(1, compilers // len(devices)))
+    children: list[subprocess.Popen[str]] = []
+    told: list[int] = []
+
+    def stop(signum: int, frame: object) -> None:
+        told.append(signum)
+        for child in children:
+            child.send_signal(signal.SIGINT if len(told) == 1 else signal.SIGKILL)
+
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = [signal.signal(number, stop) for number in handled]
+    try:
+        for device in devices:
+            child = _start([*arguments, "--workers", each], shared | {"CUDA_VISIBLE_DEVICES": device})
+            children.append(child)  # at once: a signal may come between two
+        threads = [
+            threading.Thread(target=_repeat, args=(child, f"gpu {device}", say), daemon=True)
+            for child, device in zip(children, devices, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        codes = [child.wait() for child in children]
+        for thread in threads:
+            thread.join()
+    finally:
+        for number, handler in zip(handled, previous, strict=True):
+            signal.signal(number, handler)
+    return 130 if told else min(code if code >= 0 else 1 for code in codes)
+
+
+def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """In a session of its own: the terminal's Ctrl-C reaches it once, from its parent."""
+    command = [sys.executable, "-m", "tuning", *arguments]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _repeat(child: subprocess.Popen[str], name: str, say: Callable[[str], None]) -> None:
+    assert child.stdout is not None
+    for line in child.stdout:
+        say(f"[{name}] {line.rstrip()}")
+    code = child.wait()
+    if code < 0:
+        say(f"[{name}] ended by signal {-code}: the others take its work")
