@@ -185,7 +185,7 @@ def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.set_defaults(command=check.check)
 
 
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "report",
         help="show what was searched, found and spent, as a page and a table",
@@ -208,7 +208,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=report.report)
 
 
-def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "verify",
         help="time a sample of the active rules again, on the GPU",
@@ -234,7 +234,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=verify.verify)
 
 
-def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_simulate(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "simulate",
         help="replay samplers over measured landscapes, without a GPU",
@@ -267,7 +267,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.set_defaults(command=simulate.simulate)
 
 
-def _add_landscape(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_landscape(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "landscape",
         help="measure every candidate, for simulate to replay",
