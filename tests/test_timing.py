@@ -8,13 +8,16 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import Judge, candidates, landscape, timing, tune
+from fakes import PROBLEM, Judge, candidates, landscape, timing, tune
 
-from tuning import nvml
+from generated.configuration_file import parse_file
+from tuning import nvml, rules
 from tuning import timing as timing_module
 from tuning.timing import FIRST, MEASURE_MS, MOST, Timing, interleaved, median_interval, race, timing_of
 from tuning.tuner import Found, beats, both
@@ -147,6 +150,29 @@ def test_rules_that_change_are_counted_against_those_that_were_in_use() -> None:
     second = tune(judge, incumbents=lambda problem: [fast]).funnel
     assert (second.compared, second.flipped) == (1, 0)
     assert tune(judge).funnel.compared == 0
+
+
+def test_shapes_share_a_configuration_that_is_nearly_the_fastest_of_each(tmp_path: Path) -> None:
+    shared, *own = candidates()[:3]
+    problems = [replace(PROBLEM, T=T) for T in (1024, 2048)]
+    fastest = dict(zip(problems, own, strict=True))
+
+    class Shaped(Judge):
+        """Each shape has a fastest of its own; one configuration is 1 % behind it at both."""
+
+        def rank(self, problem: Any, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+            return [timing(1.0 if c == fastest[problem] else 1.01 if c == shared else 2.0) for c in configs]
+
+        def time(self, problem: Any, config: Any, *rest: Any) -> Timing:
+            return self.rank(problem, [config], {})[0]
+
+    winners = tune(Shaped(), problems=problems).winners
+    assert [winner.config for winner in winners.values()] == [shared, shared]
+    assert {winner.best_ms for winner in winners.values()} == {1.0}
+    entries = [rules.entry_of(winner) for winner in winners.values()]
+    rules.update(tmp_path / "a.yaml", entries, {"name": "Fake GPU", "arch": "sm90", "sms": 132, "memory_gb": 80}, None)
+    (rule,) = parse_file(tmp_path / "a.yaml").kernels[PROBLEM.kernel].rules
+    assert rule.when.T == (512, 4096)
 
 
 def test_what_was_not_raced_does_not_win_by_that() -> None:

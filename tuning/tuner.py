@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from tuning.compilation import Arch, Resources
 from tuning.compile_pool import CompilePool
+from tuning.coverage import assign
 from tuning.journal import FRESH, PROVE, RACE, Journal, Outcome
 from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, Measurer, Timing
@@ -27,6 +28,7 @@ AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
 NOISE = 0.01  # a challenger must beat the incumbent and the default by more than this
 MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' twenty choices none is then slower than the default
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
+SHARED = 0.02  # what a point may lose against its fastest, so that neighbours share a rule
 CONTENDERS = 3  # of each race, which a fresh process times again
 
 
@@ -196,6 +198,7 @@ class Found:
     incumbents: set[Any]
     timings: dict[Any, Timing] = field(default_factory=dict)
     needs: dict[Any, Resources] = field(default_factory=dict)
+    raced: set[Any] = field(default_factory=set)
     trials: int = 0
     noise: float = NOISE
 
@@ -213,24 +216,26 @@ class Found:
         """Take the times of a race: in place of single measurements, or beside those of an earlier race."""
         for config, timing in zip(configs, timings, strict=True):
             self.timings[config] = timing if first else both(self.timings[config], timing)
-        # What was left out of the race is known less well: it is not to win by that.
-        self.timings = {config: self.timings[config] for config in configs} | self.timings
+        self.raced.update(configs)
+
+    def winner(self, config: Any, *, modelled: bool) -> Winner:
+        """One of the configurations as the winner, not proven yet."""
+        default_ms = self.timings[self.default].ms if self.default in self.timings else None
+        best_ms = self.timings[self._order()[0]].ms
+        timing, needs = self.timings[config], self.needs[config]
+        return Winner(self.problem, config, timing, default_ms, None, needs, self.trials, modelled, best_ms)
 
     def winners(self, configs: list[Any], *, modelled: bool) -> list[Winner]:
         """These configurations as winners, best first."""
-        default_ms = self.timings[self.default].ms if self.default in self.timings else None
-        ranked = [
-            Winner(self.problem, c, self.timings[c], default_ms, None, self.needs[c], self.trials, modelled)
-            for c in self._order()
-            if c in configs
-        ]
+        ranked = [self.winner(config, modelled=modelled) for config in self._order() if config in configs]
         # What no GPU has run is not recommended where it spills, not even the default; nor what hardly beats that.
         if modelled and ranked and ranked[0].needs.spills:
             return []
         return [winner for winner in ranked if not (modelled and winner.needs.spills)]
 
     def _order(self) -> list[Any]:
-        ordered = sorted(self.timings, key=lambda config: self.timings[config].ms)
+        # What was left out of the race is known less well: it is not to win by that.
+        ordered = sorted(self.timings, key=lambda config: (config not in self.raced, self.timings[config].ms))
         held = next((config for config in ordered if config in self.in_use), None)
         if held is not None and not beats(self.timings[ordered[0]], self.timings[held], self.noise):
             ordered.remove(held)
@@ -299,10 +304,30 @@ class Tuner:
         self.pool.forget_waiting()
 
     def conclude(self) -> None:
-        """Race the best again in a fresh process, and prove them."""
+        """Race the best again in a fresh process, let shapes share configurations, and prove what is chosen."""
         if not self.interrupted and not self.judge.modelled:
             self._confirm()
+            self._share()
         self.prove()
+
+    def _share(self) -> None:
+        """Put in front of each problem's ranking what others of the same kernel use too, where it is as good."""
+        kernels: dict[tuple[str, str], list[Problem]] = {}
+        for problem in self.ranked:
+            kernels.setdefault((problem.form, problem.dtype), []).append(problem)
+        for problems in kernels.values():
+            found = {problem: self.found[problem] for problem in problems}
+            first = {problem: self.ranked[problem][0] for problem in problems}
+            # What seems to be faster than the first, but not beyond the noise, counts as no faster.
+            shared = assign(
+                {p: {c: max(timing.ms, first[p].ms) for c, timing in own.timings.items()} for p, own in found.items()},
+                {problem: own.default for problem, own in found.items()},
+                tolerance=SHARED,
+                in_use={problem: winner.config for problem, winner in first.items()},
+            )
+            for problem, config in shared.items():
+                others = [winner for winner in self.ranked[problem] if winner.config != config]
+                self.ranked[problem] = [found[problem].winner(config, modelled=False), *others]
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
