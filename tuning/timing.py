@@ -88,7 +88,7 @@ class Replay:
         run()  # compiles, and fills what is kept from call to call
         torch.cuda.synchronize()
         if Replay._anchor is None:
-            Replay._anchor, _ = _captured(lambda: torch.empty(1, device="cuda"), torch.cuda.graph_pool_handle())
+            Replay._anchor, _ = _captured(lambda: torch.zeros(1, device="cuda"), torch.cuda.graph_pool_handle())
         self._graph, self.result = _captured(run, Replay._anchor.pool())
 
     def __call__(self) -> None:
