@@ -139,6 +139,23 @@ def test_what_others_measured_is_taken_and_not_measured_again() -> None:
     assert search.results[known] == 0.5
 
 
+def test_what_is_left_over_is_measured_while_nothing_else_can_be_and_costs_the_search_nothing() -> None:
+    effort = Effort(first=5, rounds=2, per_round=4, finalists=3, ahead=6)
+    search = search_for(effort=effort)
+    assert search.spare() is None  # nothing is known yet
+    for config in search.ask():
+        search.compiled(config, NEEDS)
+    while (config := search.next()) is not None:
+        search.tell(config, landscape(config))
+    assert search.measured == effort.first
+    spares = []
+    while (config := search.spare()) is not None:
+        search.tell(config, landscape(config))
+        spares.append(config)
+    assert 0 < len(spares) <= effort.ahead
+    assert len(set(run(search)) - set(spares)) == effort.measurements - effort.first
+
+
 def test_failures_are_counted_and_passed_over() -> None:
     search = search_for()
     run(search, ms=lambda config: None if config.BT == 32 else landscape(config))

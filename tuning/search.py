@@ -140,6 +140,21 @@ class Search:
             self._left -= 1
         return config
 
+    def spare(self) -> Any | None:
+        """One that was compiled and left over, to be measured while nothing else can be: it costs the search nothing.
+
+        None where none is left that is expected to gain.
+        """
+        left_over = [config for config in self._ready if config not in self._first]
+        if not self.results or not left_over or not isinstance(self._sampler, Informed):
+            return None
+        gains = self._sampler.gains(self.study, [self._list.numbers[config] for config in left_over])
+        if gains.max() < math.log2(1 + self._effort.gain):
+            return None
+        config = left_over[int(gains.argmax())]
+        self._ready.remove(config)
+        return config
+
     def tell(self, config: Any, ms: float | None) -> None:
         """The time of a configuration, whoever measured it, or None where it does not run right."""
         trial = self._trials.pop(config, None) or self._trial_of(config)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ NOISE = 0.01  # a challenger must beat the incumbent and the default by more tha
 MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' twenty choices none is then slower than the default
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
 SHARED = 0.02  # what a point may lose against its fastest, so that neighbours share a rule
+LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
 CONTENDERS = 3  # of each race, which a fresh process times again
 
 
@@ -72,6 +73,7 @@ class Funnel:
     remembered: int = 0
     same_code: int = 0
     raced: int = 0
+    spare: int = 0  # of the timed, those that were while nothing else could be
     stopped: int = 0  # searches that ended because nothing better was expected
     confirmed: int = 0
     proven: int = 0
@@ -346,7 +348,7 @@ class Tuner:
         tasks += started
         done, total = 0, len(problems) * self.effort.measurements
         while tasks:
-            task = next((t for t in tasks if t.ready()), tasks[0])
+            task = self._next_ready(tasks)
             for _ in task.step():
                 done += 1
                 self.progress(min(done, total), total, task.problem, "searching", self._standing(task.found))
@@ -356,6 +358,16 @@ class Tuner:
                 self._finish(task)
                 waiting, started = self._startable(waiting, [*waiting, *(t.problem for t in tasks)])
                 tasks += started
+
+    def _next_ready(self, tasks: list[_Task]) -> _Task:
+        """A task whose candidates are compiled; until there is one, what others have left over is measured."""
+        while True:
+            if task := next((task for task in tasks if task.ready()), None):
+                return task
+            if self.seconds_left() == 0:
+                return tasks[0]
+            if not any(task.measure_spare() for task in tasks):
+                wait([future for task in tasks for future in task.compiling()], LOOK_SECONDS, FIRST_COMPLETED)
 
     def _standing(self, found: Found) -> str:
         """How far a search is: the best so far, against the default."""
@@ -560,7 +572,11 @@ class _Task:
         self._ask()
 
     def ready(self) -> bool:
-        return all(future.done() for _, future in self.batch)
+        return not self.compiling()
+
+    def compiling(self) -> list[Future[Resources | str]]:
+        """What the compiler is still at, or has not begun."""
+        return [future for _, future in self.batch if not future.done()]
 
     def step(self) -> Iterator[None]:
         """Take the batch as it comes out of the compiler, time what is worth it, then ask for the next."""
@@ -577,12 +593,24 @@ class _Task:
 
     def _time_ready(self) -> Iterator[None]:
         while not self.finished and (config := self.search.next()) is not None:
-            self.search.tell(config, self._time(config, self.found.needs[config]))
-            self.found.trials = len(self.search.results)
-            self.tried.add(config)
+            self._tell(config)
             self.left -= 1
             yield
             self.finished = self.cut_short = self.tuner.seconds_left() == 0
+
+    def measure_spare(self) -> bool:
+        """Measure one that was compiled and left over; whether there was one worth it."""
+        config = self.search.spare()
+        if config is None or self.tuner.seconds_left() == 0:
+            return False
+        self._tell(config)
+        self.tuner.funnel.spare += 1
+        return True
+
+    def _tell(self, config: Any) -> None:
+        self.search.tell(config, self._time(config, self.found.needs[config]))
+        self.found.trials = len(self.search.results)
+        self.tried.add(config)
 
     def _needs(self, config: Any) -> Resources | str | None:
         """What the compiler says, or None at the deadline."""
