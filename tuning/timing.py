@@ -16,9 +16,9 @@ from torch import Tensor
 
 FLUSH_BYTES = 128 * 2**20  # more than the L2 cache of any GPU
 CONFIDENCE = 0.95
-FIRST, MOST = 3, 48  # calls of one measurement, at least and at most
-MEASURE_MS = 30.0  # of GPU time for one measurement
-PRECISE = 0.01  # an interval so narrow, relative to the median, needs no more calls
+FIRST, MOST = 3, 96  # calls of one measurement, at least and at most
+MEASURE_MS = 60.0  # of GPU time for one measurement: compiling a candidate takes as long on sixteen cores
+PRECISE = 0.004  # an interval so narrow, relative to the median, needs no more calls
 STEADY = 0.01  # clocks are steady when two windows of work in a row take the same time but for this
 WINDOW = 40  # products in a window of warming up, some 10 ms
 WARM_SECONDS = 2.0  # and no longer
