@@ -18,7 +18,6 @@ from fakes import PROBLEM, Judge, candidates, landscape, timing, tune
 
 from generated.configuration_file import parse_file
 from tuning import nvml, rules
-from tuning import timing as timing_module
 from tuning.timing import FIRST, MEASURE_MS, MOST, Timing, interleaved, median_interval, race, timing_of
 from tuning.tuner import Found, beats, both
 
@@ -61,51 +60,47 @@ def test_timing_that_is_written_down_is_recalled() -> None:
 # Races
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[float]], list[int]]:
-    """Makes calls take the times that a test gives; what comes back lists how many calls were timed at once."""
-
-    def give(times: Iterator[float]) -> list[int]:
-        asked: list[int] = []
-
-        def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
-            asked.append(repeats)
-            return list(itertools.islice(times, repeats))
-
-        monkeypatch.setattr(timing_module, "time_calls", time_calls)
-        return asked
-
-    return give
+def sampler(times: Iterator[float]) -> Callable[[], list[float]]:
+    """Gives the times, as many at once as a replay does."""
+    return lambda: list(itertools.islice(times, FIRST))
 
 
-def test_clearly_slower_candidate_gets_the_fewest_calls(clock: Callable[..., list[int]]) -> None:
-    clock(itertools.cycle([2.0, 2.1]))
-    assert len(race(print, stop_above_ms=1.5)) == FIRST
+def test_clearly_slower_candidate_gets_the_fewest_calls() -> None:
+    assert len(race(sampler(itertools.cycle([2.0, 2.1])), stop_above_ms=1.5)) == FIRST
 
 
-def test_candidate_that_may_be_faster_is_timed_on(clock: Callable[..., list[int]]) -> None:
-    clock(itertools.cycle([1.0, 2.0, 1.4]))
-    assert len(race(print, stop_above_ms=1.5)) > 2 * FIRST
+def test_candidate_that_may_be_faster_is_timed_on() -> None:
+    assert len(race(sampler(itertools.cycle([1.0, 2.0, 1.4])), stop_above_ms=1.5)) > 2 * FIRST
 
 
-def test_times_that_agree_end_a_race(clock: Callable[..., list[int]]) -> None:
-    clock(itertools.cycle([0.1]))
-    assert len(race(print, stop_above_ms=math.inf)) == 2 * FIRST
+def test_times_that_agree_end_a_race() -> None:
+    assert len(race(sampler(itertools.cycle([0.1])), stop_above_ms=math.inf)) == 2 * FIRST
 
 
 @pytest.mark.parametrize(("ms", "most"), [(0.01, MOST), (10.0, MEASURE_MS / 10.0 + FIRST)])
-def test_race_is_bounded_in_calls_and_in_time(clock: Callable[..., list[int]], ms: float, most: float) -> None:
-    clock(ms * factor for factor in itertools.cycle([1.0, 1.9, 1.3, 1.6]))
-    assert FIRST <= len(race(print, stop_above_ms=math.inf)) <= most
+def test_race_is_bounded_in_calls_and_in_time(ms: float, most: float) -> None:
+    times = sampler(ms * factor for factor in itertools.cycle([1.0, 1.9, 1.3, 1.6]))
+    assert FIRST <= len(race(times, stop_above_ms=math.inf)) <= most
 
 
-def test_each_round_begins_with_another_and_all_are_timed_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_round_begins_with_another_and_all_are_timed_as_often() -> None:
     order: list[str] = []
-    monkeypatch.setattr(timing_module, "time_calls", lambda run, repeats: [run()] * repeats)
-    runs = [lambda name=name: order.append(name) or 1.0 for name in "abc"]
-    times = interleaved(runs, rounds=3, seconds=math.inf)
+
+    def named(name: str) -> Callable[[], list[float]]:
+        return lambda: [order.append(name) or 1.0] * FIRST
+
+    times = interleaved([named(name) for name in "abc"], rounds=3, seconds=math.inf)
     assert [len(series) for series in times] == [3 * FIRST] * 3
     assert order == list("abcbcacab")
+
+
+def test_race_that_was_disturbed_goes_on_until_its_medians_are_known() -> None:
+    calm, disturbed = (itertools.chain(start, itertools.cycle([1.0])) for start in ([], [1.0, 2.0] * 12))
+    few, many = (len(interleaved([sampler(times)], rounds=8, seconds=math.inf)[0]) for times in (calm, disturbed))
+    assert few == 8 * FIRST
+    assert 8 * FIRST < many < 32 * FIRST
+    endless = sampler(itertools.cycle([1.0, 2.0]))
+    assert len(interleaved([endless], rounds=8, seconds=math.inf)[0]) == 32 * FIRST
 
 
 # Who wins

@@ -170,13 +170,13 @@ def _measure(problem: Problem, config: Any, stop_above_ms: float, extra: dict[st
     error = _check(problem, config, extra)
     replay = _replay(problem, config, extra)
     warm_up()
-    return timing_of(race(replay, stop_above_ms), error)
+    return timing_of(race(replay.times, stop_above_ms), error)
 
 
 def _compare(problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
-    replays = [_replay(problem, config, extra) for config in configs]
+    samples = [_replay(problem, config, extra).times for config in configs]
     warm_up()
-    return [timing_of(times) for times in interleaved(replays, rounds=COMPARE_ROUNDS, seconds=COMPARE_SECONDS)]
+    return [timing_of(times) for times in interleaved(samples, rounds=COMPARE_ROUNDS, seconds=COMPARE_SECONDS)]
 
 
 def _prove(problem: Problem, config: Any, extra: dict[str, Any]) -> float:

@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ FIRST, MOST = 3, 96  # calls of one measurement, at least and at most
 MEASURE_MS = 60.0  # of GPU time for one measurement: compiling a candidate takes as long on sixteen cores
 PRECISE = 0.004  # an interval so narrow, relative to the median, needs no more calls
 STEADY = 0.01  # clocks are steady when two windows of work in a row take the same time but for this
+SETTLED = 0.05  # an interval wider than that, relative to the median, tells of a disturbance
 WINDOW = 40  # products in a window of warming up, some 10 ms
 WARM_SECONDS = 2.0  # and no longer
 COLD_SECONDS = 1.0  # a GPU that did nothing for so long has lowered its clocks
@@ -80,24 +81,39 @@ def _left_out(count: int) -> int:
 
 
 class Replay:
-    """A call captured as a CUDA graph: replayed without the host's share, and with the same memory each time."""
+    """A call captured as a CUDA graph, a few times over, with the events that time it: nothing hangs on the host.
+
+    `result` is what the call returned; its memory is written anew by every replay.
+    """
 
     _anchor: Any = None  # a graph that is kept, so that the memory pool which all graphs share is kept
 
     def __init__(self, run: Callable[[], object]) -> None:
         run()  # compiles, and fills what is kept from call to call
-        torch.cuda.synchronize()
         if Replay._anchor is None:
             Replay._anchor, _ = _captured(lambda: torch.zeros(1, device="cuda"), torch.cuda.graph_pool_handle())
-        self._graph, self.result = _captured(run, Replay._anchor.pool())
+        self._events = _events(FIRST, external=True)
+        flush = _flush()
 
-    def __call__(self) -> None:
-        """Launch the call's kernels again."""
+        def timed() -> object:
+            for begin, end in self._events:
+                flush.zero_()
+                begin.record()
+                result = run()
+                end.record()
+            return result
+
+        self._graph, self.result = _captured(timed, Replay._anchor.pool())
+
+    def times(self) -> list[float]:
+        """Milliseconds of each of the calls, the L2 cache flushed before it."""
         self._graph.replay()
+        return _elapsed(self._events)
 
 
 def _captured(run: Callable[[], object], pool: Any) -> tuple[torch.cuda.CUDAGraph, object]:
     """A call as a graph; not by torch.cuda.graph, which collects garbage first: that takes longer than all else."""
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         graph.capture_begin(pool=pool)
@@ -108,55 +124,69 @@ def _captured(run: Callable[[], object], pool: Any) -> tuple[torch.cuda.CUDAGrap
     return graph, result
 
 
-_flush: Tensor | None = None
+def _events(count: int, **options: bool) -> list[tuple[Any, Any]]:
+    new_event: Callable[..., Any] = torch.cuda.Event
+    return [(new_event(enable_timing=True, **options), new_event(enable_timing=True, **options)) for _ in range(count)]
+
+
+@functools.cache
+def _flush() -> Tensor:
+    return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+
 _last_use = -math.inf
 
 
-def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each call by CUDA events, the L2 cache flushed before it."""
-    global _flush, _last_use
-    if _flush is None:
-        _flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    new_event: Callable[..., Any] = torch.cuda.Event
-    events = [[new_event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in events:
-        _flush.zero_()
-        begin.record()
-        run()
-        end.record()
+def _elapsed(events: list[tuple[Any, Any]]) -> list[float]:
+    global _last_use
     torch.cuda.synchronize()
     _last_use = time.monotonic()
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def race(run: Callable[[], object], stop_above_ms: float) -> list[float]:
+def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each call as a program makes it, with the host's share where the GPU waits for it."""
+    events = _events(repeats)
+    for begin, end in events:
+        _flush().zero_()
+        begin.record()
+        run()
+        end.record()
+    return _elapsed(events)
+
+
+def race(sample: Callable[[], list[float]], stop_above_ms: float) -> list[float]:
     """Times of a call, as many as it takes: few where it is clearly slower than so much, or where they agree."""
-    times = time_calls(run, FIRST)
+    times = sample()
     while len(times) < MOST and sum(times) < MEASURE_MS:
         low, high = median_interval(times)
         if low > stop_above_ms or (len(times) >= 2 * FIRST and high - low < PRECISE * low):
             break
-        times += time_calls(run, FIRST)
+        times += sample()
     return times
 
 
-def interleaved(runs: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[list[float]]:
+def interleaved(samples: Sequence[Callable[[], list[float]]], *, rounds: int, seconds: float) -> list[list[float]]:
     """Times of several calls against each other: in rounds, each begun with another one, until one of the limits.
 
-    They drift together, so that what is compared was measured under the same conditions.
+    They drift together, so that what is compared was measured under the same conditions. Where something disturbed a
+    race, so that a median is not known well, it goes on for up to four times as long.
     """
-    times: list[list[float]] = [[] for _ in runs]
+    times: list[list[float]] = [[] for _ in samples]
     started = time.monotonic()
-    for number in range(rounds):
-        for i in _rotated(len(runs), number):
-            times[i] += time_calls(runs[i], FIRST)
-        if time.monotonic() - started > seconds and number:
+    for number in range(4 * rounds):
+        for i in range(len(samples)):
+            i = (i + number) % len(samples)
+            times[i] += samples[i]()
+        over = number + 1 >= rounds or time.monotonic() - started > seconds
+        if over and number and (all(map(_is_settled, times)) or time.monotonic() - started > 4 * seconds):
             break
     return times
 
 
-def _rotated(count: int, by: int) -> Iterator[int]:
-    return ((i + by) % count for i in range(count))
+def _is_settled(times: list[float]) -> bool:
+    low, high = median_interval(times)
+    return high - low < SETTLED * low
 
 
 def warm_up() -> float:
