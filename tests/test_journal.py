@@ -27,6 +27,7 @@ from tuning.__main__ import main
 from tuning.journal import SUSPECT, Journal, Outcome
 from tuning.measurement import Gpu, Timing
 from tuning.problems import Problem
+from tuning.space import knob_values
 
 FIRST, SECOND, THIRD = candidates()[:3]
 TESTS = Path(__file__).resolve().parent
@@ -113,7 +114,7 @@ def test_optuna_reads_it_as_studies_and_trials(path: Path) -> None:
     )
     study = optuna.load_study(study_name=name, storage=storage)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
-    assert study.best_params == {name: getattr(FIRST, name) for name in ("BT", "BV", "num_warps", "num_stages")}
+    assert study.best_params == knob_values(FIRST)
     assert study.trials[1].user_attrs["reason"] == "ArithmeticError: why"
 
 
