@@ -2,11 +2,13 @@
 
 `main` is the tuner's command line over it. Environment variables tell it what to do: FAKE_LOG, a file to which every
 launch is written before it happens; FAKE_FAULTS, a JSON object from a part of such a line to what happens then;
-FAKE_UUID, the GPU's; FAKE_DISK, how many bytes a file of the tuner's may grow to.
+FAKE_UUID, the GPU's; FAKE_GPUS, how many there are; FAKE_HOST, a name for their UUIDs; FAKE_DISK, how many bytes a file
+of the tuner's may grow to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -19,13 +21,14 @@ from typing import Any
 
 from fakes import Pool, landscape, timing
 
-from tuning import __main__, device, measurement
+from tuning import __main__, device, measurement, workers
 from tuning import run as run_module
 from tuning.device import Answer, Gpu
 from tuning.space import knob_values
 
 HANG_SECONDS = 1.0
-GPU = Gpu("Fake GPU", "sm90", 132, 80, "580.1", os.environ.get("FAKE_UUID", ""))
+UUID = os.environ.get("FAKE_UUID") or ("FAKE_GPUS" in os.environ and os.environ.get("CUDA_VISIBLE_DEVICES")) or ""
+GPU = Gpu("Fake GPU", "sm90", 132, 80, "580.1", UUID)
 
 
 def serve(pipe: Connection) -> None:
@@ -39,7 +42,8 @@ def serve(pipe: Connection) -> None:
             return
         group = configs if isinstance(configs, list) else [configs]
         fault = next((fault for config in group if (fault := _launch(job, problem.form, config))), None)
-        pipe.send(_answer(job, group, fault))
+        with contextlib.suppress(BrokenPipeError):  # the tuner was killed
+            pipe.send(_answer(job, group, fault))
         if fault == "illegal access":
             os._exit(1)
 
@@ -77,6 +81,10 @@ def main() -> int:
     run_module.gpu_present = lambda: True  # type: ignore[attr-defined]
     run_module.CompilePool = Pool  # type: ignore[attr-defined,assignment,misc]
     measurement.DEADLINES = dict.fromkeys(measurement.DEADLINES, HANG_SECONDS)
+    if "FAKE_GPUS" in os.environ:
+        there = [f"FAKE-{os.environ['FAKE_HOST']}-{number}" for number in range(int(os.environ["FAKE_GPUS"]))]
+        workers.visible = lambda: [os.environ["CUDA_VISIBLE_DEVICES"]] if UUID else there
+        workers.COMMAND = [sys.executable, "-c", "import fake_device, sys; sys.exit(fake_device.main())"]
     if "FAKE_DISK" in os.environ:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAKE_DISK"]), resource.RLIM_INFINITY))
     return __main__.main(sys.argv[1:])

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 
 from tuning import report as reports
 from tuning.__main__ import main
-from tuning.history import History, PastSearch, Trial, open_storage, read, redacted
+from tuning.history import History, PastSearch, Trial, open_storage, read
 from tuning.journal import KNOB
 from tuning.landscape import DIRECTORY, Landscape
 from tuning.landscape import read as read_landscape
@@ -29,6 +29,7 @@ from tuning.problems import PASSES, Problem
 from tuning.report import Page, Peers
 from tuning.run import RunError
 from tuning.space import knob_values
+from tuning.storage import masked
 from tuning.workloads import Workload
 
 CONTEXT = {"gpu": "NVIDIA H100 80GB HBM3", "driver": "580.159.04", "triton": "3.6.0", "torch": "2.11.0"}
@@ -579,7 +580,7 @@ def test_a_password_is_in_no_message(url: str, tmp_path: Path, capsys: pytest.Ca
 def test_a_password_is_in_no_page(empty: Storage) -> None:
     empty.search(landscapes()[8])
     empty.run(command="python -m tuning run --storage postgresql://tuner:hunter2@host/db?password=hunter2&x=1")
-    place = redacted("postgresql://tuner:hunter2@host/db")
+    place = masked("postgresql://tuner:hunter2@host/db")
     page = Page(read(empty.place), Peers([], []), place)
     for text in (page.html(), page.markdown()):
         assert "hunter2" not in text

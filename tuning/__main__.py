@@ -18,6 +18,7 @@ from tuning.run import RunError
 from tuning.samplers import INFORMED, SAMPLERS, SamplerError
 from tuning.storage import StorageError, masked
 from tuning.tuner import EFFORTS
+from tuning.workers import GpuBusyError
 from tuning.workloads import DTYPES, WorkloadError, builtin
 
 FILE_WIDTH = 1000
@@ -39,12 +40,13 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 for success, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(given, argparse.Namespace(given=given))
     try:
         return int(options.command(options, _console()))
     except WorkloadError as error:
         return _fail(error, 2)
-    except (RunError, SamplerError, MeasurementError, StorageError, OSError) as error:
+    except (RunError, SamplerError, MeasurementError, StorageError, GpuBusyError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -131,6 +133,12 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         "postgresql://user@host/database for many (default: RETGEN_STORAGE, where other users do not see it as they "
         "see a command line, or a file in the user's cache directory); a password may also be in ~/.pgpass",
     )
+    parser.add_argument(
+        "--devices",
+        metavar="LIST",
+        help="the GPUs to measure on, each by a worker of its own, as torch counts them or by UUID: 0,2 (default: all "
+        "that CUDA_VISIBLE_DEVICES lets be seen)",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure anew what is kept there")
     parser.add_argument(
         "--arch", choices=sorted(ARCHS), help="model this architecture, GPU or not (default without a GPU: sm90)"
@@ -195,7 +203,8 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--storage",
         metavar="PATH|URL",
-        help="what to read (default: what `run` keeps for this GPU; without a GPU the only one in the user's cache)",
+        help="what to read (default: RETGEN_STORAGE, or what `run` keeps for this GPU; without a GPU the only one in "
+        "the user's cache)",
     )
     parser.add_argument(
         "--gpu", metavar="NAME", help="of a storage that holds several (default: the last that measured)"

@@ -7,7 +7,6 @@ rest. Times of day are Optuna's own, local and without a zone.
 from __future__ import annotations
 
 import datetime as dt
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tuning.problems import Problem
 from tuning.run import RunError
+from tuning.storage import connected, is_url, masked
 
 FINALS, RUNS = "; finals", "runs; "
 TRIED = (TrialState.COMPLETE, TrialState.FAIL)  # a pruned trial was not launched, a running one has not ended
-PASSWORD = re.compile(r"(?P<user>://[^\s:/@]*):\S*@|(?P<name>\bpass(word|wd)?=)[^\s&;]*", re.IGNORECASE)
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 
 
@@ -145,16 +144,11 @@ class History:
         return {winner.problem: winner for run in self.runs for winner in run.winners}
 
 
-def redacted(text: str) -> str:
-    """The text without the passwords of the URLs in it."""
-    return PASSWORD.sub(lambda found: f"{found['user']}:***@" if found["user"] else f"{found['name']}***", text)
-
-
 def open_storage(place: str) -> BaseStorage:
-    """The storage at a path or an RDB's URL; RunError where there is none or it cannot be read."""
+    """The storage at a path or a database's URL; RunError where there is none or it cannot be read."""
     try:
-        if "://" in place:
-            return RDBStorage(place)
+        if is_url(place):
+            return connected(place)
         if not Path(place).is_file():
             raise RunError(
                 f"{place}: no such storage; `python -m tuning run --storage {place}` makes one, and without "
@@ -168,9 +162,9 @@ def open_storage(place: str) -> BaseStorage:
 
 
 def _unreadable(place: str, error: Exception) -> RunError:
-    reason = " ".join(redacted(f"{type(error).__name__}: {error}").split())[:300]
-    hint = "" if "://" in place else f"; `python -m tuning run --storage {place}` keeps of it what can be read"
-    return RunError(f"{redacted(place)} cannot be read as a storage ({reason}){hint}")
+    reason = " ".join(masked(f"{type(error).__name__}: {error}").split())[:300]
+    hint = "" if is_url(place) else f"; `python -m tuning run --storage {place}` keeps of it what can be read"
+    return RunError(f"{masked(place)} cannot be read as a storage ({reason}){hint}")
 
 
 def read(place: str, gpu: str | None = None) -> History:
@@ -184,7 +178,7 @@ def read(place: str, gpu: str | None = None) -> History:
     gpus = sorted({search.context["gpu"] for search in searches})
     if not searches:
         raise RunError(
-            f"{redacted(place)} holds no search that timed a candidate"
+            f"{masked(place)} holds no search that timed a candidate"
             f"{f' ({foreign} studies or trials are not of this tuner)' if foreign else ''}; "
             "`python -m tuning run --storage ...` fills one"
         )
@@ -269,7 +263,7 @@ def _run(trial: FrozenTrial) -> PastRun:
     return PastRun(
         started=trial.datetime_start or dt.datetime.min,  # noqa: DTZ901 - as above
         seconds=trial.value,
-        command=redacted(str(about.get("command", ""))),
+        command=masked(str(about.get("command", ""))),
         effort=str(about.get("effort", "")),
         sampler=str(about.get("sampler", "")),
         versions=_texts(about.get("versions", {})),

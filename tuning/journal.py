@@ -10,7 +10,8 @@ it, or the machine: it counts as failed, and is never launched again. Of a race,
 been it: none of them is raced again, its own measurement is what is known of it, and it may still be proved, alone.
 
 Measurements hold for as long as their context does. Races and proofs hold for the workers of one tuning, whenever they
-start, and for those who take up a tuning that was stopped: a run after one that ended races and proves anew.
+start, and for those who take up a tuning of the same effort that was stopped: a run after one that ended races and
+proves anew.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -34,7 +36,7 @@ from generated.configuration import kernel_registry
 from tuning.compilation import Resources
 from tuning.problems import Problem
 from tuning.space import knob_values
-from tuning.storage import StorageError, Store, is_url, masked, open_store, reason_of
+from tuning.storage import Database, StorageError, Store, is_url, masked, open_store, reason_of
 
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
@@ -62,12 +64,14 @@ class Outcome:
     """What a measurement gave: milliseconds and what else is known of them, or why there are none.
 
     Of a proof `ms` is the largest error. `needs` is what the compiled kernel needs, where that was written down.
+    `spare`: it was measured because the GPU had nothing else to do.
     """
 
     ms: float | None
     reason: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     needs: Resources | None = field(default=None, compare=False)
+    spare: bool = field(default=False, compare=False)
 
 
 @dataclass
@@ -79,6 +83,7 @@ class _Study:
     outcomes: dict[str, dict[Any, Outcome]] = field(default_factory=dict)
     busy: dict[str, set[Any]] = field(default_factory=dict)  # which other workers are launching
     barred: set[Any] = field(default_factory=set)  # from races
+    read: set[int] = field(default_factory=set)  # numbers of trials that have ended, and need not be read again
 
     def of(self, step: str) -> dict[Any, Outcome]:
         return self.outcomes.setdefault(step, {})
@@ -97,32 +102,36 @@ class Journal:
     place: a journal file's path, or a database's URL (`tuning.storage`). context: by name, such as gpu and driver.
     `fresh` forgets what it has of every problem that is asked about, once for all workers of one `session`. Where
     nothing can be written, `say` is told so once, and tuning goes on without a record; but a database that is not
-    there from the start is a StorageError.
+    there from the start is a StorageError, also where it was opened beforehand and is given in place of its URL.
+    `effort`: races and proofs of another do not hold. `shared` says whether others may tune beside this one.
     """
 
     def __init__(
         self,
-        place: Path | str,
+        place: Path | str | Database,
         context: Mapping[str, str],
         say: Callable[[str], None],
         *,
         fresh: bool = False,
         session: str = "",
+        effort: str = "",
     ) -> None:
-        self._context, self._say, self._fresh = dict(context), say, fresh
-        self._name = masked(str(place))
+        self._context, self._say, self._fresh, self._effort = dict(context), say, fresh, effort
+        self._name = place.name if isinstance(place, Database) else masked(str(place))
         self._studies: dict[str, _Study] = {}
-        self._ended: set[str] = set()  # workers of tunings that came to their end before this one
+        self._ended: set[str] = set()  # workers whose races and proofs do not hold
         self._store: Store | None = None
-        self.rank = 0
+        self._at: Problem | None = None
+        self.rank, self.shared = 0, False
         try:
-            self._store = open_store(place, say)
+            self._store = place if isinstance(place, Database) else open_store(place, say)
             self._session = session or self._store.worker
             self._begin(self._store)
+            self.shared = bool(session or self.rank or isinstance(self._store, Database))
         except StorageError:
             raise
         except Exception as error:  # noqa: BLE001 - a record must not cost the run, whatever becomes of it
-            if not is_url(place):
+            if not (isinstance(place, Database) or is_url(place)):
                 self._lose(error)
                 return
             reason = reason_of(error)
@@ -151,24 +160,32 @@ class Journal:
         failed = {c: proof for c, proof in self._study(problem, extra, PROVE).of(PROVE).items() if proof.ms is None}
         return found | {config: proof for config, proof in failed.items() if config in found}
 
-    def is_busy(self, problem: Problem, config: Any, extra: dict[str, Any], *, step: str = MEASURE) -> bool:
-        """Whether another worker, which lives, is measuring it right now."""
-        return config in self._refresh(problem, extra, step).busy.get(step, ())
-
     def raced(self, problem: Problem, extra: dict[str, Any], step: str) -> dict[Any, Outcome] | None:
         """The outcome of a race of this tuning, whoever held it; None where there was none or it is not over."""
         study = self._refresh(problem, extra, step)
         return None if study.busy.get(step) else dict(study.of(step)) or None
 
-    def is_racing(self, problem: Problem, extra: dict[str, Any], step: str) -> bool:
-        """Whether another worker, which lives, holds this race right now."""
+    def is_held(self, problem: Problem, extra: dict[str, Any], step: str) -> bool:
+        """Whether another worker, which lives, is at this step of a problem right now."""
         return bool(self._refresh(problem, extra, step).busy.get(step))
+
+    def elsewhere(self, problems: Sequence[Problem]) -> set[Problem]:
+        """At which of these other workers, which live, said that they are (`go_to`)."""
+        none: set[str] = set()
+        names = self._try(self._others, none)
+        return {problem for problem in problems if self._name_of(problem) in names}
 
     def barred(self, problem: Problem, extra: dict[str, Any]) -> set[Any]:
         """Which configurations must not be raced: a race in which they took part ended its process."""
         return set(self._study(problem, extra, RACE).barred)
 
     # What is written
+
+    def go_to(self, problem: Problem | None) -> None:
+        """Tell the other workers which search this one is at."""
+        if problem != self._at:
+            self._at, name = problem, self._name_of(problem) if problem else ""
+            self._try(lambda storage: _set(storage, self._run, "at", name), None)
 
     @contextlib.contextmanager
     def measuring(
@@ -179,14 +196,17 @@ class Journal:
         *,
         step: str = MEASURE,
         needs: Resources | None = None,
+        constraints: Mapping[str, float] | None = None,
+        spare: bool = False,
     ) -> Iterator[Callable[[Outcome], None] | None]:
         """Write the candidate down, to be launched within, and take the outcome by what this yields.
 
         It yields None, and nothing may be launched, where another worker is at it or it is known by now. Without an
-        outcome, as after Ctrl-C, the candidate counts as not tried.
+        outcome, as after Ctrl-C, the candidate counts as not tried. `constraints` are Optuna's: feasible up to 0.
         """
         study = self._study(problem, extra, step)
-        trials = self._claim(study, [config], step, needs)
+        attributes = ({"needs": asdict(needs)} if needs else {}) | ({"spare": True} if spare else {})
+        trials = self._claim(study, [config], step, attributes, constraints)
         if trials is None:
             yield None
             return
@@ -202,7 +222,7 @@ class Journal:
     ) -> Iterator[Callable[[Sequence[Outcome]], None] | None]:
         """As `measuring`, for a race of several: all are written down, and the outcomes come in their order."""
         study = self._study(problem, extra, step)
-        trials = self._claim(study, configs, step, None)
+        trials = self._claim(study, configs, step)
         if trials is None:
             yield None
             return
@@ -223,10 +243,13 @@ class Journal:
         *,
         step: str = MEASURE,
         needs: Resources | None = None,
+        constraints: Mapping[str, float] | None = None,
+        spare: bool = False,
     ) -> Outcome:
         """What is known of a candidate, or what another worker, waited for, finds out, or what `action` does."""
         while True:
-            with self.measuring(problem, config, extra, step=step, needs=needs) as record:
+            claim = self.measuring(problem, config, extra, step=step, needs=needs, constraints=constraints, spare=spare)
+            with claim as record:
                 if record is not None:
                     outcome = action()
                     record(outcome)
@@ -258,12 +281,6 @@ class Journal:
                     return {c: outcome for c, outcome in zip(fit, outcomes, strict=True) if outcome.ms is not None}
             time.sleep(POLL_SECONDS)
 
-    def describe(self, problem: Problem, extra: dict[str, Any], **attributes: Any) -> None:
-        """Add to what a search's study tells of itself, such as `floor_ms`."""
-        study = self._study(problem, extra, MEASURE)
-        for name, value in attributes.items():
-            self._try(partial(_set_study_attribute, number=study.number, name=name, value=value), None)
-
     def run(self, **attributes: Any) -> Run:
         """Write down that a run of the tuner has begun; passwords in the attributes are masked."""
         run = Run(self)
@@ -281,17 +298,37 @@ class Journal:
         storage = store.storage
         self._runs = _study_number(storage, f"runs; {_text(self._context)}", {"context": self._context, "runs": True})
         earlier = storage.get_all_trials(self._runs, deepcopy=False)
-        trial = create_trial(state=TrialState.RUNNING, user_attrs={"worker": store.worker})
+        attributes = {"worker": store.worker, "session": self._session, "effort": self._effort}
+        trial = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
         self._run = storage.create_new_trial(self._runs, trial)
         store.begin(self._runs, self._run)
-        self._ended = {str(run.user_attrs.get("worker")) for run in earlier if run.state == TrialState.COMPLETE}
+        self._ended = {str(run.user_attrs.get("worker")) for run in earlier if not self._goes_on(run)}
         for run in earlier:
             if run.state == TrialState.RUNNING and store.is_dead(str(run.user_attrs.get("worker"))):
                 _close(storage, run._trial_id, TrialState.FAIL, {"reason": "killed"})
             elif run.state == TrialState.RUNNING:
                 self.rank += 1
 
-    def _claim(self, study: _Study, configs: Sequence[Any], step: str, needs: Resources | None) -> list[Any] | None:
+    def _goes_on(self, run: FrozenTrial) -> bool:
+        """Whether the tuning that an earlier run was a part of is this one."""
+        ended = run.state == TrialState.COMPLETE and run.user_attrs.get("session") != self._session
+        return not ended and run.user_attrs.get("effort") == self._effort
+
+    def _others(self, storage: Any) -> set[str]:
+        """The searches that other workers are at, by name."""
+        assert self._store is not None
+        runs = storage.get_all_trials(self._runs, deepcopy=False)
+        running = [run.user_attrs for run in runs if run.state == TrialState.RUNNING and run._trial_id != self._run]
+        return {run["at"] for run in running if "at" in run and not self._store.is_dead(str(run.get("worker")))}
+
+    def _claim(
+        self,
+        study: _Study,
+        configs: Sequence[Any],
+        step: str,
+        attributes: Mapping[str, Any] = MappingProxyType({}),
+        constraints: Mapping[str, float] | None = None,
+    ) -> list[Any] | None:
         """The trials by which these configurations are this worker's to launch; None where they are not."""
 
         def claim(storage: Any) -> list[Any] | None:
@@ -299,8 +336,10 @@ class Journal:
             self._read(storage, study)
             if study.is_taken(step, configs):
                 return None
-            attributes = _attributes(self._store.worker, step, needs, len(configs))
-            trials = [storage.create_new_trial(study.number, _running(config, attributes)) for config in configs]
+            ours = {"worker": self._store.worker, **attributes}
+            ours |= {} if step == MEASURE else {"step": step, "rivals": len(configs)}
+            running = [_running(config, ours, constraints) for config in configs]
+            trials = [storage.create_new_trial(study.number, trial) for trial in running]
             self._read(storage, study, before=storage.get_trial(trials[0]).number)
             if not study.is_taken(step, configs):
                 return trials
@@ -354,41 +393,46 @@ class Journal:
         return f"{problem.kernel} {source} {problem.dtype} {sizes}; {_text(self._context)}; protocol {PROTOCOL}"
 
     def _described(self, problem: Problem, extra: dict[str, Any], step: str) -> dict[str, Any]:
+        floor = problem.floor_ms(self._context.get("gpu", ""))
         return {
             "problem": asdict(problem),
             "context": self._context,
             "extra": {key: knob_values(value) for key, value in sorted(extra.items())},
             "source": kernel_registry()[problem.kernel].source,
             "default": knob_values(problem.default()),
-        } | ({} if step == MEASURE else {"finals": True})
+            **({} if floor is None else {"floor_ms": floor}),
+            **({} if step == MEASURE else {"finals": True}),
+        }
 
     def _read(self, storage: Any, study: _Study, *, before: int | None = None) -> None:
-        """Take in what all workers have written, or what they had before the trial of a number."""
-        study.outcomes, study.busy = {}, {}
+        """Take in what all workers have written since; of a trial from a number on, nobody is at it yet."""
+        study.busy = {}
         for trial in storage.get_all_trials(study.number, deepcopy=False):
-            if before is None or trial.number < before:
-                self._take_in(storage, study, trial)
+            if trial.number not in study.read:
+                self._take_in(storage, study, trial, counts=before is None or trial.number < before)
 
-    def _take_in(self, storage: Any, study: _Study, trial: FrozenTrial) -> None:
+    def _take_in(self, storage: Any, study: _Study, trial: FrozenTrial, *, counts: bool) -> None:
         assert self._store is not None
         worker, step = str(trial.user_attrs.get("worker")), str(trial.user_attrs.get("step", MEASURE))
-        try:
-            config = study.config_type(**trial.params)
-        except (TypeError, ValueError):  # knobs of another time
+        if trial.state == TrialState.RUNNING and worker == self._store.worker:
             return
-        if trial.state == TrialState.RUNNING and worker != self._store.worker and not self._store.is_dead(worker):
-            study.busy.setdefault(step, set()).add(config)
-        elif (outcome := self._outcome(storage, trial, worker, step)) is not None:
+        config = _config(study.config_type, trial)
+        if trial.state == TrialState.RUNNING and config is not None and not self._store.is_dead(worker):
+            if counts:
+                study.busy.setdefault(step, set()).add(config)
+            return
+        study.read.add(trial.number)
+        if config is not None and (outcome := self._outcome(storage, trial, worker, step)) is not None:
             _take(study, step, config, outcome, alone=trial.user_attrs.get("rivals", 1) == 1)
 
     def _outcome(self, storage: Any, trial: FrozenTrial, worker: str, step: str) -> Outcome | None:
-        assert self._store is not None
         figures, needs = trial.user_attrs.get("figures", {}), trial.user_attrs.get("needs")
+        spare = bool(trial.user_attrs.get("spare"))
         if trial.state == TrialState.COMPLETE and (step == MEASURE or worker not in self._ended):
-            return Outcome(trial.value, "", figures, Resources(**needs) if needs else None)
+            return Outcome(trial.value, "", figures, Resources(**needs) if needs else None, spare)
         if trial.state == TrialState.FAIL:
-            return Outcome(None, str(trial.user_attrs.get("reason", "")))
-        if trial.state == TrialState.RUNNING and worker != self._store.worker:
+            return Outcome(None, str(trial.user_attrs.get("reason", "")), spare=spare)
+        if trial.state == TrialState.RUNNING:
             _finish(storage, trial._trial_id, step, Outcome(None, SUSPECT))
             return Outcome(None, SUSPECT)
         return None
@@ -416,18 +460,14 @@ class Run:
     def add(self, **attributes: Any) -> None:
         """Write attributes down; passwords in them are masked."""
         for name, value in attributes.items():
-            self._journal._try(partial(self._set, name=name, value=value), None)
+            self._journal._try(partial(_set, trial=self._journal._run, name=name, value=_masked(value)), None)
 
-    def finish(self, seconds: float, *, interrupted: bool = False, **attributes: Any) -> None:
-        """Write down how the run ended. One that was interrupted can be taken up: its races and proofs still hold."""
+    def finish(self, total: float, /, *, interrupted: bool = False, **attributes: Any) -> None:
+        """Write down how the run ended, and how many seconds it took in all. One that was interrupted can be taken up: its races and proofs still hold."""
         self.add(**attributes)
         state = TrialState.PRUNED if interrupted else TrialState.COMPLETE
-        values = None if interrupted else [seconds]
+        values = None if interrupted else [total]
         self._journal._try(lambda storage: _close(storage, self._journal._run, state, {}, values), None)
-
-    def _set(self, storage: Any, name: str, value: Any) -> None:
-        with contextlib.suppress(UpdateFinishedTrialError):  # another worker took this one for dead
-            storage.set_trial_user_attr(self._journal._run, name, _masked(value))
 
 
 def default_path(device: str) -> Path:
@@ -466,8 +506,17 @@ def _study_number(storage: Any, name: str, attributes: dict[str, Any]) -> int:
     return number
 
 
-def _set_study_attribute(storage: Any, *, number: int | None, name: str, value: Any) -> None:
-    storage.set_study_user_attr(number, name, value)
+def _set(storage: Any, trial: int, name: str, value: Any) -> None:
+    with contextlib.suppress(UpdateFinishedTrialError):  # another worker took this one for dead
+        storage.set_trial_user_attr(trial, name, value)
+
+
+def _config(config_type: type[Any], trial: FrozenTrial) -> Any | None:
+    """The configuration of a trial, or None where its knobs are of another time."""
+    try:
+        return config_type(**trial.params)
+    except (TypeError, ValueError):
+        return None
 
 
 def _is_verdict(reason: str) -> bool:
@@ -484,18 +533,16 @@ def _take(study: _Study, step: str, config: Any, outcome: Outcome, *, alone: boo
     study.of(step).setdefault(config, outcome)
 
 
-def _attributes(worker: str, step: str, needs: Resources | None, rivals: int) -> dict[str, Any]:
-    """What a trial tells from its beginning on."""
-    attributes: dict[str, Any] = {"worker": worker}
-    if step != MEASURE:
-        attributes |= {"step": step, "rivals": rivals}
-    return attributes | ({"needs": asdict(needs)} if needs else {})
-
-
-def _running(config: Any, attributes: dict[str, Any]) -> FrozenTrial:
+def _running(config: Any, attributes: dict[str, Any], constraints: Mapping[str, float] | None) -> FrozenTrial:
     params = knob_values(config)
     distributions: dict[str, BaseDistribution] = {name: LIMIT if name == "maxnreg" else KNOB for name in params}
-    return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attributes)
+    return create_trial(
+        state=TrialState.RUNNING,
+        params=params,
+        distributions=distributions,
+        user_attrs=attributes,
+        constraints=dict(constraints) if constraints else None,
+    )
 
 
 def _finish(storage: Any, trial: int, step: str, outcome: Outcome | None) -> None:

@@ -118,6 +118,12 @@ class Problem:
         tensors = [torch.randn(s, device=device, generator=generator).to(self.torch_dtype) for s in shapes]
         return *tensors, retnet_rates(self.H).to(device=device, dtype=torch.float32)
 
+    def floor_ms(self, gpu: str) -> float | None:
+        """The time that no kernel can beat, for whole sweeps on the GPU that it was measured for; None for others."""
+        if "H100" not in gpu or self.form in PASSES:
+            return None
+        return Workload("", self.B, self.T, self.H, self.K, self.V, self.dtype).floor_ms(backward=False)
+
     def variants(self) -> dict[str, dict[str, Any]]:
         """The launches that compile to kernels of their own, by name: options of `run`, of shapes only."""
         shape, states = (self.B, self.H, self.K, self.V), {}

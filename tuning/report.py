@@ -6,6 +6,7 @@ import argparse
 import datetime as dt
 import json
 import math
+import os
 import statistics
 import warnings
 from collections import Counter, defaultdict
@@ -23,12 +24,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from generated import configuration
-from tuning.history import History, PastRun, PastSearch, Trial, read, redacted
+from tuning.history import History, PastRun, PastSearch, Trial, read
 from tuning.journal import default_path
 from tuning.measurement import describe_gpu, gpu_present
 from tuning.problems import Problem
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
+from tuning.storage import VARIABLE, masked
 from tuning.workloads import Workload, builtin
 
 LEVELS = (1.02, 1.05, 1.15, 1.4, 2.0, 4.0)  # a heat map's colours change at these multiples of the best
@@ -195,9 +197,9 @@ def report(options: argparse.Namespace, console: Console) -> int:
     outputs = [Path(name) for name in (options.out, options.markdown)]
     for path in outputs:
         check_writable(path)
-    place = options.storage or default_storage()
+    place = options.storage or os.environ.get(VARIABLE) or default_storage()
     history, peers = read(place, options.gpu), read_peers(options.bench)
-    page = Page(history, peers, redacted(place))
+    page = Page(history, peers, masked(place))
     for path, text in zip(outputs, (page.html(), page.markdown()), strict=True):
         write_whole(path, text)
         console.print(escape(f"wrote {path}"), soft_wrap=True)

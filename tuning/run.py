@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,15 @@ from generated.launch import has_aligned_rows
 from tuning import nvml, rules
 from tuning.compilation import ARCHS, Arch
 from tuning.compile_pool import CompilePool
-from tuning.journal import Journal
+from tuning.journal import Journal, Run
 from tuning.journal import default_path as default_journal
 from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, Problem, problem_at, problems_of
 from tuning.samplers import check_available
 from tuning.space import knob_values
-from tuning.storage import VARIABLE, is_url, masked
+from tuning.storage import VARIABLE, Database, is_url, masked
 from tuning.tuner import EFFORTS, GpuJudge, Judge, ModelJudge, Tuner, Winner
+from tuning.workers import SESSION, chosen, gpu_alone, run_all, without
 from tuning.workloads import Workload, parse
 
 FOREVER = 10 * 365 * 86400.0
@@ -56,29 +59,96 @@ def run(options: argparse.Namespace, console: Console) -> int:
     for workload in workloads:
         if not has_aligned_rows(workload.torch_dtype, workload.K, workload.V):
             raise RunError(f"{workload.name}: an odd K or V in {workload.dtype} always runs the defaults, never a rule")
+    devices, store = _devices(options), _store(options, console)
+    if len(devices) > 1:
+        return _run_workers(options, console, devices, store)
     measurer = None if options.arch or not gpu_present() else Measurer()
     try:
-        arch = _architecture(options.arch, measurer)
-        path = Path(options.out) if options.out else default_path(measurer.gpu if measurer else None, arch)
-        _check_output(path, measurer.gpu.name if measurer else arch.name)
-        judge: Judge = GpuJudge(measurer) if measurer else ModelJudge(arch)
-        journal = _journal(options, console, measurer.gpu) if measurer else None  # a model remembers without one
-        problems = problems_for(workloads, options.form)
-        _announce(console, measurer, arch, workloads, problems, path)
-        with nvml.logging(measurer.gpu.uuid if measurer else "") as log:
-            tuner = _tune(options, console, judge, arch, problems, path, journal)
-        winners = list(tuner.winners.values())
-        if winners:
-            entries = [rules.entry_of(winner) for winner in winners] + rules.form_entries(winners)
-            device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
-            if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None):
-                console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)
-        _report(console, winners, tuner, len(problems), options.budget, log.summary())
-        _conclude(console, len(winners), path, time.monotonic() - started)
-        return 130 if tuner.interrupted else int(not winners)
+        with gpu_alone(measurer.gpu.uuid) if measurer and measurer.gpu.uuid else contextlib.nullcontext():
+            return _run(options, console, workloads, measurer, store, started)
     finally:
         if measurer:
             measurer.close()
+
+
+def _run(
+    options: argparse.Namespace,
+    console: Console,
+    workloads: list[Workload],
+    measurer: Measurer | None,
+    store: Database | Path | None,
+    started: float,
+) -> int:
+    arch = _architecture(options.arch, measurer)
+    path = Path(options.out) if options.out else default_path(measurer.gpu if measurer else None, arch)
+    _check_output(path, measurer.gpu.name if measurer else arch.name)
+    judge: Judge = GpuJudge(measurer) if measurer else ModelJudge(arch)
+    # A model remembers without a journal.
+    journal, record = _journal(options, console, measurer.gpu, store) if measurer else (None, None)
+    problems = problems_for(workloads, options.form)
+    _announce(console, measurer, arch, workloads, problems, path)
+    with nvml.logging(measurer.gpu.uuid if measurer else "") as log:
+        tuner = _tune(options, console, judge, arch, problems, path, journal)
+    winners = list(tuner.winners.values())
+    if winners:
+        entries = [rules.entry_of(winner) for winner in winners] + rules.form_entries(winners)
+        device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
+        if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None):
+            console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)
+    _report(console, winners, tuner, len(problems), options.budget, log.summary())
+    _conclude(console, len(winners), path, time.monotonic() - started)
+    if journal and record and measurer:
+        figures = _figures(tuner, log.summary(), measurer.gpu.name)
+        record.finish(time.monotonic() - started, interrupted=tuner.interrupted, **figures)
+        journal.close()
+    return 130 if tuner.interrupted else int(not winners)
+
+
+def _devices(options: argparse.Namespace) -> list[str]:
+    """The GPUs to measure on, one worker each; where it is a single one, this process sees no other from now on."""
+    if options.arch:
+        if options.devices:
+            raise RunError(f"--devices {options.devices} measures and --arch {options.arch} models: give one of them")
+        return []
+    try:
+        devices = chosen(options.devices)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    if len(devices) == 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
+    return devices
+
+
+def _store(options: argparse.Namespace, console: Console) -> Database | Path | None:
+    """Where measurements are to be kept, a database opened before anything is started; None for the default place."""
+    place = options.storage or os.environ.get(VARIABLE)
+    if options.storage and masked(options.storage) != options.storage:
+        console.print(
+            f"note: every user of this machine can read a password on a command line; {VARIABLE}, PGPASSWORD and "
+            "~/.pgpass are not seen",
+            soft_wrap=True,
+        )
+    if options.arch or not place:
+        return None
+    return Database(place) if is_url(place) else Path(place)
+
+
+def _run_workers(
+    options: argparse.Namespace, console: Console, devices: list[str], store: Database | Path | None
+) -> int:
+    """Tune on several GPUs as one, each by a process of its own."""
+    if isinstance(store, Database):
+        store.close()
+    console.print(f"one worker a GPU: {', '.join(devices)}")
+    arguments, compilers = (
+        without(options.given, "devices", "storage", "workers"),
+        options.workers or len(os.sched_getaffinity(0)),
+    )
+    return run_all(arguments, devices, options.storage, compilers, partial(_say, console))
+
+
+def _say(console: Console, message: str) -> None:
+    console.print(escape(message), soft_wrap=True)
 
 
 def default_path(gpu: Gpu | None, arch: Arch) -> Path:
@@ -89,17 +159,56 @@ def default_path(gpu: Gpu | None, arch: Arch) -> Path:
     return (packaged if checkout else configuration.user_directory()) / name
 
 
-def _journal(options: argparse.Namespace, console: Console, gpu: Gpu) -> Journal:
-    """What earlier runs measured on this GPU with this compiler."""
-    place = options.storage or os.environ.get(VARIABLE) or default_journal(configuration.slug(gpu.name))
-    console.print(escape(f"what is measured is kept in {masked(str(place))}"), soft_wrap=True)
-    software = {name: version(name) for name in ("triton", "torch")}
+def _journal(
+    options: argparse.Namespace, console: Console, gpu: Gpu, store: Database | Path | None
+) -> tuple[Journal, Run]:
+    """What earlier runs and other workers measured on such a GPU with this compiler, and this run's own record."""
+    place = store or default_journal(configuration.slug(gpu.name))
+    _say(console, f"what is measured is kept in {place.name if isinstance(place, Database) else place}")
+    software = {"driver": gpu.driver} | {name: version(name) for name in ("triton", "torch")}
+    session = os.environ.get(SESSION, "")
+    journal = Journal(
+        place,
+        {"gpu": gpu.name} | software,
+        partial(_say, console),
+        fresh=options.fresh,
+        session=session,
+        effort=options.effort,
+    )
+    command = shlex.join(["python", "-m", "tuning", *options.given])
+    return journal, journal.run(command=command, sampler=options.sampler, versions=software)
 
-    def say(message: str) -> None:
-        console.print(escape(message), soft_wrap=True)
 
-    where = place if is_url(place) else Path(place)
-    return Journal(where, {"gpu": gpu.name, "driver": gpu.driver} | software, say, fresh=options.fresh)
+def _figures(tuner: Tuner, log: dict[str, Any], gpu: str) -> dict[str, Any]:
+    """What a run's record says at its end."""
+    funnel = tuner.funnel
+    known = funnel.timed + funnel.remembered + funnel.same_code
+    stages = {
+        "enumerated": funnel.enumerated,
+        "compiled": funnel.compiled,
+        "fit": funnel.clean,
+        "timed or known": known,
+    }
+    stages |= {"raced": funnel.raced, "raced again": funnel.confirmed, "proven": funnel.proven}
+    counts = {name: getattr(funnel, name) for name in ("timed", "remembered", "same_code", "stopped")}
+    return {
+        "funnel": stages,
+        "counts": counts | {"failures": funnel.failures},
+        "seconds": funnel.seconds,
+        "gpu": {"idle_share": funnel.idle_share, "busy_seconds": sum(funnel.busy.values()), **log},
+        "flips": {"compared": funnel.compared, "changed": funnel.flipped},
+        "winners": [_winner(winner, gpu) for winner in tuner.winners.values()],
+    }
+
+
+def _winner(winner: Winner, gpu: str) -> dict[str, Any]:
+    times = {"ms": winner.ms, "default_ms": winner.default_ms, "floor_ms": winner.problem.floor_ms(gpu)}
+    return {
+        "problem": asdict(winner.problem),
+        "config": knob_values(winner.config),
+        **times,
+        "error": winner.error,
+    }
 
 
 def _architecture(name: str | None, measurer: Measurer | None) -> Arch:

@@ -53,7 +53,7 @@ class Search:
 
     candidates: what may be tried. kept: what is in use now, which need not be on the list: tried first, one trial more
     for each beyond the first. first: what is tried next, such as other searches' winners. max_spills: with more bytes
-    spilled a thread, only what is kept is measured.
+    spilled a thread, only what is kept is measured. `left` is how many measurements the budget still allows.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Search:
         self._trials: dict[Any, Trial] = {}  # asked for and not told
         self._compiling: set[Any] = set()
         self._ready: list[Any] = []  # compiled and not measured, in the order in which they were asked for
-        self._left = effort.measurements + max(0, len(self._kept) - 1)
+        self.left = effort.measurements + max(0, len(self._kept) - 1)
         self._quota = 0
         self.results: dict[Any, float] = {}
         self.finished = self.stopped = False  # stopped: because nothing better is expected
@@ -95,7 +95,10 @@ class Search:
     def ask(self) -> list[Any]:
         """What to compile for the next round; `finished` where there is neither that nor anything left to measure."""
         a_round = self._effort.per_round if self.results else self._effort.first + max(0, len(self._kept) - 1)
-        self._quota = min(self._left, a_round or self._left)
+        self.left = max(
+            self.left, sum(config in self._kept for config in self._queue)
+        )  # always tried, whatever is known
+        self._quota = min(self.left, a_round or self.left)
         ahead = self._effort.ahead if isinstance(self._sampler, Informed) else 0
         count = min(len(self._list.open(self.study)), max(0, self._quota + ahead - len(self._ready)))
         self.finished = self.stopped or not self._quota or not (count or self._ready)
@@ -137,7 +140,7 @@ class Search:
         if config is not None:
             self._ready.remove(config)
             self._quota -= 1
-            self._left -= 1
+            self.left -= 1
         return config
 
     def spare(self) -> Any | None:
@@ -156,11 +159,26 @@ class Search:
         return config
 
     def tell(self, config: Any, ms: float | None) -> None:
-        """The time of a configuration, whoever measured it, or None where it does not run right."""
+        """The time of a configuration, or None where it does not run right."""
         trial = self._trials.pop(config, None) or self._trial_of(config)
         self.study.tell(trial, ms, TrialState.FAIL if ms is None else TrialState.COMPLETE)
         if ms is not None:
             self.results[config] = ms
+
+    def take(self, config: Any, ms: float | None, needs: Resources | None, *, free: bool = False) -> bool:
+        """As `tell`, of what was measured elsewhere; False where it is not searched. It costs the budget, unless free."""
+        if config not in self._list.numbers:
+            return False
+        self._compiling.discard(config)
+        for waiting in (self._queue, self._ready):
+            if config in waiting:
+                waiting.remove(config)
+        if needs is not None:
+            self._list.learn(config, needs)
+        self.tell(config, ms)
+        self.left -= not free
+        self._quota = max(0, min(self._quota, self.left))
+        return True
 
     def _propose(self) -> Any:
         if self._queue:

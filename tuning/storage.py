@@ -29,7 +29,9 @@ from optuna.storages.journal import JournalFileBackend
 
 HEARTBEAT_SECONDS = 5  # between two signs of life in a database
 GRACE_SECONDS = 20  # without one, after which a worker counts as dead
+LOOK_SECONDS = 1.0  # between two looks at who is silent
 OPEN_TRIES = 8  # workers that start together all make the tables, which one of them can
+MADE_BY_ANOTHER = "already exists|duplicate (key|entry)|unique constraint|is locked"
 VARIABLE = "RETGEN_STORAGE"
 POSTGRES = "postgresql+psycopg"
 # Of the server's side and of the network's: nothing waits for longer than a worker may be silent.
@@ -80,7 +82,7 @@ def open_store(place: str | Path, say: Callable[[str], None]) -> Store:
 def masked(text: str) -> str:
     """A text without the passwords of URLs: of those that stand in it, and of those that were opened."""
     text = re.sub(r"(://[^\s:/@]*):[^\s]*@", r"\1:***@", text)
-    text = re.sub(r"([?&]\w*password=)[^\s&]*", r"\1***", text, flags=re.IGNORECASE)
+    text = re.sub(r"\b(\w*pass(word|wd)?=)[^\s&;]*", r"\1***", text, flags=re.IGNORECASE)
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
@@ -94,37 +96,46 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.name, self.worker = masked(url), uuid.uuid4().hex
-        self.storage: Any = _connected(url, self.name)
-        self._runs = self._trial = -1
+        self.storage: Any = connected(url)
+        self._runs = -1
+        self._alive: set[str] = set()
         self._dead: set[str] = set()
+        self._looked = 0.0
         self._ended = threading.Event()
 
     def begin(self, runs: int, trial: int) -> None:
         """Give signs of life by this trial, from a thread, until the end."""
-        self._runs, self._trial = runs, trial
+        self._runs = runs
         self.storage.record_heartbeat(trial)
         threading.Thread(target=_beat, args=(self.storage, trial, self._ended), daemon=True).start()
         weakref.finalize(self, self._ended.set)
 
     def is_dead(self, worker: str) -> bool:
         """Whether its run has ended or is silent; the database's clock counts, of one that died none again."""
-        if worker not in self._dead and worker != self.worker:
-            runs = {
-                run.user_attrs.get("worker"): run for run in self.storage.get_all_trials(self._runs, deepcopy=False)
-            }
-            run = runs.get(worker)
-            silent = self.storage._get_stale_trial_ids(self._runs)
-            if run is None or run.state.is_finished() or run._trial_id in silent:
-                self._dead.add(worker)
+        if worker in self._dead or worker == self.worker:
+            return worker in self._dead
+        if worker not in self._alive or time.monotonic() - self._looked > LOOK_SECONDS:
+            self._look()
+        if worker not in self._alive:
+            self._dead.add(worker)
         return worker in self._dead
 
     def close(self) -> None:
         """Give no more signs of life."""
         self._ended.set()
+        self.storage._backend.engine.dispose()
+
+    def _look(self) -> None:
+        runs = self.storage.get_all_trials(self._runs, deepcopy=False)
+        silent = self.storage._get_stale_trial_ids(self._runs)
+        living = [run for run in runs if not run.state.is_finished() and run._trial_id not in silent]
+        self._alive = {str(run.user_attrs.get("worker")) for run in living} - self._dead
+        self._looked = time.monotonic()
 
 
-def _connected(url: str, name: str) -> BaseStorage:
-    """The storage, its tables made; the driver is given the password, and nobody else."""
+def connected(url: str) -> BaseStorage:
+    """A database, its tables made; the driver is given the password, and nobody else. StorageError where it cannot."""
+    name = masked(url)
     bare, arguments = _arguments(url, name)
     for left in reversed(range(OPEN_TRIES)):
         reason = ""
@@ -135,7 +146,7 @@ def _connected(url: str, name: str) -> BaseStorage:
             reason, left = f"the driver of this database is not installed: {hint}", 0
         except Exception as error:  # noqa: BLE001 - the drivers' are not related to each other
             reason = reason_of(error)
-            if "already exists" not in reason and "duplicate key" not in reason:
+            if not re.search(MADE_BY_ANOTHER, reason, re.IGNORECASE):
                 left = 0
         if not left:
             break
@@ -154,6 +165,7 @@ def _opened(url: str, arguments: dict[str, Any]) -> BaseStorage:
             heartbeat_interval=HEARTBEAT_SECONDS,
             grace_period=GRACE_SECONDS,
         )
+    weakref.finalize(storage, storage.engine.dispose)  # or its connections would be left open
     return get_storage(storage)
 
 

@@ -19,7 +19,7 @@ from tuning.measurement import MeasurementError, Measurer, Timing
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
 from tuning.samplers import INFORMED
-from tuning.search import MAX_SPILLS, Effort, Search
+from tuning.search import MAX_SPILLS, Effort, Search, constraints
 from tuning.space import knob_values, launched
 
 NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
@@ -30,6 +30,7 @@ MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' twenty choi
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
 SHARED = 0.02  # what a point may lose against its fastest, so that neighbours share a rule
 LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
+AT_ONCE = 4  # searches of a worker that is not the only one
 CONTENDERS = 3  # of each race, which a fresh process times again
 
 
@@ -344,8 +345,7 @@ class Tuner:
                 phases[name] = phases.get(name, 0.0) + seconds
 
     def _search(self, problems: list[Problem], tasks: list[_Task]) -> None:
-        waiting, started = self._startable(problems, problems)
-        tasks += started
+        waiting = self._start(problems, tasks)
         done, total = 0, len(problems) * self.effort.measurements
         while tasks:
             task = self._next_ready(tasks)
@@ -356,18 +356,50 @@ class Tuner:
                 tasks.remove(task)
                 done += task.left
                 self._finish(task)
-                waiting, started = self._startable(waiting, [*waiting, *(t.problem for t in tasks)])
-                tasks += started
+                waiting = self._start(waiting, tasks)
+        if self.journal:
+            self.journal.go_to(None)
+
+    def _start(self, waiting: list[Problem], tasks: list[_Task]) -> list[Problem]:
+        """Start those on whose results nothing unfinished has to say; what is left.
+
+        Beside other workers, few at once, first those that none is at: what the others finish need not be compiled.
+        """
+        pending = {*waiting, *(task.problem for task in tasks)}
+        ready = [p for p in waiting if not any(replace(p, form=form) in pending for form in AFTER.get(p.form, ()))]
+        if self.journal and self.journal.shared:
+            elsewhere = self.journal.elsewhere(ready)
+            ready = sorted(ready, key=elsewhere.__contains__)[: max(0, AT_ONCE - len(tasks))]
+        tasks += [_Task(self, problem) for problem in ready]
+        return [problem for problem in waiting if problem not in ready]
+
+    def _others_last(self, problems: list[Problem], step: str) -> Iterator[Problem]:
+        """All of them, those last that other workers race or prove when it is their turn."""
+        left = list(problems)
+        while left:
+            free = (p for p in left if not (self.journal and self.journal.is_held(p, self.extra(p), step)))
+            problem = next(free, left[0])
+            left.remove(problem)
+            yield problem
 
     def _next_ready(self, tasks: list[_Task]) -> _Task:
         """A task whose candidates are compiled; until there is one, what others have left over is measured."""
         while True:
-            if task := next((task for task in tasks if task.ready()), None):
-                return task
+            if ready := [task for task in tasks if task.ready()]:
+                return self._go_to(ready)
             if self.seconds_left() == 0:
                 return tasks[0]
             if not any(task.measure_spare() for task in tasks):
                 wait([future for task in tasks for future in task.compiling()], LOOK_SECONDS, FIRST_COMPLETED)
+
+    def _go_to(self, tasks: list[_Task]) -> _Task:
+        """One of these, rather one that no other worker is at; the others are told."""
+        if self.journal is None:
+            return tasks[0]
+        elsewhere = self.journal.elsewhere([task.problem for task in tasks]) if len(tasks) > 1 else ()
+        task = next((task for task in tasks if task.problem not in elsewhere), tasks[0])
+        self.journal.go_to(task.problem)
+        return task
 
     def _standing(self, found: Found) -> str:
         """How far a search is: the best so far, against the default."""
@@ -400,6 +432,8 @@ class Tuner:
         configs, extra = found.contenders(count), self.extra(found.problem)
 
         def rank(configs: list[Any]) -> list[Outcome]:
+            for config in configs:  # what others have measured is not compiled here yet
+                self.pool.result(found.problem, config)
             try:
                 timings = self.judge.rank(found.problem, configs, extra)
             except MeasurementError as error:
@@ -427,10 +461,10 @@ class Tuner:
         self.judge.renew()
         try:
             with self._phase("confirm"):
-                raced = [found for found in self.found.values() if found.timings]
-                for number, found in enumerate(raced, 1):
-                    self.funnel.confirmed += self._race(found, CONTENDERS, first=False)
-                    self.progress(number, len(raced), found.problem, "confirming", "")
+                raced = [problem for problem, found in self.found.items() if found.timings]
+                for number, problem in enumerate(self._others_last(raced, FRESH), 1):
+                    self.funnel.confirmed += self._race(self.found[problem], CONTENDERS, first=False)
+                    self.progress(number, len(raced), problem, "confirming", "")
         except KeyboardInterrupt:
             self.interrupted = True
 
@@ -449,8 +483,8 @@ class Tuner:
         for problem, ranked in self.ranked.items():
             for variant in problem.variants():
                 self.pool.submit(problem, ranked[0].config, variant=variant)
-        for number, (problem, ranked) in enumerate(self.ranked.items(), 1):
-            winner = self._proven(problem, ranked)
+        for number, problem in enumerate(self._others_last(list(self.ranked), PROVE), 1):
+            winner = self._proven(problem, self.ranked[problem])
             self.progress(number, len(self.ranked), problem, "proving", "")
             if winner is not None:
                 self.winners[problem] = winner
@@ -495,11 +529,6 @@ class Tuner:
             if not needs.fits(self.arch):
                 return f"{variant}: {needs.shared} bytes of shared memory"
         return None
-
-    def _startable(self, waiting: list[Problem], pending: list[Problem]) -> tuple[list[Problem], list[_Task]]:
-        """A problem starts when that on whose results it builds has been tuned."""
-        ready = [p for p in waiting if not any(replace(p, form=form) in pending for form in AFTER.get(p.form, ()))]
-        return [p for p in waiting if p not in ready], [_Task(self, p) for p in ready]
 
     def neighbours(self, problem: Problem) -> list[Any]:
         """What won where the work is alike: fused_chunk's tiles, and the kernel's own at the nearest other shape."""
@@ -569,6 +598,7 @@ class _Task:
         self.tried: set[Any] = set()
         self.measured: dict[Any, Outcome] = {}  # by compiled code and what else makes a launch
         self.finished = self.cut_short = False
+        self._take_in()
         self._ask()
 
     def ready(self) -> bool:
@@ -580,7 +610,12 @@ class _Task:
 
     def step(self) -> Iterator[None]:
         """Take the batch as it comes out of the compiler, time what is worth it, then ask for the next."""
+        self._take_in()
         for config, _ in self.batch:
+            if self.finished or not self.search.left:  # others have measured the rest
+                break
+            if config in self.tried:
+                continue
             needs = self._needs(config)
             if needs is None:
                 self.finished = self.cut_short = True
@@ -588,8 +623,29 @@ class _Task:
             self._compiled(config, needs)
             yield from self._time_ready()
         yield from self._time_ready()
-        if not self.finished:
-            self._ask()
+        self._take_in()
+        self._ask()
+
+    def _take_in(self) -> None:
+        """What was measured elsewhere, before or right now, counts as measured; and a race there ends the search."""
+        journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
+        if journal is None or self.finished:
+            return
+        for config, outcome in journal.outcomes(self.problem, extra).items():
+            whole = outcome.ms is None or outcome.needs is not None
+            if whole and config not in self.tried and not known_bad(self.problem.form, config, self.tuner.arch.name):
+                self._take_outcome(config, outcome)
+        raced = self.found.in_use <= self.tried and journal.raced(self.problem, extra, RACE)
+        self.finished = bool(raced)
+
+    def _take_outcome(self, config: Any, outcome: Outcome) -> None:
+        if not self.search.take(config, outcome.ms, outcome.needs, free=outcome.spare):
+            return
+        if outcome.needs:
+            self.found.needs[config] = outcome.needs
+        self.tuner.funnel.remembered += 1
+        self._learn(config, outcome)
+        self.left -= not outcome.spare
 
     def _time_ready(self) -> Iterator[None]:
         while not self.finished and (config := self.search.next()) is not None:
@@ -603,14 +659,14 @@ class _Task:
         config = self.search.spare()
         if config is None or self.tuner.seconds_left() == 0:
             return False
-        self._tell(config)
+        self._tell(config, spare=True)
         self.tuner.funnel.spare += 1
         return True
 
-    def _tell(self, config: Any) -> None:
-        self.search.tell(config, self._time(config, self.found.needs[config]))
-        self.found.trials = len(self.search.results)
-        self.tried.add(config)
+    def _tell(self, config: Any, *, spare: bool = False) -> None:
+        outcome = self._time(config, self.found.needs[config], spare=spare)
+        self.search.tell(config, outcome.ms)
+        self._learn(config, outcome)
 
     def _needs(self, config: Any) -> Resources | str | None:
         """What the compiler says, or None at the deadline."""
@@ -624,10 +680,11 @@ class _Task:
 
     def _ask(self) -> None:
         """Compile the next round's, with what was found elsewhere since the last before the rest."""
+        self.batch: list[tuple[Any, Future[Resources | str]]] = []
+        if self.finished:
+            return
         self.search.enqueue(self.tuner.neighbours(self.problem))
-        self.batch: list[tuple[Any, Future[Resources | str]]] = [
-            (config, self.tuner.pool.submit(self.problem, config)) for config in self.search.ask()
-        ]
+        self.batch = [(config, self.tuner.pool.submit(self.problem, config)) for config in self.search.ask()]
         self.finished = self.search.finished
         self.tuner.funnel.stopped += self.search.stopped
 
@@ -645,27 +702,37 @@ class _Task:
             self.found.needs[config] = needs
             funnel.clean += 1
 
-    def _time(self, config: Any, needs: Resources) -> float | None:
+    def _time(self, config: Any, needs: Resources, *, spare: bool) -> Outcome:
         funnel = self.tuner.funnel
         extra = self.tuner.extra(self.problem)
         outcome = self.tuner.journal and self.tuner.journal.remembered(self.problem, config, extra)
-        same = (needs, *launched(config)) if needs.digest else config
+        same = self._code(config)
         if outcome:
             funnel.remembered += 1
         elif same in self.measured:
             outcome = self.measured[same]
             funnel.same_code += 1
         else:
-            outcome = self._measure(config, needs)
+            outcome = self._measure(config, needs, spare=spare)
             funnel.timed += outcome.ms is not None
-        self.measured[same] = outcome
+        return outcome
+
+    def _learn(self, config: Any, outcome: Outcome) -> None:
+        """Keep what came of a configuration, here or elsewhere."""
+        self.tried.add(config)
+        self.measured[self._code(config)] = outcome
         if outcome.ms is None:
-            funnel.reject(self.problem, config, outcome.reason)
+            self.tuner.funnel.reject(self.problem, config, outcome.reason)
         else:
             self.found.timings[config] = Timing.recalled(outcome.ms, outcome.figures)
-        return outcome.ms
+        self.found.trials = len(self.search.results)
 
-    def _measure(self, config: Any, needs: Resources) -> Outcome:
+    def _code(self, config: Any) -> Any:
+        """What makes a launch: the compiled code, where it is known, and how it is launched."""
+        needs = self.found.needs.get(config)
+        return (needs, *launched(config)) if needs and needs.digest else config
+
+    def _measure(self, config: Any, needs: Resources, *, spare: bool) -> Outcome:
         best = min(self.search.results.values(), default=float("inf"))
         journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
 
@@ -676,7 +743,10 @@ class _Task:
                 return Outcome(None, str(error))
             return Outcome(timing.ms, figures=timing.figures)
 
-        return journal.launch(self.problem, config, extra, measure, needs=needs) if journal else measure()
+        if journal is None:
+            return measure()
+        limits = constraints(needs, self.tuner.arch)
+        return journal.launch(self.problem, config, extra, measure, needs=needs, constraints=limits, spare=spare)
 
 
 def _kind(reason: str) -> str:

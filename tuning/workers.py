@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from tuning.storage import VARIABLE
 
+COMMAND = [sys.executable, "-m", "tuning"]
 SESSION = "RETGEN_SESSION"  # what the workers of one run have in common
 
 
@@ -56,8 +58,17 @@ def chosen(devices: str | None) -> list[str]:
     wanted = [name.strip() for name in devices.split(",")] if devices else [str(i) for i in range(len(there))]
     found = [there[int(name)] if name.isdecimal() and int(name) < len(there) else name for name in wanted]
     if missing := [name for name in found if name not in there]:
-        raise ValueError(f"--devices {','.join(missing)}: not among the visible GPUs, 0 to {len(there) - 1}")
+        visible_ones = f"not among the visible GPUs, {', '.join(there)}" if there else "no GPU is visible"
+        raise ValueError(f"--devices {','.join(missing)}: {visible_ones}")
     return list(dict.fromkeys(found))
+
+
+def without(arguments: list[str], *options: str) -> list[str]:
+    """A command's arguments without those of some options, however these are written."""
+    parser = ArgumentParser(add_help=False)
+    for option in options:
+        parser.add_argument(f"--{option}")
+    return parser.parse_known_args(arguments)[1]
 
 
 def run_all(
@@ -98,9 +109,8 @@ def run_all(
 
 def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     """In a session of its own: the terminal's Ctrl-C reaches it once, from its parent."""
-    command = [sys.executable, "-m", "tuning", *arguments]
     return subprocess.Popen(
-        command,
+        [*COMMAND, *arguments],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
