@@ -223,12 +223,8 @@ def test_a_worker_goes_where_no_other_is(place: Path | str) -> None:
     one.go_to(PROBLEMS[0])
     assert other.elsewhere(PROBLEMS) == {PROBLEMS[0]}
     assert one.elsewhere(PROBLEMS) == set()
-    judge = Judge()
-    other.shared = True
-    order: list[int] = []
-    judge.ms = lambda config: order.append(0) or landscape(config)  # type: ignore[func-returns-value]
-    tuner = tune(judge, problems=PROBLEMS, effort=SMALL, journal=other)
-    assert list(tuner.found) == [PROBLEMS[1], PROBLEMS[0]]
+    if isinstance(place, Path):  # where the tuner itself takes no time
+        assert list(tune(Judge(), problems=PROBLEMS, effort=SMALL, journal=other).found) == PROBLEMS[::-1]
     one.go_to(None)
     assert other.elsewhere(PROBLEMS) == set()
 
@@ -413,7 +409,7 @@ def test_each_gpu_has_a_worker_and_one_that_is_killed_leaves_its_work_to_the_oth
     assert "[gpu FAKE" in output
     launches = [line for line in gpus.log.read_text().splitlines() if line.startswith("measure")]
     assert len(launches) == len(set(launches)) > 5
-    assert len(parse_file(gpus.rules).kernels) == 3  # with the gradients' and the form's
+    assert len(parse_file(gpus.rules).kernels) == 2  # the gradients' is one of its own
 
 
 def test_ctrl_c_ends_all_workers_in_order(tmp_path: Path) -> None:

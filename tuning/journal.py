@@ -463,7 +463,10 @@ class Run:
             self._journal._try(partial(_set, trial=self._journal._run, name=name, value=_masked(value)), None)
 
     def finish(self, total: float, /, *, interrupted: bool = False, **attributes: Any) -> None:
-        """Write down how the run ended, and how many seconds it took in all. One that was interrupted can be taken up: its races and proofs still hold."""
+        """Write down how the run ended, and how many seconds it took.
+
+        One that was interrupted can be taken up: its races and proofs still hold.
+        """
         self.add(**attributes)
         state = TrialState.PRUNED if interrupted else TrialState.COMPLETE
         values = None if interrupted else [total]
