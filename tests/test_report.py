@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from tuning import report as reports
 from tuning.__main__ import main
 from tuning.history import History, PastSearch, Trial, open_storage, read
-from tuning.journal import KNOB
+from tuning.journal import distribution_of
 from tuning.landscape import DIRECTORY, Landscape
 from tuning.landscape import read as read_landscape
 from tuning.problems import PASSES, Problem
@@ -64,7 +64,11 @@ class Storage:
         self, study: optuna.Study, knobs: dict[str, int], value: float | None, cost: float, **attributes: Any
     ) -> None:
         state = TrialState.COMPLETE if value is not None else TrialState.FAIL
-        given = {"params": knobs, "distributions": dict.fromkeys(knobs, KNOB), "user_attrs": attributes}
+        given = {
+            "params": knobs,
+            "distributions": {name: distribution_of(name) for name in knobs},
+            "user_attrs": attributes,
+        }
         trial = optuna.create_trial(state=state, value=value, **given)
         trial.datetime_start, self.now = self.now, self.now + dt.timedelta(seconds=cost)
         trial.datetime_complete = self.now

@@ -473,6 +473,11 @@ class Run:
         self._journal._try(lambda storage: _close(storage, self._journal._run, state, {}, values), None)
 
 
+def distribution_of(knob: str) -> BaseDistribution:
+    """The values that a knob may have in a study, as Optuna is told of them."""
+    return LIMIT if knob == "maxnreg" else KNOB
+
+
 def default_path(device: str) -> Path:
     """Where the record of a GPU lies: in the user's cache directory."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -538,11 +543,10 @@ def _take(study: _Study, step: str, config: Any, outcome: Outcome, *, alone: boo
 
 def _running(config: Any, attributes: dict[str, Any], constraints: Mapping[str, float] | None) -> FrozenTrial:
     params = knob_values(config)
-    distributions: dict[str, BaseDistribution] = {name: LIMIT if name == "maxnreg" else KNOB for name in params}
     return create_trial(
         state=TrialState.RUNNING,
         params=params,
-        distributions=distributions,
+        distributions={name: distribution_of(name) for name in params},
         user_attrs=attributes,
         constraints=dict(constraints) if constraints else None,
     )
