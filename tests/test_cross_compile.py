@@ -68,8 +68,7 @@ def test_every_shipped_rule_is_compiled(path: Path) -> None:
         if kernel not in (FORM_KERNEL, GRADIENTS_FORM_KERNEL)  # which name a form, and are no kernels
     }
     compiled = {
-        (case.problem.kernel, case.arch, case.problem.dtype, case.config)
-        for case in cross_compile.shipped_cases()
+        (case.problem.kernel, case.arch, case.problem.dtype, case.config) for case in cross_compile.shipped_cases()
     }
     assert wanted <= compiled
 

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from tuning import report as reports
 from tuning.__main__ import main
 from tuning.history import History, PastSearch, Trial, open_storage, read, redacted
-from tuning.journal import KNOB
+from tuning.journal import KNOB, LIMIT
 from tuning.landscape import DIRECTORY, Landscape
 from tuning.landscape import read as read_landscape
 from tuning.problems import PASSES, Problem
@@ -63,7 +63,8 @@ class Storage:
         self, study: optuna.Study, knobs: dict[str, int], value: float | None, cost: float, **attributes: Any
     ) -> None:
         state = TrialState.COMPLETE if value is not None else TrialState.FAIL
-        given = {"params": knobs, "distributions": dict.fromkeys(knobs, KNOB), "user_attrs": attributes}
+        distributions = {name: LIMIT if name == "maxnreg" else KNOB for name in knobs}
+        given = {"params": knobs, "distributions": distributions, "user_attrs": attributes}
         trial = optuna.create_trial(state=state, value=value, **given)
         trial.datetime_start, self.now = self.now, self.now + dt.timedelta(seconds=cost)
         trial.datetime_complete = self.now
