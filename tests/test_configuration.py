@@ -851,7 +851,7 @@ def test_rule_that_is_written_is_used_by_the_next_process(tmp_path: Path) -> Non
         (tmp_path / "mine.yaml").write_text(real_document(BT))
         lines, errors = run_new_process(PRETEND, tmp_path)
         assert "mine.yaml" not in errors
-        assert lines == [f"FusedChunkConfig(BT={BT}, BV=32, num_warps=4, num_stages=3)"] * 2
+        assert lines == [f"FusedChunkConfig(BT={BT}, BV=32, num_warps=4, num_stages=3, maxnreg=0)"] * 2
 
 
 @pytest.mark.parametrize(

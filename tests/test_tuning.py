@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -552,6 +553,18 @@ class Stuck(Problem):
         time.sleep(1000)
 
 
+class StuckWithAssembler(Stuck):
+    """The same, after it has started a process that does not end by itself."""
+
+    def run(self, inputs: Any, config: Any, **options: Any) -> Any:
+        with Path(config).open("a") as log:
+            log.write(f"{subprocess.Popen(['sleep', '1000']).pid}\n")
+        super().inputs("meta")
+
+    def inputs(self, device: str, seed: int = 0) -> Any:
+        return Problem.inputs(self, device, seed)
+
+
 class Crash(Problem):
     """A problem whose compilation ends the process."""
 
@@ -575,7 +588,7 @@ def like(kind: type[Problem]) -> Problem:
 def test_compilation_over_the_limit_gives_a_reason() -> None:
     handler = signal.getsignal(signal.SIGALRM)
     outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", PLAIN, seconds=1)
-    assert outcome == "TimeoutError: compiling took more than 1 s"
+    assert outcome.needs == "TimeoutError: compiling took more than 1 s"
     assert signal.getsignal(signal.SIGALRM) == handler
 
 
@@ -596,22 +609,40 @@ def test_pool_survives_a_compiler_that_dies_and_leaves_no_process() -> None:
     assert not any(process_exists(pid) for pid in pids)
 
 
-def test_nothing_that_a_compiler_has_started_outlives_its_limit(tmp_path: Path) -> None:
-    tool, log = tmp_path / "ptxas", tmp_path / "pids"
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """Where a compiler's children write their process ids."""
+    return tmp_path / "pids"
+
+
+def children_end(log: Path) -> bool:
+    """Whether the two that were started end within a few seconds."""
+    pids = [int(pid) for pid in log.read_text().split()]
+    deadline = time.monotonic() + 5
+    while any(map(process_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return len(pids) >= 2 and not any(map(process_exists, pids))
+
+
+def test_nothing_that_a_compiler_has_started_outlives_its_limit(tmp_path: Path, started: Path) -> None:
+    tool = tmp_path / "ptxas"
     version = 'echo "Cuda compilation tools, release 12.9, V12.9.86"'
-    work = f"sleep 1000 & echo $$ $! >> {log}; wait"
+    work = f"sleep 1000 & echo $$ $! >> {started}; wait"
     tool.write_text(f'#!/bin/sh\ncase "$*" in *--version*) {version};; *) {work};; esac\n')
     tool.chmod(0o755)
     with contextlib.closing(CompilePool("sm90", 1, seconds=8)) as pool:
         outcome = pool.result(like(SlowAssembler), (str(tool), TINY.default()))
         assert outcome == "TimeoutError: compiling took more than 8 s"
-        pids = [int(pid) for pid in log.read_text().split()]
-        assert len(pids) == 2
-        deadline = time.monotonic() + 5
-        while any(map(process_exists, pids)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not any(map(process_exists, pids))
-        assert isinstance(pool.result(TINY, TINY.default()), Resources | str)  # the worker lives
+        assert children_end(started)
+        workers = list(pool._pool._processes)
+        assert isinstance(pool.result(TINY, None), str)
+        assert list(pool._pool._processes) == workers  # the worker lives
+
+
+def test_what_a_compiler_has_started_ends_with_it_where_it_does_not_hear_the_alarm(started: Path) -> None:
+    with contextlib.closing(CompilePool("sm90", 1, seconds=1)) as pool:
+        assert pool.result(like(StuckWithAssembler), str(started)) == "crash: the compiler died"
+        assert children_end(started)
 
 
 def test_candidates_of_equal_code_and_launch_are_measured_once() -> None:

@@ -6,11 +6,12 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning import forkserver
@@ -18,7 +19,15 @@ from tuning.compilation import ARCHS, Resources, compile_launch
 from tuning.problems import PLAIN, Problem
 
 COMPILE_SECONDS = 20
-STUCK_SECONDS = 40  # a compiler that never comes back to Python does not hear the alarm: its process is ended
+STUCK = 2  # times that: a compiler that never comes back to Python does not hear the alarm, and its process is ended
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a candidate, or in words why there is nothing, and for how many seconds of a core."""
+
+    needs: Resources | str
+    seconds: float
 
 
 class CompilePool:
@@ -26,12 +35,12 @@ class CompilePool:
 
     def __init__(self, arch: str, workers: int | None = None, seconds: int = COMPILE_SECONDS) -> None:
         self._arch, self._seconds = arch, seconds
-        self._futures: dict[Any, Future[Resources | str]] = {}
+        self._futures: dict[Any, Future[Compiled]] = {}
         self._count = workers or len(os.sched_getaffinity(0))
         self._pool = _executor(self._count)
 
-    def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Resources | str]:
-        """Resources of the compiled kernel, or in words why there is none; `variant`: one of the problem's."""
+    def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Compiled]:
+        """Let it be compiled, and know when it is; `variant`: one of the problem's."""
         key = (*compile_key(problem, config), variant)
         if key not in self._futures or self._futures[key].cancelled():
             self._futures[key] = self._start(problem, config, variant)
@@ -40,14 +49,20 @@ class CompilePool:
     def result(
         self, problem: Problem, config: Any, *, variant: str = PLAIN, seconds: float | None = None
     ) -> Resources | str:
-        """What `submit` promises, waited for; raises TimeoutError after so many seconds."""
+        """Resources of the compiled kernel, or in words why there is none; TimeoutError after so many seconds."""
         future = self.submit(problem, config, variant=variant)
         try:
             if not _ended(future, seconds):
                 raise TimeoutError(f"no result within {seconds} s")
-            return future.result()
+            return future.result().needs
         except BrokenExecutor:
-            return self._alone(future, problem, config, variant)
+            return self._alone(future, problem, config, variant).needs
+
+    def outcomes(self) -> Iterator[tuple[Problem, Compiled]]:
+        """What has been compiled so far."""
+        for (problem, *_), future in self._futures.items():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                yield problem, future.result()
 
     def forget_waiting(self) -> None:
         """Take back what no worker has begun."""
@@ -58,22 +73,28 @@ class CompilePool:
         """End the workers, whatever they are at."""
         _end(self._pool)
 
-    def _start(self, problem: Problem, config: Any, variant: str) -> Future[Resources | str]:
+    def _start(self, problem: Problem, config: Any, variant: str) -> Future[Compiled]:
         with forkserver.uninterrupted():
             try:
                 return self._pool.submit(_compile, problem, config, self._arch, variant, self._seconds)
             except BrokenExecutor:
-                _end(self._pool)
-                self._pool = _executor(self._count)
+                self._end_broken()
                 return self._pool.submit(_compile, problem, config, self._arch, variant, self._seconds)
 
-    def _alone(self, broken: Future[Resources | str], problem: Problem, config: Any, variant: str) -> Resources | str:
+    def _end_broken(self) -> None:
+        """End what the other workers are at, and what a dead one had started, and have new ones."""
+        if self._pool._broken:
+            _end(self._pool)
+            self._pool = _executor(self._count)
+
+    def _alone(self, broken: Future[Compiled], problem: Problem, config: Any, variant: str) -> Compiled:
         """A worker died, of this candidate or of another's: once more, where it can take nothing else with it."""
-        pool, outcome = _executor(1), Future[Resources | str]()
+        self._end_broken()
+        pool, outcome = _executor(1), Future[Compiled]()
         try:
             outcome.set_result(pool.submit(_compile, problem, config, self._arch, variant, self._seconds).result())
         except BrokenExecutor:
-            outcome.set_result("crash: the compiler died")
+            outcome.set_result(Compiled("crash: the compiler died", 0.0))
         finally:
             _end(pool)
         self._futures |= {key: outcome for key, future in self._futures.items() if future is broken}
@@ -105,7 +126,19 @@ def _end(pool: ProcessPoolExecutor) -> None:
         process.join()
 
 
-def _compile(problem: Problem, config: Any, arch: str, variant: str, seconds: int) -> Resources | str:
+def _compile(problem: Problem, config: Any, arch: str, variant: str, seconds: int) -> Compiled:
+    before = _core_seconds()
+    needs = _needs(problem, config, arch, variant, seconds)
+    return Compiled(needs, _core_seconds() - before)
+
+
+def _core_seconds() -> float:
+    """What this process and the assemblers that it ran have used."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _needs(problem: Problem, config: Any, arch: str, variant: str, seconds: int) -> Resources | str:
     try:
         with _time_limit(seconds):
             inputs, options = problem.inputs("meta"), problem.variants()[variant]
@@ -124,7 +157,7 @@ def _time_limit(seconds: int) -> Iterator[None]:
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
-    faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(STUCK * seconds, exit=True)
     try:
         yield
     finally:

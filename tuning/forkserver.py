@@ -15,7 +15,7 @@ from typing import Any
 def context() -> Any:
     """Where such processes are started: a restart takes no second import. Ctrl-C is left to this process."""
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["tuning.compile_pool", "tuning.measurement"])
+    forkserver.set_forkserver_preload(["tuning.compile_pool", "tuning.measurement", "tuning.warm"])
     multiprocessing.resource_tracker.ensure_running()  # by the server's start it would be started, and unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server and its children inherit this
     try:

@@ -1,4 +1,10 @@
-"""`python -m tuning compile`: compile candidates ahead of time, on a machine that need not have a GPU."""
+"""`python -m tuning compile`: compile ahead of time what a run would ask for, on a machine that need not have a GPU.
+
+It is a rehearsal: the tuner itself, with the model's times in place of a GPU's. What a run asks for first does not
+depend on times, and what it asks for later follows from them as far as the model is right. Searches do not end early
+here and go on for longer, since a run whose times are others wants others; the variants of the launches that a run
+proves are compiled of the best few, one of which it may find best.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,8 @@ import argparse
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,73 +22,118 @@ from rich.markup import escape
 from rich.table import Table
 from triton import knobs
 
+from generated import configuration
+from tuning import rules
 from tuning.compilation import ARCHS, Arch, Resources
-from tuning.compile_pool import CompilePool, compile_key
-from tuning.problems import Problem
-from tuning.run import FOREVER, SearchProgress, problems_for
-from tuning.tuner import likely_first
+from tuning.compile_pool import CompilePool
+from tuning.problems import GRADIENTS, PLAIN, Problem
+from tuning.run import FOREVER, SearchProgress, earlier_winners, incumbents_among, problems_for
+from tuning.search import Effort
+from tuning.space import knob_values
+from tuning.tuner import EFFORTS, NEIGHBOUR_SEGMENTS, ModelJudge, Tuner
 from tuning.workloads import parse
 
+FILTERS = ("known bad", "registers", "shared memory")
 OUTCOMES = ("clean", "spills", "too large", "failed")
-LIKELY = 40  # candidates of each search that a quick run may well want: it tries half as many
-Launch = tuple[Problem, Any]
+MORE_ROUNDS = 2  # than a run; by the shipped landscapes 4 of 100 candidates that a quick run asks for are then missing
+BEST = 4  # of each search: their variants, and their tiles in chunk's segments
+
+
+class Rehearsal(ModelJudge):
+    """The model in the place of a GPU: the tuner looks ahead and lets kernels spill as where it measures."""
+
+    modelled = False
 
 
 def precompile(options: argparse.Namespace, console: Console) -> int:
-    """Fill Triton's cache with the candidates that a run is likely to want, or with all; 1 if none was compiled."""
+    """Fill Triton's cache with what a run is likely to want; 1 if nothing was compiled."""
     arch, started = ARCHS[options.arch], time.monotonic()
-    problems = problems_for(parse(options.workload), options.form)
-    launches = candidates(problems, arch, options.effort)
-    console.print(_sifted(problems, arch), soft_wrap=True)
-    console.print(escape(f"{len(launches)} candidates for {arch.name}, into {cache_directory()}"), soft_wrap=True)
+    problems, known = problems_for(parse(options.workload), options.form), known_entries(arch)
+    console.print(escape(f"for {arch.name}, into {cache_directory()}"), soft_wrap=True)
     deadline = started + min(options.budget or FOREVER, FOREVER)
-    outcomes: Counter[tuple[str, str]] = Counter()
-    with contextlib.closing(CompilePool(arch.name, options.workers)) as pool, SearchProgress(console) as progress:
-        for number, (launch, needs) in enumerate(_compiled(pool, launches, deadline), 1):
-            outcomes[launch[0].kernel, _outcome(needs, arch)] += 1
-            progress(number, len(launches), launch[0])
-    console.print(_table(outcomes))
-    if (left := len(launches) - outcomes.total()) > 0:
-        console.print(f"the budget of {options.budget:g} s is spent: {left} candidates are left for another call")
+    with contextlib.closing(CompilePool(arch.name, options.workers)) as pool:
+        with SearchProgress(console) as progress:
+            tuner = rehearse(pool, arch, EFFORTS[options.effort], problems, deadline, known, progress)
+        console.print(_table(problems, pool, arch))
+        compiled = [outcome.needs for _, outcome in pool.outcomes()]
+    if tuner.unfinished or tuner.interrupted:
+        cause = "stopped" if tuner.interrupted else f"the budget of {options.budget:g} s is spent"
+        console.print(f"{cause}: {tuner.unfinished} of {len(problems)} searches did not end; another call goes on")
     console.print(f"took {time.monotonic() - started:.0f} s; what was compiled is not compiled again by this Triton")
-    return int(not any(outcome in ("clean", "spills") for _, outcome in outcomes))
+    return 130 if tuner.interrupted else int(all(isinstance(needs, str) for needs in compiled))
 
 
-def _sifted(problems: Iterable[Problem], arch: Arch) -> str:
-    """How many combinations there are, and what the closed-form filters leave of them."""
-    found = [problem.sift(arch) for problem in problems]
-    dropped: Counter[str] = sum((sifted.dropped for sifted in found), Counter())
-    reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.most_common())
-    left = sum(len(sifted.candidates) for sifted in found)
-    return f"{sum(sifted.enumerated for sifted in found)} combinations{reasons}; {left} are left"
+def rehearse(
+    pool: CompilePool,
+    arch: Arch,
+    effort: Effort,
+    problems: list[Problem],
+    deadline: float = FOREVER,
+    known: Iterable[rules.Entry] = (),
+    progress: Any = lambda *step: None,
+) -> Tuner:
+    """Let the pool compile what a run would ask it for; `known` is what rules hold."""
+    known = list(known)
+    longer = replace(effort, rounds=effort.rounds + MORE_ROUNDS, gain=0.0)
+
+    def say(done: int, total: int, problem: Problem, phase: str, standing: str) -> None:
+        progress(done, total, problem)  # the times are no news
+
+    earlier = earlier_winners(known)
+    tuner = Tuner(Rehearsal(arch), pool, arch, longer, deadline, incumbents_among(known), say, earlier=earlier)
+    tuner.run(problems)
+    if not tuner.unfinished:
+        _wait_for_best(tuner)
+    return tuner
+
+
+def _wait_for_best(tuner: Tuner) -> None:
+    """Compile what else a run wants of the best few of each search: until the deadline, or Ctrl-C."""
+    wanted = [
+        (problem, config, variant)
+        for problem, found in tuner.found.items()
+        for config in dict.fromkeys([found.default, *found.incumbents, *_best(tuner, problem)])
+        for variant in problem.variants()
+    ]
+    wanted += [(problem, config, PLAIN) for problem in tuner.found for config in _borrowed(tuner, problem)]
+    for problem, config, variant in wanted:
+        tuner.pool.submit(problem, config, variant=variant)
+    with contextlib.suppress(TimeoutError, KeyboardInterrupt):
+        for problem, config, variant in wanted:
+            tuner.pool.result(problem, config, variant=variant, seconds=tuner.seconds_left())
+
+
+def _best(tuner: Tuner, problem: Problem) -> list[Any]:
+    found = tuner.found.get(problem)
+    return found.contenders(BEST) if found else []
+
+
+def _borrowed(tuner: Tuner, problem: Problem) -> list[Any]:
+    """Tiles of fused_chunk's best few, which the run starts from if they win: for chunk at its segment lengths."""
+    tiles = _best(tuner, replace(problem, form="fused_chunk"))
+    if problem.form == GRADIENTS:
+        return tiles
+    if problem.form == "chunk":
+        kind = type(problem.default())
+        return [kind(L=L, **knob_values(tile)) for L in NEIGHBOUR_SEGMENTS for tile in tiles]
+    return []
+
+
+def known_entries(arch: Arch) -> list[rules.Entry]:
+    """What the files that imports read hold for GPUs of an architecture: what a run starts from."""
+    paths = [path for directory in configuration.config_directories() for path in sorted(directory.glob("*.y*ml"))]
+    return [entry for path in paths if _is_for(path, arch) for entry in rules.existing_entries(path)]
+
+
+def _is_for(path: Path, arch: Arch) -> bool:
+    with contextlib.suppress(configuration.ConfigurationError):
+        return configuration.parse_file(path).device.arch == arch.name
+    return False
 
 
 def cache_directory() -> Path:
     """Where Triton keeps what it compiles: to be copied to the machine that has the GPU."""
     return Path(knobs.cache.dir)
-
-
-def candidates(problems: Iterable[Problem], arch: Arch, effort: str) -> list[Launch]:
-    """What to compile, each kernel once: the default of each problem, and its likely candidates or all."""
-    wanted: dict[Any, Launch] = {}
-    for problem in problems:
-        likely = likely_first(problem, arch)
-        for config in [problem.default(), *(likely if effort == "full" else likely[:LIKELY])]:
-            wanted.setdefault(compile_key(problem, config), (problem, config))
-    return list(wanted.values())
-
-
-def _compiled(pool: CompilePool, launches: list[Launch], deadline: float) -> Iterator[tuple[Launch, Resources | str]]:
-    """What the compiler says of each launch, until the deadline."""
-    for problem, config in launches:
-        pool.submit(problem, config)
-    for problem, config in launches:
-        try:
-            needs = pool.result(problem, config, seconds=max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            pool.forget_waiting()
-            return
-        yield (problem, config), needs
 
 
 def _outcome(needs: Resources | str, arch: Arch) -> str:
@@ -92,9 +144,18 @@ def _outcome(needs: Resources | str, arch: Arch) -> str:
     return "spills" if needs.spills else "clean"
 
 
-def _table(outcomes: Counter[tuple[str, str]]) -> Table:
-    table = Table("kernel", "compiled", *OUTCOMES)
-    for kernel in sorted({kernel for kernel, _ in outcomes}):
-        counts = [outcomes[kernel, outcome] for outcome in OUTCOMES]
-        table.add_row(kernel, *map(str, (sum(counts), *counts)))
+def _table(problems: Iterable[Problem], pool: CompilePool, arch: Arch) -> Table:
+    """A row a kernel: what was dropped before compiling, and what came of the rest."""
+    counts: dict[str, Counter[str]] = {problem.kernel: Counter() for problem in problems}
+    for problem in problems:
+        sifted = problem.sift(arch)
+        counts[problem.kernel].update(sifted.dropped, enumerated=sifted.enumerated)
+    seconds = dict.fromkeys(counts, 0.0)
+    for problem, compiled in pool.outcomes():
+        counts[problem.kernel].update(["compiled", _outcome(compiled.needs, arch)])
+        seconds[problem.kernel] += compiled.seconds
+    columns = ("enumerated", *FILTERS, "compiled", *OUTCOMES)
+    table = Table("kernel", *columns, "core s")
+    for kernel, count in counts.items():
+        table.add_row(kernel, *(str(count[column]) for column in columns), f"{seconds[kernel]:.1f}")
     return table

@@ -33,6 +33,7 @@ from generated.launch import has_aligned_rows
 from tuning import nvml, rules
 from tuning.compilation import ARCHS, Arch
 from tuning.compile_pool import CompilePool
+from tuning.coverage import Point
 from tuning.journal import Journal, Run
 from tuning.journal import default_path as default_journal
 from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
@@ -40,7 +41,7 @@ from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, Probl
 from tuning.samplers import check_available
 from tuning.space import knob_values
 from tuning.storage import VARIABLE, Database, is_url, masked
-from tuning.tuner import EFFORTS, GpuJudge, Judge, ModelJudge, Tuner, Winner
+from tuning.tuner import EFFORTS, Funnel, GpuJudge, Judge, ModelJudge, Tuner, Winner
 from tuning.workers import SESSION, chosen, gpu_alone, run_all, without
 from tuning.workloads import Workload, parse
 
@@ -268,11 +269,7 @@ def _tune(
 ) -> Tuner:
     deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
     known = rules.existing_entries(path)
-
-    def incumbents(problem: Problem) -> list[Any]:
-        point = rules.point_of(problem)
-        return [rules.config_from(entry) for entry in known if entry.kernel == problem.kernel and entry.point == point]
-
+    incumbents = incumbents_among(known)
     with (
         _termination_as_interrupt(),
         contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
@@ -283,6 +280,14 @@ def _tune(
         tuner.run(problems)
         tuner.conclude()
     return tuner
+
+
+def incumbents_among(entries: list[rules.Entry]) -> Callable[[Problem], list[Any]]:
+    """What rules say for just the problem that is asked for."""
+    held: dict[tuple[str, Point], list[Any]] = {}
+    for entry in entries:
+        held.setdefault((entry.kernel, entry.point), []).append(rules.config_from(entry))
+    return lambda problem: held.get((problem.kernel, rules.point_of(problem)), [])
 
 
 def earlier_winners(entries: list[rules.Entry]) -> dict[Problem, Any]:
@@ -351,14 +356,7 @@ def _report(
     if winners:
         console.print(_table(winners))
     funnel = tuner.funnel
-    failures = ", ".join(f"{count} {reason}" for reason, count in sorted(funnel.failures.items())) or "none"
-    console.print(
-        escape(
-            f"{funnel.enumerated} candidates enumerated, {funnel.compiled} compiled, {funnel.clean} fit, "
-            f"{funnel.timed} {'estimated' if tuner.judge.modelled else 'timed'}, {funnel.remembered} known from "
-            f"earlier runs; dropped: {failures}"
-        )
-    )
+    console.print(_funnel_table(funnel, modelled=tuner.judge.modelled))
     if funnel.compared:
         share = funnel.flipped / funnel.compared
         console.print(f"{funnel.flipped} of {_count(funnel.compared, 'rule')} in use before changed ({share:.0%})")
@@ -372,6 +370,33 @@ def _report(
     if tuner.unfinished or tuner.interrupted:
         cause = "stopped" if tuner.interrupted else f"the budget of {budget:g} s is spent"
         console.print(f"{cause}: {tuner.unfinished} of {_count(searches, 'search', 'searches')} did not end")
+
+
+def _funnel_table(funnel: Funnel, *, modelled: bool) -> Table:
+    """How many candidates came to each stage and what became of the rest; the seconds of the stages that have any."""
+    losses = {"dropped": funnel.dropped, "failures": funnel.failures}
+    lost = {name: ", ".join(f"{count} {why}" for why, count in sorted(of.items())) for name, of in losses.items()}
+    shortcuts = {
+        "known from earlier runs": funnel.remembered,
+        "of the same code as another": funnel.same_code,
+        "while nothing else could be": funnel.spare,
+        "searches ended early": funnel.stopped,
+    }
+    words = ", ".join(f"{count} {what}" for what, count in shortcuts.items() if count)
+    rows = [
+        ("enumerated", funnel.enumerated, "", lost["dropped"] and f"dropped: {lost['dropped']}"),
+        ("compiled", funnel.compiled, "", ""),
+        ("fit", funnel.clean, "", lost["failures"] and f"not used: {lost['failures']}"),
+        ("estimated" if modelled else "timed", funnel.timed, "search", words),
+        ("raced", funnel.raced, "race", ""),
+        ("confirmed", funnel.confirmed, "confirm", ""),
+        ("proven", funnel.proven, "prove", ""),
+    ]
+    table = Table("stage", "candidates", "seconds", "beside")
+    for stage, count, phase, beside in rows:
+        seconds = f"{funnel.seconds[phase]:.1f}" if phase in funnel.seconds else ""
+        table.add_row(stage, str(count), seconds, escape(beside))
+    return table
 
 
 def _conclude(console: Console, winners: int, path: Path, seconds: float) -> None:

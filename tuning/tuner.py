@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tuning.compilation import Arch, Resources
-from tuning.compile_pool import CompilePool
+from tuning.compile_pool import Compiled, CompilePool
 from tuning.coverage import assign
 from tuning.journal import FRESH, PROVE, RACE, Journal, Outcome
 from tuning.known_bad import known_bad
@@ -82,6 +83,7 @@ class Funnel:
     flipped: int = 0  # those of them that replace it
     seconds: dict[str, float] = field(default_factory=dict)
     busy: dict[str, float] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)  # of the enumerated, by closed-form filter
     failures: dict[str, int] = field(default_factory=dict)
     rejected: list[str] = field(default_factory=list)
 
@@ -576,7 +578,12 @@ def _states_problem(problem: Problem) -> Problem:
 
 def likely_first(problem: Problem, arch: Arch) -> list[Any]:
     """The configurations worth compiling for a problem, none known bad, those that the model likes best first."""
-    return sorted(problem.sift(arch).candidates, key=lambda config: predict(problem, config, arch))
+    return by_model(problem, arch, problem.sift(arch).candidates)
+
+
+def by_model(problem: Problem, arch: Arch, configs: list[Any]) -> list[Any]:
+    """Configurations in the order in which the model likes them."""
+    return sorted(configs, key=lambda config: predict(problem, config, arch))
 
 
 class _Task:
@@ -584,8 +591,10 @@ class _Task:
 
     def __init__(self, tuner: Tuner, problem: Problem) -> None:
         self.tuner, self.problem = tuner, problem
-        candidates = likely_first(problem, tuner.arch)
-        tuner.funnel.enumerated += len(candidates)
+        sifted = problem.sift(tuner.arch)
+        tuner.funnel.enumerated += sifted.enumerated
+        tuner.funnel.dropped.update(sifted.dropped)
+        candidates = by_model(problem, tuner.arch, sifted.candidates)
         self.default = problem.default()
         incumbents = tuner.incumbents(problem)
         # To a model, compiling is measuring: looking ahead would tell it nothing.
@@ -604,7 +613,7 @@ class _Task:
     def ready(self) -> bool:
         return not self.compiling()
 
-    def compiling(self) -> list[Future[Resources | str]]:
+    def compiling(self) -> list[Future[Any]]:
         """What the compiler is still at, or has not begun."""
         return [future for _, future in self.batch if not future.done()]
 
@@ -680,7 +689,7 @@ class _Task:
 
     def _ask(self) -> None:
         """Compile the next round's, with what was found elsewhere since the last before the rest."""
-        self.batch: list[tuple[Any, Future[Resources | str]]] = []
+        self.batch: list[tuple[Any, Future[Compiled]]] = []
         if self.finished:
             return
         self.search.enqueue(self.tuner.neighbours(self.problem))
