@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -21,7 +22,7 @@ from typing import Any
 
 from fakes import Pool, landscape, timing
 
-from tuning import __main__, device, measurement, workers
+from tuning import __main__, device, forkserver, measurement, workers
 from tuning import run as run_module
 from tuning.device import Answer, Gpu
 from tuning.space import knob_values
@@ -59,6 +60,8 @@ def _launch(job: str, form: str, config: Any) -> str | None:
     elif fault is not None and fault.startswith("kill"):
         victims = {"kill device": os.getpid(), "kill tuner": int(os.environ["FAKE_TUNER"]), "kill server": os.getppid()}
         os.kill(victims[fault], signal.SIGKILL)
+        if fault == "kill tuner":
+            os._exit(1)  # where it was forked from the tuner, it holds the other end of its own pipe
         time.sleep(0.2)  # a process that is killed leaves its pipes a moment later
     return fault
 
@@ -72,6 +75,17 @@ def _answer(job: str, group: list[Any], fault: str | None) -> Answer:
         return Answer("ok", 0.001, 0.0)
     times = [timing(landscape(config)) for config in group]
     return Answer("ok", times[0] if job == "measure" else times)
+
+
+def run(variables: dict[str, str], arguments: list[str], output: str) -> None:
+    """`main` in a process that was forked, and so has imported everything: its measuring process is forked too."""
+    os.environ.update(variables)
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    forkserver.context = lambda: multiprocessing.get_context("fork")
+    sys.argv = ["tuning", *arguments]
+    sys.exit(main())
 
 
 def main() -> int:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_device
 import pytest
 from fakes import candidates, landscape
 
 from generated.configuration_file import parse_file
-from tuning import rules
+from tuning import forkserver, rules
 from tuning.rules import Entry, Point
 from tuning.space import knob_values
 
@@ -34,22 +35,27 @@ class Machine:
         self.directory, self.log = directory, directory / "launches"
         self.rules = directory / "rules.yaml"
 
-    def start(self, *arguments: str, faults: dict[str, str] | None = None, **variables: str) -> subprocess.Popen[str]:
-        """Start a tuner; `faults`: what part of a launch's line makes what happen."""
-        given = {"FAKE_LOG": str(self.log), "FAKE_FAULTS": json.dumps(faults or {}), **variables}
-        given |= {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "HOME": str(self.directory)}
-        given |= {"XDG_CACHE_HOME": str(self.directory / "cache"), "XDG_CONFIG_HOME": str(self.directory / "config")}
-        command = [sys.executable, "-c", "import fake_device, sys; sys.exit(fake_device.main())", "run"]
-        command += ["--workload", SHAPE, "--out", str(self.rules), *(arguments or ("--form", "fused_chunk"))]
-        return subprocess.Popen(
-            command, env=os.environ | given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+    def command(self, *arguments: str) -> list[str]:
+        """The tuner's, for one form unless others are given."""
+        return ["run", "--workload", SHAPE, "--out", str(self.rules), *(arguments or ("--form", "fused_chunk"))]
+
+    def environment(self, faults: dict[str, str], variables: dict[str, str]) -> dict[str, str]:
+        """What the fake GPU is to do, and homes of its own."""
+        given = {"FAKE_LOG": str(self.log), "FAKE_FAULTS": json.dumps(faults), **variables}
+        return given | {"HOME": str(self.directory), "XDG_CACHE_HOME": str(self.directory / "cache")}
+
+    def start(self, *arguments: str, faults: dict[str, str] | None = None, **variables: str) -> tuple[Any, Path]:
+        """Start a tuner; `faults`: what part of a launch's line makes what happen. The process, and its output."""
+        output = self.directory / f"output{len(list(self.directory.glob('output*')))}"
+        output.touch()
+        given = (self.environment(faults or {}, variables), self.command(*arguments), str(output))
+        process = forkserver.context().Process(target=fake_device.run, args=given)
+        process.start()
+        return process, output
 
     def tune(self, *arguments: str, faults: dict[str, str] | None = None, **variables: str) -> tuple[int, str]:
         """Run one to its end: exit status and output."""
-        process = self.start(*arguments, faults=faults, **variables)
-        output, _ = process.communicate(timeout=120)
-        return process.returncode, output
+        return ended(*self.start(*arguments, faults=faults, **variables))
 
     def launches(self, job: str = "measure") -> Counter[str]:
         """How often each candidate was launched."""
@@ -60,6 +66,12 @@ class Machine:
         """The configuration in the only rule for the kernel."""
         (rule,) = parse_file(self.rules).kernels[KERNEL].rules
         return dict(rule.use)
+
+
+def ended(process: Any, output: Path) -> tuple[int, str]:
+    """The exit status of a process that was started, and its output."""
+    process.join(timeout=120)
+    return process.exitcode, output.read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -117,8 +129,13 @@ def test_killed_measuring_process_costs_its_candidate_alone(machine: Machine) ->
 
 
 def test_killed_fork_server_ends_in_a_message_and_loses_nothing(machine: Machine) -> None:
-    code, output = machine.tune(faults={line("measure", BEST): "kill server"})
-    assert "Traceback" not in output
+    # As users start it: the others here are forked from one server.
+    variables = machine.environment({line("measure", BEST): "kill server"}, {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"})
+    command = [sys.executable, "-c", "import fake_device, sys; sys.exit(fake_device.main())", *machine.command()]
+    done = subprocess.run(
+        command, env=os.environ | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    assert "Traceback" not in done.stdout
     known = len(machine.launches())
     code, output = machine.tune()
     assert code == 0, output
@@ -173,8 +190,8 @@ def test_disk_that_fills_up_is_said_once_and_the_old_rules_stay(machine: Machine
 def test_two_tuners_at_once_write_one_file_with_the_rules_of_both(machine: Machine) -> None:
     forms = ("fused_chunk", "fused_recurrent", "parallel")
     running = [machine.start("--form", form, FAKE_UUID=form) for form in forms]
-    outputs = [process.communicate(timeout=120)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], outputs
+    results = [ended(*one) for one in running]
+    assert [code for code, _ in results] == [0, 0, 0], results
     assert {f"retention_{form}" for form in forms} <= set(parse_file(machine.rules).kernels)
 
 
