@@ -419,7 +419,7 @@ def check_record(place: Path) -> None:
     (run,) = read(str(place)).runs
     assert run.command.startswith("python -m tuning run --workload B=8")
     assert (run.effort, run.sampler, set(run.versions)) == ("quick", "informed", {"driver", "triton", "torch"})
-    assert list(run.funnel)[0] == "enumerated"
+    assert next(iter(run.funnel)) == "enumerated"
     assert run.funnel["timed or known"] > run.funnel["proven"] == len(run.winners) == 2
     assert {"search", "race", "confirm", "prove"} == set(run.phases)
     assert run.seconds is not None
