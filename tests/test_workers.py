@@ -23,9 +23,10 @@ from fakes import NEEDS, PROBLEM, Judge, candidates, landscape, timing, tune
 
 from generated.configuration_file import parse_file
 from tuning import forkserver, rules, storage
+from tuning import workers as workers_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS
-from tuning.history import open_storage
+from tuning.history import open_storage, read
 from tuning.journal import PROVE, RACE, SUSPECT, Journal, Outcome
 from tuning.run import RunError
 from tuning.search import constraints
@@ -410,6 +411,36 @@ def test_each_gpu_has_a_worker_and_one_that_is_killed_leaves_its_work_to_the_oth
     launches = [line for line in gpus.log.read_text().splitlines() if line.startswith("measure")]
     assert len(launches) == len(set(launches)) > 5
     assert len(parse_file(gpus.rules).kernels) == 2  # the gradients' is one of its own
+    check_record(tmp_path / "retgen" / "fake_gpu.journal")
+
+
+def check_record(place: Path) -> None:
+    """The only run that came to its end, as the report reads it."""
+    (run,) = read(str(place)).runs
+    assert run.command.startswith("python -m tuning run --workload B=8")
+    assert (run.effort, run.sampler, set(run.versions)) == ("quick", "informed", {"driver", "triton", "torch"})
+    assert next(iter(run.funnel)) == "enumerated"
+    assert run.funnel["timed or known"] > run.funnel["proven"] == len(run.winners) == 2
+    assert {"search", "race", "confirm", "prove"} == set(run.phases)
+    assert run.seconds is not None
+    assert run.seconds > 0
+    assert 0 <= (run.gpu_number("idle_share") or 0.0) <= 1
+    assert {winner.problem.form for winner in run.winners} == {"fused_chunk", "fused_chunk_gradients"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--devices", "7"], "--devices 7: no GPU is visible"),
+        (["--devices", "0", "--arch", "sm90"], "--devices 0 measures and --arch sm90 models: give one of them"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_module, "visible", list)
+    assert main(["run", *arguments]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_all_workers_in_order(tmp_path: Path) -> None:

@@ -186,6 +186,7 @@ def _figures(tuner: Tuner, log: dict[str, Any], gpu: str) -> dict[str, Any]:
     known = funnel.timed + funnel.remembered + funnel.same_code
     stages = {
         "enumerated": funnel.enumerated,
+        "worth compiling": funnel.enumerated - sum(funnel.dropped.values()),
         "compiled": funnel.compiled,
         "fit": funnel.clean,
         "timed or known": known,
@@ -194,7 +195,7 @@ def _figures(tuner: Tuner, log: dict[str, Any], gpu: str) -> dict[str, Any]:
     counts = {name: getattr(funnel, name) for name in ("timed", "remembered", "same_code", "stopped")}
     return {
         "funnel": stages,
-        "counts": counts | {"failures": funnel.failures},
+        "counts": counts | {"dropped": dict(funnel.dropped), "failures": funnel.failures},
         "seconds": funnel.seconds,
         "gpu": {"idle_share": funnel.idle_share, "busy_seconds": sum(funnel.busy.values()), **log},
         "flips": {"compared": funnel.compared, "changed": funnel.flipped},

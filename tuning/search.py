@@ -166,7 +166,7 @@ class Search:
             self.results[config] = ms
 
     def take(self, config: Any, ms: float | None, needs: Resources | None, *, free: bool = False) -> bool:
-        """As `tell`, of what was measured elsewhere; False where it is not searched. It costs the budget unless free."""
+        """As `tell`, of what was measured elsewhere; False where not searched. It costs the budget unless free."""
         if config not in self._list.numbers:
             return False
         self._compiling.discard(config)
