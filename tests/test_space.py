@@ -9,12 +9,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
+from generated.retention import auto
 from tuning.compilation import ARCHS, compile_launch, offline, read_cubin
 from tuning.known_bad import known_bad
 from tuning.problems import FORMS, Problem
-from tuning.space import BT, SPACES, WHOLE, L, Place, Sifted, knob_values, launched
+from tuning.space import BT, GRADIENTS, SPACES, SWEEPS, WHOLE, L, Place, Sifted, knob_values, launched
 
 SM90 = ARCHS["sm90"]
 PROBLEM = Problem("fused_chunk", "bfloat16", 1, 2048, 4, 128, 256)
@@ -146,3 +148,10 @@ def test_a_launch_is_told_by_its_tiles_and_its_code() -> None:
     config = PROBLEM.default()
     assert launched(config) == launched(replace(config, num_stages=1, maxnreg=128))
     assert launched(config) != launched(replace(config, BV=64))
+
+
+def test_the_choices_of_what_is_fused_are_the_packages_and_their_defaults_too() -> None:
+    assert sorted(SWEEPS.values) == sorted(auto.SWEEPS)
+    assert auto.default_config(torch.bfloat16, 64, 64) == auto.FormConfig(SWEEPS.values[0])
+    assert auto.default_gradients_config(torch.bfloat16, 64, 64) == auto.GradientsFormConfig(GRADIENTS.values[0])
+    assert [auto.GradientsFormConfig(way).form for way in GRADIENTS.values] == ["sweeps", "fused_chunk"]

@@ -287,6 +287,28 @@ def test_no_way_to_the_gradients_is_chosen_where_there_are_not_both(winners: lis
     assert kernels == (["retention_form"] if len(winners) >= len(TUNED) else [])
 
 
+@pytest.mark.parametrize(
+    ("held", "fused", "chosen"),
+    [
+        (None, 3.98, "chunk"),
+        (None, 3.9, "fused_chunk"),
+        ("fused_chunk", 4.03, "fused_chunk"),
+        ("fused_chunk", 4.1, "chunk"),
+        ("chunk", 3.98, "chunk"),
+        ("parallel", 3.98, "chunk"),
+    ],
+)
+def test_between_forms_within_the_noise_what_is_in_use_stays_or_else_the_default(
+    held: str | None, fused: float, chosen: str
+) -> None:
+    winners = [won("fused_chunk", fused), won("chunk", 4.0)]
+    (found,) = rules.form_entries(winners)
+    known = [replace(found, use={"form": held})] if held else []
+    (again,) = rules.form_entries(winners, known)
+    assert again.use == {"form": chosen}
+    assert rules.form_entries(reversed(winners), [again]) == [again]
+
+
 def full_disk(*arguments: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -160,7 +160,7 @@ def _add_compile(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--effort",
         choices=sorted(EFFORTS),
         default="quick",
-        help="quick: the candidates that the model likes best; full: all (default: quick)",
+        help="what a run of that effort is likely to want (default: quick)",
     )
     _add_budget(parser, "stop after this time")
     _add_workers(parser)

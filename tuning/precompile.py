@@ -35,7 +35,7 @@ from tuning.workloads import parse
 
 FILTERS = ("known bad", "registers", "shared memory")
 OUTCOMES = ("clean", "spills", "too large", "failed")
-MORE_ROUNDS = 2  # than a run; by the shipped landscapes 4 of 100 candidates that a quick run asks for are then missing
+MORE_ROUNDS, MORE_AHEAD = 6, 8  # than a run, of whose candidates about one in ten is then missing
 BEST = 4  # of each search: their variants, and their tiles in chunk's segments
 
 
@@ -74,7 +74,7 @@ def rehearse(
 ) -> Tuner:
     """Let the pool compile what a run would ask it for; `known` is what rules hold."""
     known = list(known)
-    longer = replace(effort, rounds=effort.rounds + MORE_ROUNDS, gain=0.0)
+    longer = replace(effort, rounds=effort.rounds + MORE_ROUNDS, ahead=effort.ahead + MORE_AHEAD, gain=0.0)
 
     def say(done: int, total: int, problem: Problem, phase: str, standing: str) -> None:
         progress(done, total, problem)  # the times are no news

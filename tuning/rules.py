@@ -19,6 +19,7 @@ import yaml
 
 from generated.configuration import ActiveRule, kernel_problem, kernel_registry
 from generated.configuration_file import ConfigurationError, Rule, parse_file
+from tuning import space
 from tuning.coverage import AXES, Point, Region, regions
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
 from tuning.space import knob_values
@@ -61,12 +62,14 @@ def entry_of(winner: Winner) -> Entry:
     return Entry(winner.problem.kernel, point, knob_values(winner.config), proof, figures)
 
 
-def form_entries(winners: Iterable[Winner]) -> list[Entry]:
+def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list[Entry]:
     """Which form sweeps fastest at each point, where at least two were tuned, and which way gives the gradients.
 
-    The form chunk counts as the default, and for gradients three sweeps by the fastest form. A model does not choose:
-    it is good enough to rank the tiles of one form, not to hold one form against another.
+    What `known` rules say stays unless it is beaten beyond the noise, where there are none the default: the form chunk,
+    and for gradients three sweeps by the chosen form. A model does not choose: it is good enough to rank the tiles of
+    one form, not to hold one form against another.
     """
+    held = {(entry.kernel, entry.point): str(entry.use["form"]) for entry in known if "form" in entry.use}
     points: dict[Point, dict[str, Winner]] = {}
     gradients: dict[Point, Winner] = {}
     for winner in (winner for winner in winners if not winner.modelled):
@@ -77,19 +80,23 @@ def form_entries(winners: Iterable[Winner]) -> list[Entry]:
     entries = []
     for point, forms in points.items():
         if len(forms) > 1:
-            best = min(forms.values(), key=lambda winner: winner.ms)
-            default = forms.get("chunk", best).ms
-            entries.append(_form_entry(FORM_KERNEL, best.problem.form, best, default, len(forms)))
+            chosen = _form_entry(FORM_KERNEL, space.SWEEPS, forms, held.get((FORM_KERNEL, point)))
+            entries.append(chosen)
             if together := gradients.get(point):
-                apart = replace(best, timing=replace(best.timing, ms=3 * best.ms))
-                faster = together if together.ms < (1 - NOISE) * apart.ms else apart
-                form = "fused_chunk" if faster is together else "sweeps"
-                entries.append(_form_entry(GRADIENTS_FORM_KERNEL, form, faster, apart.ms, 2))
+                sweep = forms[chosen.use["form"]]
+                apart = replace(sweep, timing=replace(sweep.timing, ms=3 * sweep.ms))
+                ways = {"sweeps": apart, "fused_chunk": together}
+                now = held.get((GRADIENTS_FORM_KERNEL, point))
+                entries.append(_form_entry(GRADIENTS_FORM_KERNEL, space.GRADIENTS, ways, now))
     return entries
 
 
-def _form_entry(kernel: str, form: str, best: Winner, default_ms: float, trials: int) -> Entry:
-    return replace(entry_of(replace(best, default_ms=default_ms, trials=trials)), kernel=kernel, use={"form": form})
+def _form_entry(kernel: str, choice: space.Choice, ways: dict[str, Winner], held: str | None) -> Entry:
+    form = choice.choose({way: winner.ms for way, winner in ways.items()}, held, NOISE)
+    default = ways.get(choice.values[0], ways[form])
+    # best_ms is of another configuration of the same kernel, which is not what is chosen here.
+    best = replace(ways[form], default_ms=default.ms, best_ms=None, trials=len(ways))
+    return replace(entry_of(best), kernel=kernel, use={choice.name: form})
 
 
 def existing_entries(path: Path) -> list[Entry]:

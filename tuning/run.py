@@ -92,7 +92,8 @@ def _run(
         tuner = _tune(options, console, judge, arch, problems, path, journal)
     winners = list(tuner.winners.values())
     if winners:
-        entries = [rules.entry_of(winner) for winner in winners] + rules.form_entries(winners)
+        entries = [rules.entry_of(winner) for winner in winners]
+        entries += rules.form_entries(winners, rules.existing_entries(path))
         device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
         if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None):
             console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)

@@ -5,12 +5,13 @@ To add a knob: a field of the configuration in the kernel's template, a class he
 Combinations are built up knob by knob. Each knob gives its values at a problem after the knobs that come before it, so
 that whatever comes out is valid: no combination is made in order to be refused. What a kernel would need is then
 estimated in closed form, and what can't run well is sifted out before anything is compiled, with counts by filter.
+Which kernels do a job, what is fused, is chosen among those that were tuned: `SWEEPS` and `GRADIENTS` at the end.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -306,3 +307,32 @@ SPACES = {
     ),
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
 }
+
+
+# What is fused
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A structural knob between kernels: which of them do a job is chosen when each has been tuned.
+
+    `values` are the ways, the first of them the default.
+    """
+
+    name: str
+    meaning: str
+    values: tuple[str, ...]
+
+    def choose(self, ms: Mapping[str, float], held: str | None, noise: float) -> str:
+        """The fastest way; but what is `held` now, or else the default, unless that is slower beyond the noise."""
+        fastest = min(ms, key=ms.__getitem__)
+        holder = held if held is not None and held in ms else self.values[0]
+        return holder if holder in ms and ms[fastest] >= (1 - noise) * ms[holder] else fastest
+
+
+SWEEPS = Choice(
+    "form",
+    "which kernel does a sweep: segments that run at once, one pass, token by token, or all pairs",
+    ("chunk", "fused_chunk", "fused_recurrent", "parallel"),
+)
+GRADIENTS = Choice("form", "whether each gradient has a sweep or all three share a launch", ("sweeps", "fused_chunk"))
