@@ -106,7 +106,7 @@ def _answer(job: Callable[..., Any], arguments: list[Any]) -> Answer:
         status, value = "sticky" if sticky else "error", _in_a_line(error)
         if isinstance(error, torch.OutOfMemoryError):
             _inputs.cache_clear()
-            torch.cuda.empty_cache()
+            Replay.release()
     return Answer(status, value, time.monotonic() - started)
 
 

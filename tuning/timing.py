@@ -105,6 +105,12 @@ class Replay:
 
         self._graph, self.result = _captured(timed, Replay._anchor.pool())
 
+    @classmethod
+    def release(cls) -> None:
+        """Give back the memory that all graphs used, after the last of them is gone."""
+        cls._anchor = None
+        torch.cuda.empty_cache()
+
     def times(self) -> list[float]:
         """Milliseconds of each of the calls, the L2 cache flushed before it."""
         self._graph.replay()
@@ -115,13 +121,18 @@ def _captured(run: Callable[[], object], pool: Any) -> tuple[torch.cuda.CUDAGrap
     """A call as a graph; not by torch.cuda.graph, which collects garbage first: that takes longer than all else."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(_stream()):  # always one: memory that was freed on another is not used again
         graph.capture_begin(pool=pool)
         try:
             result = run()
         finally:
             graph.capture_end()
     return graph, result
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def _events(count: int, **options: bool) -> list[tuple[Any, Any]]:
