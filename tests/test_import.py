@@ -14,16 +14,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 0.060
+YARDSTICK_SECONDS = 0.017  # to parse argparse's source, on a processor that imports the package within 60 ms
 IMPORT = """
-import json, sys, time
+import argparse, ast, inspect, json, sys, time
 import torch, triton
 before = {name.split(".")[0] for name in sys.modules}
 started = time.process_time()
 import generated
 seconds = time.process_time() - started
+source = inspect.getsource(argparse)
+started = time.process_time()
+ast.parse(source)
+yardstick = time.process_time() - started
 after = {name.split(".")[0] for name in sys.modules}
 print(json.dumps({
     "seconds": seconds,
+    "yardstick": yardstick,
     "modules": sorted(after - before - sys.stdlib_module_names),
     "cuda": torch.cuda.is_initialized(),
 }))
@@ -41,8 +47,9 @@ def imports() -> list[dict[str, Any]]:
 
 def test_import_takes_under_60_ms_beyond_torch_and_triton(imports: list[dict[str, Any]]) -> None:
     # Time of this process on the processor: an import waits for nothing, and the machine may have more to do.
-    seconds = statistics.median(report["seconds"] for report in imports)
-    assert seconds < MOST_SECONDS
+    # Where other programs slow the processor itself, a yardstick takes longer in proportion.
+    seconds, yardstick = (statistics.median(report[name] for report in imports) for name in ("seconds", "yardstick"))
+    assert seconds < MOST_SECONDS * max(1.0, yardstick / YARDSTICK_SECONDS)
 
 
 def test_import_brings_no_package_but_yaml(imports: list[dict[str, Any]]) -> None:

@@ -265,8 +265,9 @@ def test_the_command_goes_on_where_it_was_and_begins_again_where_it_is_told_to(
     for more in ([], [], ["--fresh"], ["--storage", str(tmp_path / "other")], ["--storage", str(tmp_path / "other")]):
         assert main([*command, *more]) == 0
         out = " ".join(capsys.readouterr().out.split())
-        (counts,) = re.findall(r"(\d+) timed, (\d+) known from earlier runs", out)
-        said.append(tuple(map(int, counts)))
+        (timed,) = re.findall(r"│ timed │ (\d+) │", out)
+        known = re.findall(r"(\d+) known from earlier runs", out)
+        said.append((int(timed), int(known[0]) if known else 0))
         place = tmp_path / "other" if "--storage" in more else tmp_path / "cache/retgen/any_gpu.journal"
         assert f"what is measured is kept in {place}" in out
     number = said[0][0]

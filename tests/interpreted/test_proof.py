@@ -134,7 +134,7 @@ def test_segments_are_looked_at_where_there_are_any(form: str) -> None:
 
 @pytest.mark.forms("fused_chunk")
 def test_new_tensors_lie_between_margins_full_of_nan(form: str) -> None:
-    guard = proof._Guard()
+    guard = proof.Guard()
     with guard:
         made: list[Tensor] = [torch.empty(3, 5), torch.empty_like(torch.ones(4)), torch.ones(2).new_empty(7)]
     assert all(x.isnan().all() for x in made)
