@@ -19,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     The tests' tensors are small: on a busy machine, threads that wait for each other are ten times slower than one.
     """
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)  # of the terminal that the tests run in: tables are to be as wide as in a file
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
 
 
