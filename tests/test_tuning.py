@@ -295,7 +295,6 @@ def test_no_way_to_the_gradients_is_chosen_where_there_are_not_both(winners: lis
         ("fused_chunk", 4.03, "fused_chunk"),
         ("fused_chunk", 4.1, "chunk"),
         ("chunk", 3.98, "chunk"),
-        ("parallel", 3.98, "chunk"),
     ],
 )
 def test_between_forms_within_the_noise_what_is_in_use_stays_or_else_the_default(
@@ -307,6 +306,14 @@ def test_between_forms_within_the_noise_what_is_in_use_stays_or_else_the_default
     (again,) = rules.form_entries(winners, known)
     assert again.use == {"form": chosen}
     assert rules.form_entries(reversed(winners), [again]) == [again]
+
+
+@pytest.mark.parametrize(("ms", "chosen"), [(2.0, []), (4.0, []), (4.5, [{"form": "chunk"}])])
+def test_form_that_was_not_tuned_now_stays_unless_its_figures_are_beaten(ms: float, chosen: list[Any]) -> None:
+    winners = [won("fused_chunk", 4.2), won("chunk", 4.0)]
+    (found,) = rules.form_entries(winners)
+    known = [replace(found, use={"form": "parallel"}, figures={**found.figures, "ms": ms})]
+    assert [entry.use for entry in rules.form_entries(winners, known)] == chosen
 
 
 def full_disk(*arguments: Any) -> None:

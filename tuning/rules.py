@@ -67,9 +67,11 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
 
     What `known` rules say stays unless it is beaten beyond the noise, where there are none the default: the form chunk,
     and for gradients three sweeps by the chosen form. A model does not choose: it is good enough to rank the tiles of
-    one form, not to hold one form against another.
+    one form, not to hold one form against another. A form that is in use and was not tuned now stays where its figures
+    are not beaten.
     """
-    held = {(entry.kernel, entry.point): str(entry.use["form"]) for entry in known if "form" in entry.use}
+    rules = {(entry.kernel, entry.point): entry for entry in known if "form" in entry.use}
+    held = {place: str(entry.use["form"]) for place, entry in rules.items()}
     points: dict[Point, dict[str, Winner]] = {}
     gradients: dict[Point, Winner] = {}
     for winner in (winner for winner in winners if not winner.modelled):
@@ -79,7 +81,7 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
             points.setdefault(point_of(winner.problem), {})[winner.problem.form] = winner
     entries = []
     for point, forms in points.items():
-        if len(forms) > 1:
+        if len(forms) > 1 and not _was_faster(rules.get((FORM_KERNEL, point)), forms):
             chosen = _form_entry(FORM_KERNEL, space.SWEEPS, forms, held.get((FORM_KERNEL, point)))
             entries.append(chosen)
             if together := gradients.get(point):
@@ -89,6 +91,13 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
                 now = held.get((GRADIENTS_FORM_KERNEL, point))
                 entries.append(_form_entry(GRADIENTS_FORM_KERNEL, space.GRADIENTS, ways, now))
     return entries
+
+
+def _was_faster(rule: Entry | None, forms: dict[str, Winner]) -> bool:
+    """Whether a rule names a form that did not run now, and was faster than all that did."""
+    if rule is None or rule.use["form"] in forms:
+        return False
+    return float(rule.figures["ms"]) * (1 - NOISE) <= min(winner.ms for winner in forms.values())
 
 
 def _form_entry(kernel: str, choice: space.Choice, ways: dict[str, Winner], held: str | None) -> Entry:
