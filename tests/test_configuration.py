@@ -880,11 +880,11 @@ def test_file_that_cannot_be_used_costs_the_next_process_one_warning(
 LAUNCHED = """
 import torch, generated
 from generated.retention import fused_chunk
-real = fused_chunk.launch_fused_chunk
+real = fused_chunk.output_launch
 def launch(*arguments, **options):
     print(next(a for a in [*arguments, *options.values()] if isinstance(a, fused_chunk.FusedChunkConfig)))
     return real(*arguments, **options)
-fused_chunk.launch_fused_chunk = launch
+fused_chunk.output_launch = launch
 torch.manual_seed(0)
 q, k, v = (torch.randn(8, 2048, 8, D, device="cuda", dtype=torch.bfloat16) for D in (256, 256, 512))
 o = generated.fused_chunk_retention(q, k, v)[0].float()
@@ -899,7 +899,7 @@ def test_operator_launches_with_the_rule_that_was_written(tmp_path: Path) -> Non
     gpu = Gpu(properties.name, f"sm{properties.major}{properties.minor}")
     (tmp_path / "mine.yaml").write_text(real_document(32).replace(H100.name, gpu.name).replace("sm90", gpu.arch))
     lines, _ = run_new_process(LAUNCHED, tmp_path)
-    assert lines == ["FusedChunkConfig(BT=32, BV=32, num_warps=4, num_stages=3)"]
+    assert lines == ["FusedChunkConfig(BT=32, BV=32, num_warps=4, num_stages=3, maxnreg=0)"]
 
 
 @pytest.mark.gpu
