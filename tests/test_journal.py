@@ -23,7 +23,8 @@ from tuning import journal as journals
 from tuning import run as run_module
 from tuning import storage as storage_module
 from tuning.__main__ import main
-from tuning.journal import SUSPECT, Journal, Outcome
+from tuning.history import read
+from tuning.journal import FORGETS, SUSPECT, Journal, Outcome
 from tuning.measurement import Gpu, Timing
 from tuning.problems import Problem
 from tuning.space import knob_values
@@ -51,6 +52,10 @@ def measured(journal: Journal, config: Any, outcome: Outcome) -> None:
     with journal.measuring(PROBLEM, config, {}) as record:
         assert record is not None
         record(outcome)
+
+
+def storage_of(path: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(path)))
 
 
 @pytest.fixture
@@ -99,6 +104,8 @@ def test_fresh_forgets_what_it_asks_about_and_nothing_else(path: Path) -> None:
     assert fresh.remembered(PROBLEM, FIRST, {}) is None
     measured(fresh, FIRST, Outcome(3.0))
     assert open_journal(path).remembered(PROBLEM, FIRST, {}) == Outcome(3.0)
+    (search,) = read(str(path), "H100").searches
+    assert [trial.value for trial in search.trials] == [3.0]
     assert open_journal(path, "H200").remembered(PROBLEM, FIRST, {}) == Outcome(2.0)
 
 
@@ -106,7 +113,7 @@ def test_optuna_reads_it_as_studies_and_trials(path: Path) -> None:
     journal = open_journal(path)
     measured(journal, FIRST, Outcome(0.25))
     measured(journal, SECOND, Outcome(None, "ArithmeticError: why"))
-    storage = JournalStorage(JournalFileBackend(str(path)))
+    storage = storage_of(path)
     (name,) = (
         n for n in optuna.get_all_study_names(storage) if n.startswith(f"{PROBLEM.kernel} ") and "finals" not in n
     )
@@ -220,11 +227,33 @@ def test_tuners_at_once_do_not_end_each_other(path: Path) -> None:
     measured(first, FIRST, Outcome(1.0))
     fresh = Journal(path, {"gpu": "H100"}, said, fresh=True)
     assert fresh.remembered(PROBLEM, FIRST, {}) is None
-    measured(first, SECOND, Outcome(2.0))  # into a study that is gone
+    measured(first, SECOND, Outcome(2.0))
     measured(second, THIRD, Outcome(3.0))
-    assert len(said) == 2
-    assert all("is not remembered" in message for message in said)
-    assert first.remembered(PROBLEM, SECOND, {}) == Outcome(2.0)
+    assert said == []
+    for journal in (first, second, fresh, Journal(path, {"gpu": "H100"}, said)):
+        assert journal.outcomes(PROBLEM, {}) == {SECOND: Outcome(2.0), THIRD: Outcome(3.0)}
+
+
+def test_what_was_being_measured_when_it_was_forgotten_does_not_count(path: Path) -> None:
+    first = open_journal(path)
+    with first.measuring(PROBLEM, FIRST, {}) as record:
+        assert open_journal(path, fresh=True).remembered(PROBLEM, FIRST, {}) is None
+        assert record is not None
+        record(Outcome(1.0))
+    assert open_journal(path).remembered(PROBLEM, FIRST, {}) is None
+
+
+def test_the_second_mark_of_a_session_forgets_nothing(path: Path) -> None:
+    """Two workers that start together may both find none, and write one each."""
+    measured(open_journal(path), FIRST, Outcome(1.0))
+    one, other = (Journal(path, {"gpu": "H100"}, Said(), fresh=True, session="s") for _ in range(2))
+    measured(one, SECOND, Outcome(2.0))
+    name = next(n for n in optuna.get_all_study_names(storage_of(path)) if n.startswith(f"{PROBLEM.kernel} "))
+    optuna.load_study(study_name=name, storage=storage_of(path)).add_trial(
+        optuna.create_trial(state=TrialState.PRUNED, user_attrs={FORGETS: "s"})
+    )
+    for journal in (one, other, open_journal(path)):
+        assert journal.outcomes(PROBLEM, {}) == {SECOND: Outcome(2.0)}
 
 
 def test_a_run_that_ended_measures_nothing_again(path: Path) -> None:

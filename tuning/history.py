@@ -18,6 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from tuning.journal import counts_since
 from tuning.problems import Problem
 from tuning.run import RunError
 from tuning.storage import connected, is_url, masked
@@ -222,8 +223,9 @@ def _read_all(storage: BaseStorage) -> tuple[list[PastSearch], dict[str, list[Pa
 
 def _trials(storage: BaseStorage, name: str, exists: bool = True) -> tuple[Trial, ...]:
     study = optuna.load_study(study_name=name, storage=storage) if exists else None
-    found = study.get_trials(deepcopy=False, states=TRIED) if study else []
-    return tuple(sorted(map(_trial, found), key=lambda trial: trial.ended))
+    trials = study.get_trials(deepcopy=False) if study else []
+    counted = [trial for trial in trials[counts_since(trials) :] if trial.state in TRIED]
+    return tuple(sorted(map(_trial, counted), key=lambda trial: trial.ended))
 
 
 def _trial(trial: FrozenTrial) -> Trial:

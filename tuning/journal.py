@@ -42,6 +42,7 @@ PROTOCOL = 1  # of measuring: a change makes what was measured before no longer 
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
 LIMIT = IntDistribution(0, 255)  # for maxnreg, which may be none
 SUSPECT = "killed: the tuner died while this was measured, so it is not launched again"
+FORGETS = "forgets"  # of a mark among the trials: those before it do not count
 MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
 RACES = (RACE, FRESH)
 POLL_SECONDS = 0.05  # between two looks at what another worker is at
@@ -84,6 +85,7 @@ class _Study:
     busy: dict[str, set[Any]] = field(default_factory=dict)  # which other workers are launching
     barred: set[Any] = field(default_factory=set)  # from races
     read: set[int] = field(default_factory=set)  # numbers of trials that have ended, and need not be read again
+    since: int = 0  # the number of the first trial that is not forgotten
 
     def of(self, step: str) -> dict[Any, Outcome]:
         return self.outcomes.setdefault(step, {})
@@ -373,19 +375,18 @@ class Journal:
         return self._studies[name]
 
     def _load(self, storage: Any, name: str, empty: _Study, attributes: dict[str, Any]) -> _Study:
+        study = _Study(_study_number(storage, name, attributes), empty.config_type)
         if self._fresh:
-            self._forget(storage, name)
-        number = _study_number(storage, name, attributes | {"session": self._session})
-        study = _Study(number, empty.config_type)
+            self._forget(storage, study.number)
         self._read(storage, study)
         return study
 
-    def _forget(self, storage: Any, name: str) -> None:
-        """Delete a study that was there before this session; another worker of it may be doing so too."""
-        with contextlib.suppress(KeyError):
-            number = storage.get_study_id_from_name(name)
-            if storage.get_study_user_attrs(number).get("session") != self._session:
-                storage.delete_study(number)
+    def _forget(self, storage: Any, number: int | None) -> None:
+        """Let nothing count that was there before this session, unless another worker of it has done so."""
+        trials = storage.get_all_trials(number, deepcopy=False)
+        if all(trial.user_attrs.get(FORGETS) != self._session for trial in trials):
+            mark = create_trial(state=TrialState.PRUNED, user_attrs={FORGETS: self._session})
+            storage.create_new_trial(number, mark)
 
     def _name_of(self, problem: Problem) -> str:
         sizes = " ".join(f"{axis}={getattr(problem, axis)}" for axis in "BTHKV")
@@ -407,7 +408,12 @@ class Journal:
     def _read(self, storage: Any, study: _Study, *, before: int | None = None) -> None:
         """Take in what all workers have written since; of a trial from a number on, nobody is at it yet."""
         study.busy = {}
-        for trial in storage.get_all_trials(study.number, deepcopy=False):
+        trials = storage.get_all_trials(study.number, deepcopy=False)
+        if (since := counts_since(trials)) > study.since:  # another worker's session has forgotten the rest
+            study.since = since
+            study.outcomes.clear()
+            study.barred.clear()
+        for trial in trials[study.since :]:
             if trial.number not in study.read:
                 self._take_in(storage, study, trial, counts=before is None or trial.number < before)
 
@@ -471,6 +477,16 @@ class Run:
         state = TrialState.PRUNED if interrupted else TrialState.COMPLETE
         values = None if interrupted else [total]
         self._journal._try(lambda storage: _close(storage, self._journal._run, state, {}, values), None)
+
+
+def counts_since(trials: Sequence[FrozenTrial]) -> int:
+    """The number of the first of a study's trials that counts: what lies before it was forgotten by `fresh`.
+
+    Of the marks of one session the first holds, so that its workers forget nothing of each other's.
+    """
+    marks = [trial for trial in trials if FORGETS in trial.user_attrs]
+    first = {trial.user_attrs[FORGETS]: trial.number for trial in reversed(marks)}
+    return max(first.values(), default=-1) + 1
 
 
 def distribution_of(knob: str) -> BaseDistribution:
