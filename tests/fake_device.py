@@ -94,7 +94,7 @@ def main() -> int:
     device.serve = serve
     run_module.gpu_present = lambda: True  # type: ignore[attr-defined]
     run_module.CompilePool = Pool  # type: ignore[attr-defined,assignment,misc]
-    measurement.DEADLINES = dict.fromkeys(measurement.DEADLINES, HANG_SECONDS)
+    measurement.DEADLINES |= dict.fromkeys(device.JOBS, HANG_SECONDS)
     if "FAKE_GPUS" in os.environ:
         there = [f"FAKE-{os.environ['FAKE_HOST']}-{number}" for number in range(int(os.environ["FAKE_GPUS"]))]
         workers.visible = lambda: [os.environ["CUDA_VISIBLE_DEVICES"]] if UUID else there

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from tuning.compilation import ARCHS, Resources
@@ -54,6 +55,9 @@ class Judge:
         self.timed: list[Any] = []
         self.busy, self.renewed = 0.0, 0
 
+    def begin(self, *job: Any) -> Callable[[], Timing]:
+        return partial(self.time, *job)
+
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
     ) -> Timing:
@@ -80,6 +84,7 @@ class Pool:
     """Compiles nothing: every candidate needs the same, or what a test says."""
 
     def __init__(self, arch: str = "sm90", workers: int | None = None, needs: Callable[..., Any] | None = None) -> None:
+        self.workers = workers or 4
         self.needs = needs or (lambda problem, config, variant: NEEDS)
 
     def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Any]:

@@ -84,9 +84,9 @@ class Launches(GpuJudge):
         super().__init__(measurer)
         self.tried: list[Any] = []
 
-    def time(self, problem: Problem, config: Any, *rest: Any) -> Any:
+    def begin(self, problem: Problem, config: Any, *rest: Any) -> Any:
         self.tried.append(config)
-        return super().time(problem, config, *rest)
+        return super().begin(problem, config, *rest)
 
 
 def test_what_broke_the_gpu_once_is_never_launched_again(measurer: Measurer, tmp_path: Path) -> None:

@@ -276,6 +276,9 @@ def test_the_command_goes_on_where_it_was_and_begins_again_where_it_is_told_to(
         def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
             return timing(float(config.BV))
 
+        def begin(self, *job: Any) -> Callable[[], Timing]:
+            return lambda: self.measure(*job)
+
         def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
             return [self.measure(problem, config, 0.0, extra) for config in configs]
 

@@ -221,12 +221,12 @@ def test_workers_share_the_budget_of_a_search_and_fresh_forgets_once_for_all_of_
 
 def test_a_worker_goes_where_no_other_is(place: Path | str) -> None:
     one, other = opened(place), opened(place)
-    one.go_to(PROBLEMS[0])
+    one.go_to(PROBLEMS[:1])
     assert other.elsewhere(PROBLEMS) == {PROBLEMS[0]}
     assert one.elsewhere(PROBLEMS) == set()
     if isinstance(place, Path):  # where the tuner itself takes no time
         assert list(tune(Judge(), problems=PROBLEMS, effort=SMALL, journal=other).found) == PROBLEMS[::-1]
-    one.go_to(None)
+    one.go_to([])
     assert other.elsewhere(PROBLEMS) == set()
 
 

@@ -36,8 +36,8 @@ class CompilePool:
     def __init__(self, arch: str, workers: int | None = None, seconds: int = COMPILE_SECONDS) -> None:
         self._arch, self._seconds = arch, seconds
         self._futures: dict[Any, Future[Compiled]] = {}
-        self._count = workers or len(os.sched_getaffinity(0))
-        self._pool = _executor(self._count)
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self._pool = _executor(self.workers)
 
     def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Compiled]:
         """Let it be compiled, and know when it is; `variant`: one of the problem's."""
@@ -85,7 +85,7 @@ class CompilePool:
         """End what the other workers are at, and what a dead one had started, and have new ones."""
         if self._pool._broken:
             _end(self._pool)
-            self._pool = _executor(self._count)
+            self._pool = _executor(self.workers)
 
     def _alone(self, broken: Future[Compiled], problem: Problem, config: Any, variant: str) -> Compiled:
         """A worker died, of this candidate or of another's: once more, where it can take nothing else with it."""

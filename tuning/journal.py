@@ -123,7 +123,6 @@ class Journal:
         self._studies: dict[str, _Study] = {}
         self._ended: set[str] = set()  # workers whose races and proofs do not hold
         self._store: Store | None = None
-        self._at: Problem | None = None
         self.rank, self.shared = 0, False
         try:
             self._store = place if isinstance(place, Database) else open_store(place, say)
@@ -171,6 +170,10 @@ class Journal:
         """Whether another worker, which lives, is at this step of a problem right now."""
         return bool(self._refresh(problem, extra, step).busy.get(step))
 
+    def is_measured(self, problem: Problem, config: Any, extra: dict[str, Any]) -> bool:
+        """Whether another worker, which lives, is measuring this candidate right now."""
+        return config in self._refresh(problem, extra, MEASURE).busy.get(MEASURE, ())
+
     def elsewhere(self, problems: Sequence[Problem]) -> set[Problem]:
         """At which of these other workers, which live, said that they are (`go_to`)."""
         none: set[str] = set()
@@ -183,14 +186,12 @@ class Journal:
 
     # What is written
 
-    def go_to(self, problem: Problem | None) -> None:
-        """Tell the other workers which search this one is at."""
-        if problem != self._at:
-            self._at, name = problem, self._name_of(problem) if problem else ""
-            self._try(lambda storage: _set(storage, self._run, "at", name), None)
+    def go_to(self, problems: Sequence[Problem]) -> None:
+        """Tell the other workers which searches this one is at."""
+        names = list(map(self._name_of, problems))
+        self._try(lambda storage: _set(storage, self._run, "at", names), None)
 
-    @contextlib.contextmanager
-    def measuring(
+    def claim(
         self,
         problem: Problem,
         config: Any,
@@ -200,23 +201,34 @@ class Journal:
         needs: Resources | None = None,
         constraints: Mapping[str, float] | None = None,
         spare: bool = False,
-    ) -> Iterator[Callable[[Outcome], None] | None]:
-        """Write the candidate down, to be launched within, and take the outcome by what this yields.
+    ) -> Claim | None:
+        """Write a candidate down, to be launched now; None, where another worker is at it or it is known by now.
 
-        It yields None, and nothing may be launched, where another worker is at it or it is known by now. Without an
-        outcome, as after Ctrl-C, the candidate counts as not tried. `constraints` are Optuna's: feasible up to 0.
+        `constraints` are Optuna's: feasible up to 0.
         """
         study = self._study(problem, extra, step)
         attributes = ({"needs": asdict(needs)} if needs else {}) | ({"spare": True} if spare else {})
         trials = self._claim(study, [config], step, attributes, constraints)
-        if trials is None:
+        return None if trials is None else Claim(self, study, step, config, trials[0])
+
+    @contextlib.contextmanager
+    def measuring(
+        self, problem: Problem, config: Any, extra: dict[str, Any], **options: Any
+    ) -> Iterator[Callable[[Outcome], None] | None]:
+        """A claim for as long as what is within lasts, which gives the outcome to what this yields.
+
+        It yields None, and nothing may be launched, where there is no claim. Without an outcome, as after Ctrl-C, the
+        candidate counts as not tried.
+        """
+        claim = self.claim(problem, config, extra, **options)
+        if claim is None:
             yield None
             return
         told: list[Outcome] = []
         try:
             yield told.append
         finally:
-            self._settle(study, step, config, trials[0], told[-1] if told else None)
+            claim.settle(told[-1] if told else None)
 
     @contextlib.contextmanager
     def racing(
@@ -237,26 +249,19 @@ class Journal:
                 self._settle(study, step, config, trial, outcome)
 
     def launch(
-        self,
-        problem: Problem,
-        config: Any,
-        extra: dict[str, Any],
-        action: Callable[[], Outcome],
-        *,
-        step: str = MEASURE,
-        needs: Resources | None = None,
-        constraints: Mapping[str, float] | None = None,
-        spare: bool = False,
+        self, problem: Problem, config: Any, extra: dict[str, Any], action: Callable[[], Outcome], **options: Any
     ) -> Outcome:
-        """What is known of a candidate, or what another worker, waited for, finds out, or what `action` does."""
+        """What is known of a candidate, or what another worker, waited for, finds out, or what `action` does.
+
+        options: as of `claim`.
+        """
         while True:
-            claim = self.measuring(problem, config, extra, step=step, needs=needs, constraints=constraints, spare=spare)
-            with claim as record:
+            with self.measuring(problem, config, extra, **options) as record:
                 if record is not None:
                     outcome = action()
                     record(outcome)
                     return outcome
-            if known := self.remembered(problem, config, extra, step=step):
+            if known := self.remembered(problem, config, extra, step=options.get("step", MEASURE)):
                 return known
             time.sleep(POLL_SECONDS)
 
@@ -321,7 +326,8 @@ class Journal:
         assert self._store is not None
         runs = storage.get_all_trials(self._runs, deepcopy=False)
         running = [run.user_attrs for run in runs if run.state == TrialState.RUNNING and run._trial_id != self._run]
-        return {run["at"] for run in running if "at" in run and not self._store.is_dead(str(run.get("worker")))}
+        living = [run for run in running if not self._store.is_dead(str(run.get("worker")))]
+        return {name for run in living for name in run.get("at", ())}
 
     def _claim(
         self,
@@ -455,6 +461,21 @@ class Journal:
     def _lose(self, error: Exception) -> None:
         self.close()
         self._say(f"{self._name}: {reason_of(error)}: what is measured from here on is not remembered")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A candidate that is this worker's to launch."""
+
+    journal: Journal
+    study: _Study
+    step: str
+    config: Any
+    trial: Any
+
+    def settle(self, outcome: Outcome | None) -> None:
+        """Write down what came of it; None: it counts as not tried."""
+        self.journal._settle(self.study, self.step, self.config, self.trial, outcome)
 
 
 class Run:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
@@ -10,13 +12,12 @@ from typing import Any
 import torch
 
 from tuning import device, forkserver
-from tuning.device import Answer, Gpu, describe_gpu
+from tuning.device import Gpu, describe_gpu
 from tuning.problems import Problem
 from tuning.timing import Timing
 
 # Seconds after which a job counts as hung: a candidate is timed in a fraction of one, a proof takes a few.
-DEADLINES = {"measure": 30.0, "compare": 60.0, "prove": 120.0}
-START_SECONDS = 180.0
+DEADLINES = {"start": 180.0, "measure": 30.0, "compare": 60.0, "prove": 120.0}
 
 __all__ = ["Gpu", "MeasurementError", "Measurer", "Timing", "describe_gpu", "gpu_fields", "gpu_present"]
 
@@ -35,13 +36,21 @@ class Measurer:
         self._context = forkserver.context()
         self._process: Any = None
         self._pipe: Connection | None = None
+        self._job, self._sent = "", 0.0  # the last, and when that was
         self.busy, self.starts = 0.0, 0
         self.gpu = self._start()
 
+    def begin(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Callable[[], Timing]:
+        """Check, then time, while the caller goes on; what is returned waits for the times, or raises.
+
+        `stop_above_ms` ends the timing of a configuration that is clearly slower.
+        """
+        self._send(("measure", problem, config, stop_above_ms, extra))
+        return self._receive
+
     def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
-        """Check, then time; `stop_above_ms` ends the timing of a configuration that is clearly slower."""
-        timing: Timing = self._call(("measure", problem, config, stop_above_ms, extra))
-        return timing
+        """The same, waited for."""
+        return self.begin(problem, config, stop_above_ms, extra)()
 
     def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         """Time several configurations in interleaved rounds, the order rotating."""
@@ -67,28 +76,36 @@ class Measurer:
             self._process.start()
         theirs.close()
         self.starts += 1
+        self._job, self._sent = "start", time.monotonic()
         try:
-            gpu: Gpu = self._receive(START_SECONDS, "it does not start")
+            gpu: Gpu = self._receive()
         except MeasurementError:
             self.close()
             raise
         return gpu
 
     def _call(self, job: tuple[Any, ...]) -> Any:
+        self._send(job)
+        return self._receive()
+
+    def _send(self, job: tuple[Any, ...]) -> None:
         if self._process is None:
             self._start()
-        return self._receive(DEADLINES[job[0]], "the kernel hangs", job)
-
-    def _receive(self, seconds: float, silence: str, job: tuple[Any, ...] | None = None) -> Any:
         assert self._pipe is not None
-        sent = time.monotonic()
+        self._job, self._sent = job[0], time.monotonic()
+        with contextlib.suppress(ConnectionError):  # whoever waits for the answer finds out
+            self._pipe.send(job)
+
+    def _receive(self) -> Any:
+        """The answer to what was sent last."""
+        assert self._pipe is not None
+        seconds, silence = DEADLINES[self._job], "it does not start" if self._job == "start" else "the kernel hangs"
+        answer = None
         try:
-            if job is not None:
-                self._pipe.send(job)
-            if not self._pipe.poll(seconds):
+            if not self._pipe.poll(max(0.0, self._sent + seconds - time.monotonic())):
                 self.close()
                 raise MeasurementError(f"no answer from the measuring process within {seconds:.0f} s: {silence}")
-            answer: Answer = self._pipe.recv()
+            answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             self.close()
             raise MeasurementError("the measuring process died: the kernel crashed") from None
@@ -96,7 +113,9 @@ class Measurer:
             self.close()  # its answer to this job must not be taken for the next one's
             raise
         finally:
-            self.busy += time.monotonic() - sent if job is not None else 0.0
+            # What has answered says for how long it was at it: the answer may have lain here for a while.
+            if self._job != "start":
+                self.busy += answer.seconds if answer else time.monotonic() - self._sent
         if answer.status == "sticky":
             self.close()
         if answer.status != "ok":

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from tuning.compilation import Arch, Resources
 from tuning.compile_pool import Compiled, CompilePool
 from tuning.coverage import assign
-from tuning.journal import FRESH, PROVE, RACE, Journal, Outcome
+from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome
 from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, Measurer, Timing
 from tuning.model import predict
@@ -30,6 +31,7 @@ NOISE = 0.01  # a challenger must beat the incumbent and the default by more tha
 MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' twenty choices none is then slower than the default
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
 SHARED = 0.02  # what a point may lose against its fastest, so that neighbours share a rule
+BACKLOG = 2  # candidates a compiler that may wait: with more, no further search is started
 LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
 AT_ONCE = 4  # searches of a worker that is not the only one
 CONTENDERS = 3  # of each race, which a fresh process times again
@@ -113,16 +115,19 @@ class Judge(Protocol):
     def busy(self) -> float:
         """Seconds that it was at it."""
 
-    def time(
+    def begin(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
-    ) -> Timing:
-        """Times, few and rough where over `stop_above_ms`; MeasurementError for what does not run right."""
+    ) -> Callable[[], Timing]:
+        """Begin to time, only roughly where over `stop_above_ms`; what is returned waits for the times.
+
+        Nothing else may be asked for before. It raises MeasurementError for what does not run right.
+        """
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         """Times of several configurations, all of which `time` has seen, against each other."""
 
     def renew(self) -> None:
-        """Go on in a fresh process, so that what it finds does not hang on one process's luck."""
+        """Go on in a fresh process, which owes nothing to what this one is at or has been through."""
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
         """The error at the full shape, or None where nothing runs; MeasurementError if it is too large."""
@@ -141,11 +146,11 @@ class GpuJudge:
         """Seconds that the measuring process was at jobs."""
         return self._measurer.busy
 
-    def time(
+    def begin(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
-    ) -> Timing:
+    ) -> Callable[[], Timing]:
         """Times on the GPU, after a check against float64."""
-        return self._measurer.measure(problem, config, stop_above_ms, extra)
+        return self._measurer.begin(problem, config, stop_above_ms, extra)
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         """Times in interleaved rounds."""
@@ -170,13 +175,13 @@ class ModelJudge:
         self._arch = arch
         self._times: dict[Any, Timing] = {}
 
-    def time(
+    def begin(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
-    ) -> Timing:
+    ) -> Callable[[], Timing]:
         """Milliseconds by the model, which has no noise."""
         ms = predict(problem, config, self._arch, needs)
-        self._times[problem, config] = Timing(ms, low=ms, high=ms, spread=0.0, repeats=1)
-        return self._times[problem, config]
+        timing = self._times[problem, config] = Timing(ms, low=ms, high=ms, spread=0.0, repeats=1)
+        return lambda: timing
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         """The same once more."""
@@ -293,6 +298,7 @@ class Tuner:
         self.winners: dict[Problem, Winner] = {}
         self.unfinished = self._complete = 0
         self.interrupted = False
+        self._proofs: dict[Any, Outcome] = {}
 
     def run(self, problems: list[Problem]) -> None:
         """Search for every problem; what is found by the deadline, or by Ctrl-C, is kept in `ranked`."""
@@ -347,33 +353,106 @@ class Tuner:
                 phases[name] = phases.get(name, 0.0) + seconds
 
     def _search(self, problems: list[Problem], tasks: list[_Task]) -> None:
-        waiting = self._start(problems, tasks)
-        done, total = 0, len(problems) * self.effort.measurements
-        while tasks:
-            task = self._next_ready(tasks)
-            for _ in task.step():
-                done += 1
-                self.progress(min(done, total), total, task.problem, "searching", self._standing(task.found))
-            if task.finished:
-                tasks.remove(task)
-                done += task.left
-                self._finish(task)
-                waiting = self._start(waiting, tasks)
-        if self.journal:
-            self.journal.go_to(None)
+        """Measure one candidate after another; the next is chosen while the GPU is at the one before."""
+        waiting, measuring = list(problems), None
+        try:
+            while tasks or waiting:
+                started = self._start(waiting, tasks)
+                chosen = self._choose(tasks, measuring)
+                ended = measuring
+                if measuring:
+                    measuring.end()
+                    self._say_searching(measuring.task.found, tasks, waiting, len(problems))
+                    measuring = None
+                self._end_finished(tasks)
+                if chosen:
+                    task, config, spare = chosen
+                    measuring = task.begin(config, spare=spare)
+                elif not (started or ended or self._prove_early(tasks)):
+                    self._wait(tasks)
+        finally:
+            if measuring:
+                measuring.abandon()
 
-    def _start(self, waiting: list[Problem], tasks: list[_Task]) -> list[Problem]:
-        """Start those on whose results nothing unfinished has to say; what is left.
+    def _start(self, waiting: list[Problem], tasks: list[_Task]) -> bool:
+        """Start the next search where the compiler has room for it, or where there is no time to compile anyhow.
 
-        Beside other workers, few at once, first those that none is at: what the others finish need not be compiled.
+        Not one on which an unfinished one has something to say. Beside other workers, few at once, first those that
+        none is at: what the others finish need not be compiled.
         """
+        late = self.seconds_left() == 0
+        if not late and sum(len(task.compiling()) for task in tasks) >= BACKLOG * self.pool.workers:
+            return False
         pending = {*waiting, *(task.problem for task in tasks)}
         ready = [p for p in waiting if not any(replace(p, form=form) in pending for form in AFTER.get(p.form, ()))]
         if self.journal and self.journal.shared:
-            elsewhere = self.journal.elsewhere(ready)
-            ready = sorted(ready, key=elsewhere.__contains__)[: max(0, AT_ONCE - len(tasks))]
-        tasks += [_Task(self, problem) for problem in ready]
-        return [problem for problem in waiting if problem not in ready]
+            ready = [] if len(tasks) >= AT_ONCE else sorted(ready, key=self.journal.elsewhere(ready).__contains__)
+        for problem in ready[:1]:
+            waiting.remove(problem)
+            tasks.append(_Task(self, problem))
+            self._tell_others(tasks)
+        return bool(ready)
+
+    def _choose(self, tasks: list[_Task], measuring: _Measuring | None) -> tuple[_Task, Any, bool] | None:
+        """What to measure next, and whether only because the GPU would wait for the compiler otherwise.
+
+        Nothing of the search of which a candidate is being measured: its time may change what is promising.
+        """
+        if self.seconds_left() == 0:
+            for task in tasks:
+                task.finished = task.cut_short = True
+            return None
+        others = [task for task in tasks if not (measuring and task is measuring.task)]
+        for spare in (False,) if measuring else (False, True):
+            for task in others:
+                config = task.search.spare() if spare else task.choose()
+                if config is not None:
+                    return task, config, spare
+        return None
+
+    def _end_finished(self, tasks: list[_Task]) -> None:
+        for task in [task for task in tasks if task.finished]:
+            tasks.remove(task)
+            self._finish(task)
+            self._tell_others(tasks)
+
+    def _prove_early(self, tasks: list[_Task]) -> bool:
+        """Prove what a search that is over found, while the compiler keeps the GPU waiting; whether there was one."""
+        for problem in self.ranked if not self.judge.modelled else ():
+            winner, extra = self.ranked[problem][0], self.extra(problem)
+            over = all(task.problem != problem for task in tasks)
+            if over and self._proof_key(winner, extra) not in self._proofs and self._can_prove(winner):
+                self._proof(winner)
+                return True
+        return False
+
+    def _can_prove(self, winner: Winner) -> bool:
+        """Whether all that a proof launches is compiled, and no other worker is at it."""
+        problem = winner.problem
+        if self.journal and self.journal.is_held(problem, self.extra(problem), PROVE):
+            return False
+        return all(future.done() for future in self._compile_variants(winner)) and not self._unfit(winner)
+
+    def _compile_variants(self, winner: Winner) -> list[Future[Compiled]]:
+        """Let the compiler have what a proof launches: the process with the GPU then only loads it."""
+        variants = winner.problem.variants()
+        return [self.pool.submit(winner.problem, winner.config, variant=variant) for variant in variants]
+
+    def _wait(self, tasks: list[_Task]) -> None:
+        """Until something more is compiled, or another worker may have ended what is waited for."""
+        compiling = [future for task in tasks for future in task.compiling()]
+        seconds = POLL_SECONDS if any(task.awaited for task in tasks) or not compiling else LOOK_SECONDS
+        if not wait(compiling, seconds, FIRST_COMPLETED).done:
+            time.sleep(0 if compiling else seconds)
+
+    def _tell_others(self, tasks: list[_Task]) -> None:
+        if self.journal:
+            self.journal.go_to([task.problem for task in tasks])
+
+    def _say_searching(self, found: Found, tasks: list[_Task], waiting: list[Problem], problems: int) -> None:
+        left = sum(task.left for task in tasks) + len(waiting) * self.effort.measurements
+        total = problems * self.effort.measurements
+        self.progress(max(0, total - left), total, found.problem, "searching", self._standing(found))
 
     def _others_last(self, problems: list[Problem], step: str) -> Iterator[Problem]:
         """All of them, those last that other workers race or prove when it is their turn."""
@@ -383,25 +462,6 @@ class Tuner:
             problem = next(free, left[0])
             left.remove(problem)
             yield problem
-
-    def _next_ready(self, tasks: list[_Task]) -> _Task:
-        """A task whose candidates are compiled; until there is one, what others have left over is measured."""
-        while True:
-            if ready := [task for task in tasks if task.ready()]:
-                return self._go_to(ready)
-            if self.seconds_left() == 0:
-                return tasks[0]
-            if not any(task.measure_spare() for task in tasks):
-                wait([future for task in tasks for future in task.compiling()], LOOK_SECONDS, FIRST_COMPLETED)
-
-    def _go_to(self, tasks: list[_Task]) -> _Task:
-        """One of these, rather one that no other worker is at; the others are told."""
-        if self.journal is None:
-            return tasks[0]
-        elsewhere = self.journal.elsewhere([task.problem for task in tasks]) if len(tasks) > 1 else ()
-        task = next((task for task in tasks if task.problem not in elsewhere), tasks[0])
-        self.journal.go_to(task.problem)
-        return task
 
     def _standing(self, found: Found) -> str:
         """How far a search is: the best so far, against the default."""
@@ -420,6 +480,8 @@ class Tuner:
         if self._keep(task):
             with self._phase("race"):
                 self.funnel.raced += self._race(task.found, self.effort.finalists, first=True)
+            if not self.judge.modelled:
+                self._compile_variants(self.ranked[task.problem][0])
 
     def _keep(self, task: _Task) -> bool:
         """Whether the search's result counts: not where what is in use was not tried; it could have been better."""
@@ -482,11 +544,10 @@ class Tuner:
             self.interrupted = True
 
     def _prove_all(self) -> None:
-        for problem, ranked in self.ranked.items():
-            for variant in problem.variants():
-                self.pool.submit(problem, ranked[0].config, variant=variant)
+        for ranked in self.ranked.values():
+            self._compile_variants(ranked[0])
         for number, problem in enumerate(self._others_last(list(self.ranked), PROVE), 1):
-            winner = self._proven(problem, self.ranked[problem])
+            winner = self._proven(self.ranked[problem])
             self.progress(number, len(self.ranked), problem, "proving", "")
             if winner is not None:
                 self.winners[problem] = winner
@@ -498,19 +559,19 @@ class Tuner:
             self.funnel.compared += 1
             self.funnel.flipped += winner.config not in incumbents
 
-    def _proven(self, problem: Problem, ranked: list[Winner]) -> Winner | None:
+    def _proven(self, ranked: list[Winner]) -> Winner | None:
+        """The first that passes its proof, with the error that this found."""
         for winner in ranked:
-            if reason := self._unfit(problem, winner.config):
-                self.funnel.reject(problem, winner.config, reason)
-                continue
-            proof = self._proof(problem, winner)
+            reason = self._unfit(winner)
+            proof = Outcome(None, reason) if reason else self._proof(winner)
             if not proof.reason:
                 return replace(winner, error=proof.ms)
-            self.funnel.reject(problem, winner.config, proof.reason)
+            self.funnel.reject(winner.problem, winner.config, proof.reason)
         return None
 
-    def _proof(self, problem: Problem, winner: Winner) -> Outcome:
-        extra = self.extra(problem)
+    def _proof(self, winner: Winner) -> Outcome:
+        problem, extra = winner.problem, self.extra(winner.problem)
+        key = self._proof_key(winner, extra)
 
         def prove() -> Outcome:
             try:
@@ -518,14 +579,22 @@ class Tuner:
             except MeasurementError as failure:
                 return Outcome(None, str(failure))
 
-        if self.journal is None:
-            return prove()
-        return self.journal.launch(problem, winner.config, extra, prove, step=PROVE, needs=winner.needs)
+        if key not in self._proofs:
+            launch = (
+                prove
+                if self.journal is None
+                else partial(self.journal.launch, problem, winner.config, extra, prove, step=PROVE, needs=winner.needs)
+            )
+            self._proofs[key] = launch()
+        return self._proofs[key]
 
-    def _unfit(self, problem: Problem, config: Any) -> str | None:
-        """Why a variant of the launch can't run. Workers compile them, so that the process with the GPU only loads."""
-        for variant in problem.variants():
-            needs = self.pool.result(problem, config, variant=variant)
+    def _proof_key(self, winner: Winner, extra: dict[str, Any]) -> Any:
+        return winner.problem, winner.config, *extra.values()
+
+    def _unfit(self, winner: Winner) -> str | None:
+        """Why a variant of the launch can't run."""
+        for variant in winner.problem.variants():
+            needs = self.pool.result(winner.problem, winner.config, variant=variant)
             if isinstance(needs, str):
                 return f"{variant}: {needs}"
             if not needs.fits(self.arch):
@@ -607,33 +676,72 @@ class _Task:
         self.tried: set[Any] = set()
         self.measured: dict[Any, Outcome] = {}  # by compiled code and what else makes a launch
         self.finished = self.cut_short = False
+        self.batch: list[tuple[Any, Future[Compiled]]] = []  # of the round, what was not taken from the compiler yet
+        self.awaited: Any | None = None  # another worker is at it
         self._take_in()
-        self._ask()
 
-    def ready(self) -> bool:
-        return not self.compiling()
-
-    def compiling(self) -> list[Future[Any]]:
+    def compiling(self) -> list[Future[Compiled]]:
         """What the compiler is still at, or has not begun."""
         return [future for _, future in self.batch if not future.done()]
 
-    def step(self) -> Iterator[None]:
-        """Take the batch as it comes out of the compiler, time what is worth it, then ask for the next."""
-        self._take_in()
-        for config, _ in self.batch:
-            if self.finished or not self.search.left:  # others have measured the rest
-                break
-            if config in self.tried:
-                continue
-            needs = self._needs(config)
-            if needs is None:
-                self.finished = self.cut_short = True
-                return
-            self._compiled(config, needs)
-            yield from self._time_ready()
-        yield from self._time_ready()
-        self._take_in()
-        self._ask()
+    def choose(self) -> Any | None:
+        """The next to be measured; None where the search is over, or waits for the compiler or another worker."""
+        while not self.finished:
+            self._take_compiled()
+            if self.awaited is not None:
+                return self._free_again()
+            if (config := self.search.next()) is not None:
+                self.left -= 1
+                return config
+            if self.batch and self.search.left:
+                return None
+            self._take_in()
+            self._ask()
+        return None
+
+    def begin(self, config: Any, *, spare: bool) -> _Measuring | None:
+        """Launch a candidate, unless what comes of it is known already or another worker is at it."""
+        journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
+        if outcome := self._known(config, extra):
+            self.tell(config, outcome)
+            return None
+        claim = None
+        if journal:
+            needs = self.found.needs[config]
+            limits = constraints(needs, self.tuner.arch)
+            claim = journal.claim(self.problem, config, extra, needs=needs, constraints=limits, spare=spare)
+            if claim is None:
+                self.awaited = config
+                return None
+        best = min(self.search.results.values(), default=float("inf"))
+        try:
+            answer = self.tuner.judge.begin(
+                self.problem, config, self.found.needs[config], CLEARLY_SLOWER * best, extra
+            )
+        except BaseException:
+            if claim:
+                claim.settle(None)
+            raise
+        return _Measuring(self, config, answer, claim, spare)
+
+    def tell(self, config: Any, outcome: Outcome) -> None:
+        """Take what came of one that was chosen."""
+        self.search.tell(config, outcome.ms)
+        self._learn(config, outcome)
+
+    def _free_again(self) -> Any | None:
+        """What another worker was at, to be measured after all: it was given up; None where it was not."""
+        journal, extra, config = self.tuner.journal, self.tuner.extra(self.problem), self.awaited
+        assert journal is not None
+        outcome = journal.outcomes(self.problem, extra).get(config)
+        if outcome is None and journal.is_measured(self.problem, config, extra):
+            return None
+        self.awaited = None
+        if outcome is None:
+            return config
+        self.tuner.funnel.remembered += 1
+        self.tell(config, outcome)
+        return self.choose()
 
     def _take_in(self) -> None:
         """What was measured elsewhere, before or right now, counts as measured; and a race there ends the search."""
@@ -656,40 +764,16 @@ class _Task:
         self._learn(config, outcome)
         self.left -= not outcome.spare
 
-    def _time_ready(self) -> Iterator[None]:
-        while not self.finished and (config := self.search.next()) is not None:
-            self._tell(config)
-            self.left -= 1
-            yield
-            self.finished = self.cut_short = self.tuner.seconds_left() == 0
-
-    def measure_spare(self) -> bool:
-        """Measure one that was compiled and left over; whether there was one worth it."""
-        config = self.search.spare()
-        if config is None or self.tuner.seconds_left() == 0:
-            return False
-        self._tell(config, spare=True)
-        self.tuner.funnel.spare += 1
-        return True
-
-    def _tell(self, config: Any, *, spare: bool = False) -> None:
-        outcome = self._time(config, self.found.needs[config], spare=spare)
-        self.search.tell(config, outcome.ms)
-        self._learn(config, outcome)
-
-    def _needs(self, config: Any) -> Resources | str | None:
-        """What the compiler says, or None at the deadline."""
-        seconds = self.tuner.seconds_left()
-        if seconds == 0:
-            return None
-        try:
-            return self.tuner.pool.result(self.problem, config, seconds=seconds)
-        except TimeoutError:
-            return None
+    def _take_compiled(self) -> None:
+        """What has come out of the compiler, in the order in which it was asked for."""
+        done = [(config, future) for config, future in self.batch if future.done()]
+        self.batch = [(config, future) for config, future in self.batch if not future.done()]
+        for config, _ in done:
+            if config not in self.tried:  # elsewhere, by now
+                self._compiled(config, self.tuner.pool.result(self.problem, config))
 
     def _ask(self) -> None:
         """Compile the next round's, with what was found elsewhere since the last before the rest."""
-        self.batch: list[tuple[Any, Future[Compiled]]] = []
         if self.finished:
             return
         self.search.enqueue(self.tuner.neighbours(self.problem))
@@ -711,20 +795,14 @@ class _Task:
             self.found.needs[config] = needs
             funnel.clean += 1
 
-    def _time(self, config: Any, needs: Resources, *, spare: bool) -> Outcome:
-        funnel = self.tuner.funnel
-        extra = self.tuner.extra(self.problem)
-        outcome = self.tuner.journal and self.tuner.journal.remembered(self.problem, config, extra)
-        same = self._code(config)
-        if outcome:
-            funnel.remembered += 1
-        elif same in self.measured:
-            outcome = self.measured[same]
-            funnel.same_code += 1
-        else:
-            outcome = self._measure(config, needs, spare=spare)
-            funnel.timed += outcome.ms is not None
-        return outcome
+    def _known(self, config: Any, extra: dict[str, Any]) -> Outcome | None:
+        """What earlier runs, other workers or another candidate of the same code have found."""
+        journal, funnel = self.tuner.journal, self.tuner.funnel
+        outcome = journal and journal.remembered(self.problem, config, extra)
+        same = self.measured.get(self._code(config))
+        funnel.remembered += outcome is not None
+        funnel.same_code += outcome is None and same is not None
+        return outcome or same
 
     def _learn(self, config: Any, outcome: Outcome) -> None:
         """Keep what came of a configuration, here or elsewhere."""
@@ -741,21 +819,36 @@ class _Task:
         needs = self.found.needs.get(config)
         return (needs, *launched(config)) if needs and needs.digest else config
 
-    def _measure(self, config: Any, needs: Resources, *, spare: bool) -> Outcome:
-        best = min(self.search.results.values(), default=float("inf"))
-        journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
 
-        def measure() -> Outcome:
-            try:
-                timing = self.tuner.judge.time(self.problem, config, needs, CLEARLY_SLOWER * best, extra)
-            except MeasurementError as error:
-                return Outcome(None, str(error))
-            return Outcome(timing.ms, figures=timing.figures)
+@dataclass
+class _Measuring:
+    """A candidate that was launched: it must be ended or abandoned before anything else is."""
 
-        if journal is None:
-            return measure()
-        limits = constraints(needs, self.tuner.arch)
-        return journal.launch(self.problem, config, extra, measure, needs=needs, constraints=limits, spare=spare)
+    task: _Task
+    config: Any
+    answer: Callable[[], Timing]
+    claim: Claim | None
+    spare: bool
+
+    def end(self) -> None:
+        """Wait for its times, and write them down."""
+        try:
+            timing = self.answer()
+            outcome = Outcome(timing.ms, figures=timing.figures, spare=self.spare)
+        except MeasurementError as error:
+            outcome = Outcome(None, str(error), spare=self.spare)
+        if self.claim:
+            self.claim.settle(outcome)
+        funnel = self.task.tuner.funnel
+        funnel.timed += outcome.ms is not None
+        funnel.spare += self.spare
+        self.task.tell(self.config, outcome)
+
+    def abandon(self) -> None:
+        """End its process and count it as not tried."""
+        self.task.tuner.judge.renew()
+        if self.claim:
+            self.claim.settle(None)
 
 
 def _kind(reason: str) -> str:
