@@ -18,7 +18,7 @@ import pytest
 from fakes import candidates, landscape
 
 from generated.configuration_file import parse_file
-from tuning import forkserver, rules
+from tuning import forkserver, rules, storage
 from tuning.rules import Entry, Point
 from tuning.space import knob_values
 
@@ -187,6 +187,18 @@ def test_disk_that_fills_up_is_said_once_and_the_old_rules_stay(machine: Machine
     assert [path.name for path in machine.directory.glob(".*.tmp")] == []
 
 
+@pytest.mark.parametrize("place", ["a directory", "below a file", "a full disk"])
+def test_where_nothing_can_be_kept_the_run_says_so_once_and_does_its_work(machine: Machine, place: str) -> None:
+    (machine.directory / "file").touch()
+    where = {"a directory": ".", "below a file": "file/x", "a full disk": "x"}[place]
+    full = {"FAKE_DISK": "300"} if place == "a full disk" else {}
+    code, output = machine.tune("--form", "fused_chunk", "--storage", str(machine.directory / where), **full)
+    assert output.count("is not remembered") == 1, output
+    assert "Traceback" not in output
+    assert sum(machine.launches().values()) > 10
+    assert code == 1 if full else machine.used() == knob_values(BEST)  # the rules find no room either
+
+
 def test_two_tuners_at_once_write_one_file_with_the_rules_of_both(machine: Machine) -> None:
     forms = ("fused_chunk", "fused_recurrent", "parallel")
     running = [machine.start("--form", form, FAKE_UUID=form) for form in forms]
@@ -234,6 +246,30 @@ def entry(ms: float) -> Entry:
 def times(path: Path) -> list[float]:
     """The milliseconds in a file of rules, which must be whole."""
     return [rule.figures["ms"] for rule in parse_file(path).kernels[KERNEL].rules]
+
+
+def test_power_that_fails_while_a_damaged_journal_is_cut_off_leaves_what_it_held(tmp_path: Path) -> None:
+    with (journal := tmp_path / "a.journal").open("wb") as file:
+        file.write(
+            data := b"".join(
+                b'{"op_code":0,"worker_id":"w","study_name":"%d","directions":[1]}\n' % i for i in range(3)
+            )
+        )
+    damaged = data + b"[]\n" + data
+    for moment in every_moment():
+        journal.write_bytes(damaged)
+        with pytest.MonkeyPatch.context() as patch:
+            until_power_fails(patch, moment)
+            try:
+                storage._cut(journal)
+            except PowerLossError:
+                assert journal.read_bytes() == damaged or any(
+                    aside.read_bytes() == damaged for aside in tmp_path.glob("*.broken-*")
+                )
+            else:
+                break
+    assert moment > 2
+    assert journal.read_bytes() == data
 
 
 def every_moment() -> Iterator[int]:

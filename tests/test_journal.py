@@ -330,31 +330,48 @@ def test_a_record_that_was_cut_off_anywhere_costs_itself_alone(path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("damage", "kept"),
+    "damage",
     [
-        (lambda data: b"\0" * 40 + b"\n" + data, True),
-        (lambda data: data + b"\0" * 40 + b"\n" + b"[" * 10**5 + b"\n", True),
-        (lambda data: b"[]\n" + data, True),
-        (lambda data: data.replace(b'"op_code"', b'"opcode"', 1), False),
-        (lambda data: b'{"op_code": 99, "worker_id": "x"}\n' + data, False),
+        lambda line: b"\0" * len(line.rstrip()) + b"\n",
+        lambda line: b"[" * 10**5 + b"\n",
+        lambda line: b"[]\n",
+        lambda line: line.replace(b'"op_code"', b'"opcode"', 1),
+        lambda line: b'{"op_code": 99, "worker_id": "x"}\n',
     ],
-    ids=["zeros", "end", "no mapping", "no study", "unknown code"],
+    ids=["zeros", "deep", "no mapping", "no code", "unknown code"],
 )
-def test_a_damaged_file_is_kept_and_what_can_be_read_of_it_is_used(
-    path: Path, damage: Callable[[bytes], bytes], kept: bool
+def test_of_a_damaged_file_what_lies_before_the_damage_is_kept_and_nothing_is_taken_for_anothers(
+    path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     measured(open_journal(path), FIRST, Outcome(1.0))
-    data = damage(path.read_bytes())
+    lines = path.read_bytes().splitlines(keepends=True)
+    measured(open_journal(path), SECOND, Outcome(2.0))
+    whole = path.read_bytes()
+    # The line that opens the second trial: without it, what follows would be the first's.
+    rest = whole[len(b"".join(lines)) :].splitlines(keepends=True)
+    opened = next(
+        number for number, line in enumerate(rest) if b'"params":{"BT"' in line.replace(b" ", b"") or b"BT" in line
+    )
+    data = b"".join([*lines, *rest[:opened], damage(rest[opened]), *rest[opened + 1 :]])
     path.write_bytes(data)
     said = Said()
     journal = Journal(path, {"gpu": "H100"}, said)
-    assert journal.remembered(PROBLEM, FIRST, {}) == (Outcome(1.0) if kept else None)
-    measured(journal, SECOND, Outcome(2.0))
+    assert journal.outcomes(PROBLEM, {}) == {FIRST: Outcome(1.0)}
+    measured(journal, THIRD, Outcome(3.0))
     (aside,) = path.parent.glob("a.journal.broken-*")
     assert aside.read_bytes() == data
     assert len(said) == 1
     assert str(aside) in said[0]
-    assert open_journal(path).remembered(PROBLEM, SECOND, {}) == Outcome(2.0)
+    assert open_journal(path).outcomes(PROBLEM, {}) == {FIRST: Outcome(1.0), THIRD: Outcome(3.0)}
+
+
+def test_tuners_that_find_a_damage_at_once_keep_a_copy_each(path: Path) -> None:
+    measured(open_journal(path), FIRST, Outcome(1.0))
+    data = b"[]\n" + path.read_bytes()
+    for _ in range(2):
+        path.write_bytes(data)
+        Journal(path, {"gpu": "H100"}, Said())
+    assert [aside.read_bytes() for aside in path.parent.glob("a.journal.broken-*")] == [data, data]
 
 
 def test_a_torn_line_does_not_end_a_tuner_that_still_runs(path: Path) -> None:
@@ -368,7 +385,7 @@ def test_a_torn_line_does_not_end_a_tuner_that_still_runs(path: Path) -> None:
 
 
 def test_a_full_disk_costs_the_record_and_not_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append, calls = JournalFileBackend.append_logs, []
+    append, calls = storage_module._Backend.append_logs, []
 
     def fill(self: Any, logs: list[dict[str, Any]]) -> None:
         calls.append(logs)
@@ -376,7 +393,7 @@ def test_a_full_disk_costs_the_record_and_not_the_run(path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(self, logs)
 
-    monkeypatch.setattr(JournalFileBackend, "append_logs", fill)
+    monkeypatch.setattr(storage_module._Backend, "append_logs", fill)
     said = Said()
     tuner = tune(Judge(), journal=Journal(path, {"gpu": "H100"}, said))
     assert tuner.winners == tune(Judge()).winners

@@ -33,6 +33,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from generated.configuration import kernel_registry
+from tuning import forkserver
 from tuning.compilation import Resources
 from tuning.problems import Problem
 from tuning.space import knob_values
@@ -94,7 +95,7 @@ class _Study:
         """Whether this was done or is being done. A race is one, whoever takes part."""
         known, busy = self.of(step), self.busy.get(step, set())
         if step in RACES:
-            return bool(known or busy)
+            return bool(known or busy) or not self.barred.isdisjoint(configs)
         return any(config in known or config in busy for config in configs)
 
 
@@ -123,6 +124,7 @@ class Journal:
         self._studies: dict[str, _Study] = {}
         self._ended: set[str] = set()  # workers whose races and proofs do not hold
         self._store: Store | None = None
+        self._run = self._runs = -1  # trial of this run, and the study that holds it
         self.rank, self.shared = 0, False
         try:
             self._store = place if isinstance(place, Database) else open_store(place, say)
@@ -276,9 +278,9 @@ class Journal:
     ) -> dict[Any, Outcome]:
         """As `launch`, for a race; without those that may not be raced, and empty where fewer than two are left."""
         while True:
-            fit = [config for config in configs if config not in self.barred(problem, extra)]
             if known := self.raced(problem, extra, step):
                 return {config: outcome for config, outcome in known.items() if outcome.ms is not None}
+            fit = [config for config in configs if config not in self.barred(problem, extra)]
             if len(fit) < 2:
                 return {}
             with self.racing(problem, fit, extra, step) as record:
@@ -341,19 +343,25 @@ class Journal:
 
         def claim(storage: Any) -> list[Any] | None:
             assert self._store is not None
+            if self._store.is_taken_for_dead():
+                self._begin(self._store)
             self._read(storage, study)
             if study.is_taken(step, configs):
                 return None
             ours = {"worker": self._store.worker, **attributes}
             ours |= {} if step == MEASURE else {"step": step, "rivals": len(configs)}
-            running = [_running(config, ours, constraints) for config in configs]
-            trials = [storage.create_new_trial(study.number, trial) for trial in running]
-            self._read(storage, study, before=storage.get_trial(trials[0]).number)
-            if not study.is_taken(step, configs):
-                return trials
-            for trial in trials:
-                _close(storage, trial, TrialState.PRUNED, {"withdrawn": True})
-            return None
+            trials: list[Any] = []
+            kept = False
+            try:
+                with forkserver.uninterrupted():
+                    running = (_running(config, ours, constraints) for config in configs)
+                    trials.extend(storage.create_new_trial(study.number, trial) for trial in running)
+                self._read(storage, study, before=storage.get_trial(trials[0]).number)
+                kept = not study.is_taken(step, configs)
+            finally:  # also after Ctrl-C: what was not launched must not look as if it had
+                for trial in [] if kept else trials:
+                    _close(storage, trial, TrialState.PRUNED, {"withdrawn": True})
+            return trials if kept else None
 
         unrecorded: list[Any] | None = [None] * len(configs)
         return self._try(claim, unrecorded)

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import tempfile
 import threading
 import time
 import uuid
@@ -25,7 +26,8 @@ from urllib.parse import quote, quote_plus
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.storages.journal._storage import JournalOperation
 
 HEARTBEAT_SECONDS = 5  # between two signs of life in a database
 GRACE_SECONDS = 20  # without one, after which a worker counts as dead
@@ -62,6 +64,9 @@ class Store(Protocol):
     def begin(self, runs: int, trial: int) -> None:
         """From now on this process lives, and the trial of the study `runs` stands for it."""
 
+    def is_taken_for_dead(self) -> bool:
+        """Whether others may take this process for dead: it must begin again, as another worker."""
+
     def is_dead(self, worker: str) -> bool:
         """Whether the process that wrote this name into the storage has ended."""
 
@@ -72,6 +77,14 @@ class Store(Protocol):
 def is_url(place: str | Path) -> bool:
     """Whether a storage is a database; everything else is a file's path."""
     return isinstance(place, str) and re.match(r"[A-Za-z][\w+.-]*://", place) is not None
+
+
+def check_place(place: str) -> None:
+    """Raise StorageError for what is neither a file's path nor a URL but may hold a password."""
+    if not is_url(place) and (masked(place) != place or re.match(r"[A-Za-z][\w+.-]+:", place) or "@" in place):
+        raise StorageError(
+            "--storage is a file's path, or a URL of the form dialect://user:password@host:port/database"
+        )
 
 
 def open_store(place: str | Path, say: Callable[[str], None]) -> Store:
@@ -101,14 +114,21 @@ class Database:
         self._alive: set[str] = set()
         self._dead: set[str] = set()
         self._looked = 0.0
-        self._ended = threading.Event()
+        self._pulse = Pulse()
 
     def begin(self, runs: int, trial: int) -> None:
         """Give signs of life by this trial, from a thread, until the end."""
-        self._runs = runs
-        self.storage.record_heartbeat(trial)
-        threading.Thread(target=_beat, args=(self.storage, trial, self._ended), daemon=True).start()
-        weakref.finalize(self, self._ended.set)
+        self._pulse.end()
+        self._runs, self._pulse = runs, Pulse()
+        self._pulse.start(self.storage, trial)
+        weakref.finalize(self, self._pulse.end)
+
+    def is_taken_for_dead(self) -> bool:
+        """Whether it was silent for as long as others wait; from here on it has another name."""
+        if not self._pulse.was_silent():
+            return False
+        self.worker = uuid.uuid4().hex
+        return True
 
     def is_dead(self, worker: str) -> bool:
         """Whether its run has ended or is silent; the database's clock counts, of one that died none again."""
@@ -122,7 +142,7 @@ class Database:
 
     def close(self) -> None:
         """Give no more signs of life."""
-        self._ended.set()
+        self._pulse.end()
         self.storage._backend.engine.dispose()
 
     def _look(self) -> None:
@@ -210,10 +230,31 @@ def _forms(secret: str) -> set[str]:
     return {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), repr(secret)[1:-1]} - {""}
 
 
-def _beat(storage: Any, trial: int, ended: threading.Event) -> None:
-    while not ended.wait(HEARTBEAT_SECONDS):
-        with contextlib.suppress(Exception):  # the server may come back; if it does not, the tuner finds out itself
-            storage.record_heartbeat(trial)
+class Pulse:
+    """Signs of life by a trial, in a thread."""
+
+    def __init__(self) -> None:
+        self._ended, self._last, self._longest = threading.Event(), time.time(), 0.0
+
+    def start(self, storage: Any, trial: int) -> None:
+        """Begin with one that must succeed."""
+        storage.record_heartbeat(trial)
+        threading.Thread(target=self._beat, args=(storage, trial), daemon=True).start()
+
+    def end(self) -> None:
+        """Give no more."""
+        self._ended.set()
+
+    def was_silent(self) -> bool:
+        """Whether there was ever none for as long as others wait; machines that slept count that too."""
+        return max(self._longest, time.time() - self._last) > GRACE_SECONDS
+
+    def _beat(self, storage: Any, trial: int) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(Exception):  # the server may come back; if it does not, the tuner finds out itself
+                storage.record_heartbeat(trial)
+                now = time.time()
+                self._longest, self._last = max(self._longest, now - self._last), now
 
 
 def reason_of(error: BaseException) -> str:
@@ -238,6 +279,10 @@ class JournalFile:
     def begin(self, runs: int, trial: int) -> None:
         """The lock says it already."""
 
+    def is_taken_for_dead(self) -> bool:
+        """Never: who holds its lock lives."""
+        return False
+
     def is_dead(self, worker: str) -> bool:
         """Whether nobody holds its lock."""
         return is_dead(self._path, worker)
@@ -250,42 +295,89 @@ class JournalFile:
 def _open(path: Path, say: Callable[[str], None]) -> JournalStorage:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return JournalStorage(_backend(path))
+        return JournalStorage(_Backend(path))
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever damaged lines lead Optuna to
-        broken = path.with_name(f"{path.name}.broken-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}")
-        say(f"{path} is damaged ({type(error).__name__}): as it was it is now {broken}, and what can be read is kept")
-        return _salvaged(path, broken)
+        kept, lines, aside = _cut(path)
+        say(
+            f"{path} is damaged ({type(error).__name__}): the {kept} of its {lines} lines before the damage are kept, "
+            f"and {aside} is a copy of it all"
+        )
+        return JournalStorage(_Backend(path))
 
 
-def _backend(path: Path) -> JournalFileBackend:
-    lock: Any = _Lock(path)
-    return JournalFileBackend(str(path), lock)
+class _Backend(JournalFileBackend):
+    """Optuna's, which makes sure of every line; this one of those that must not be lost, and of all before them.
+
+    That is a new trial's line, written before its candidate is launched: if power is lost, so is at most what came of
+    the one before.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._held = _Lock(path)
+        lock: Any = self._held  # Optuna asks for a class of its own
+        super().__init__(str(path), lock)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write whole lines at the file's end."""
+        with self._held as file:
+            file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
+            file.flush()
+            if any(log["op_code"] == JournalOperation.CREATE_TRIAL for log in logs):
+                os.fsync(file.fileno())
 
 
-def _salvaged(path: Path, broken: Path) -> JournalStorage:
-    """The storage of the lines that can be read, or an empty one where these make no whole."""
+def _cut(path: Path) -> tuple[int, int, Path]:
+    """Cut a damaged journal off where the damage begins; lines that are left, lines that there were, and the copy.
+
+    Optuna counts trials by their lines: what follows a line that is lost would be taken for other trials'.
+    """
     with _Lock(path) as file:
         data = file.read()
-        broken.write_bytes(data)
-        whole = b"".join(line for line in data.splitlines(keepends=True) if _is_record(line))
-        file.truncate(0)
-        file.write(whole)
-    try:
-        return JournalStorage(_backend(path))
-    except Exception:  # noqa: BLE001 - as above
-        with _Lock(path) as file:
-            file.truncate(0)
-        return JournalStorage(_backend(path))
+        lines = data.splitlines(keepends=True)
+        kept = _replayable(lines)
+        aside = _copy(path, data)
+        file.truncate(sum(map(len, lines[:kept])))  # at once, unlike writing
+        os.fsync(file.fileno())
+    return kept, len(lines), aside
 
 
-def _is_record(line: bytes) -> bool:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and "op_code" in record
+def _copy(path: Path, data: bytes) -> Path:
+    """A new file beside another, safely on the disk."""
+    name = f"{path.name}.broken-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}-"
+    handle, copy = tempfile.mkstemp(prefix=name, dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return Path(copy)
+
+
+def _replayable(lines: list[bytes]) -> int:
+    """How many of the first lines Optuna can take in."""
+    storage = JournalStorage(_Lines([]))
+    for number, line in enumerate(lines):
+        try:
+            storage._replay_result.apply_logs([json.loads(line)])
+        except Exception:  # noqa: BLE001 - as above
+            return number
+    return len(lines)
+
+
+class _Lines(BaseJournalBackend):
+    """A journal in memory."""
+
+    def __init__(self, logs: list[dict[str, Any]]) -> None:
+        self._logs = logs
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        """The lines from a number on."""
+        return self._logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """More lines."""
+        self._logs += logs
 
 
 class _Lock:
@@ -307,6 +399,7 @@ class _Lock:
         return True
 
     def release(self) -> None:
+        """Let others write."""
         assert self._file is not None
         self._file.close()
 
