@@ -36,27 +36,36 @@ class CompilePool:
     def __init__(self, arch: str, workers: int | None = None, seconds: int = COMPILE_SECONDS) -> None:
         self._arch, self._seconds = arch, seconds
         self._futures: dict[Any, Future[Compiled]] = {}
+        self._broken: set[Any] = set()  # at which the compiler has died once
         self.workers = workers or len(os.sched_getaffinity(0))
         self._pool = _executor(self.workers)
 
     def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Compiled]:
-        """Let it be compiled, and know when it is; `variant`: one of the problem's."""
+        """Let it be compiled, and know when it is; `variant`: one of the problem's.
+
+        Where the compiler has died, of this one or of another's, it begins once more; if it dies again, this one is
+        compiled alone, and waited for.
+        """
         key = (*compile_key(problem, config), variant)
-        if key not in self._futures or self._futures[key].cancelled():
+        future = self._futures.get(key)
+        if future is None or future.cancelled():
             self._futures[key] = self._start(problem, config, variant)
+        elif _has_broken(future):
+            again = key not in self._broken
+            self._broken.add(key)
+            self._futures[key] = (self._start if again else self._alone)(problem, config, variant)
         return self._futures[key]
 
     def result(
         self, problem: Problem, config: Any, *, variant: str = PLAIN, seconds: float | None = None
     ) -> Resources | str:
         """Resources of the compiled kernel, or in words why there is none; TimeoutError after so many seconds."""
-        future = self.submit(problem, config, variant=variant)
-        try:
+        while True:
+            future = self.submit(problem, config, variant=variant)
             if not _ended(future, seconds):
                 raise TimeoutError(f"no result within {seconds} s")
-            return future.result().needs
-        except BrokenExecutor:
-            return self._alone(future, problem, config, variant).needs
+            if not _has_broken(future):
+                return future.result().needs
 
     def outcomes(self) -> Iterator[tuple[Problem, Compiled]]:
         """What has been compiled so far."""
@@ -87,8 +96,8 @@ class CompilePool:
             _end(self._pool)
             self._pool = _executor(self.workers)
 
-    def _alone(self, broken: Future[Compiled], problem: Problem, config: Any, variant: str) -> Compiled:
-        """A worker died, of this candidate or of another's: once more, where it can take nothing else with it."""
+    def _alone(self, problem: Problem, config: Any, variant: str) -> Future[Compiled]:
+        """Compile where nothing else can be taken along."""
         self._end_broken()
         pool, outcome = _executor(1), Future[Compiled]()
         try:
@@ -97,8 +106,7 @@ class CompilePool:
             outcome.set_result(Compiled("crash: the compiler died", 0.0))
         finally:
             _end(pool)
-        self._futures |= {key: outcome for key, future in self._futures.items() if future is broken}
-        return outcome.result()
+        return outcome
 
 
 def compile_key(problem: Problem, config: Any) -> tuple[Problem, Any]:
@@ -108,6 +116,10 @@ def compile_key(problem: Problem, config: Any) -> tuple[Problem, Any]:
 
 def _executor(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, forkserver.context(), initializer=_quiet)
+
+
+def _has_broken(future: Future[Any]) -> bool:
+    return future.done() and not future.cancelled() and isinstance(future.exception(), BrokenExecutor)
 
 
 def _ended(future: Future[Any], seconds: float | None) -> bool:
@@ -175,8 +187,12 @@ def _end_children() -> None:
 
 
 def _quiet() -> None:
-    """Leave Ctrl-C to the parent, also for the assembler, and the compiler's remarks unsaid; end with the parent."""
+    """Step aside for the tuner, leave Ctrl-C to the parent, also for the assembler, and end with the parent.
+
+    The compiler's remarks stay unsaid.
+    """
     os.setsid()
+    os.nice(10)  # whoever measures must not wait for those who compile
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

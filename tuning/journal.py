@@ -21,7 +21,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -58,6 +58,9 @@ VERDICTS = (
     "unspecified launch failure",
     "out of resource",
 )
+# Those that end a measuring process: the candidate is not launched again at any shape, nor by a run that measures anew.
+CRASHES = tuple(verdict for verdict in VERDICTS if verdict not in ("ArithmeticError", "out of resource"))
+CRASHED = "crashes; "  # begins the name of the study that holds them
 T = TypeVar("T")
 
 
@@ -82,6 +85,7 @@ class _Study:
 
     number: int | None
     config_type: type[Any]
+    kernel: str  # and for which sizes it is compiled: what a crash is held against
     outcomes: dict[str, dict[Any, Outcome]] = field(default_factory=dict)
     busy: dict[str, set[Any]] = field(default_factory=dict)  # which other workers are launching
     barred: set[Any] = field(default_factory=set)  # from races
@@ -124,7 +128,8 @@ class Journal:
         self._studies: dict[str, _Study] = {}
         self._ended: set[str] = set()  # workers whose races and proofs do not hold
         self._store: Store | None = None
-        self._run = self._runs = -1  # trial of this run, and the study that holds it
+        self._crashes: list[FrozenTrial] = []
+        self._run = self._runs = self._crashed = -1  # trial of this run, the study that holds it, and that of crashes
         self.rank, self.shared = 0, False
         try:
             self._store = place if isinstance(place, Database) else open_store(place, say)
@@ -185,6 +190,13 @@ class Journal:
     def barred(self, problem: Problem, extra: dict[str, Any]) -> set[Any]:
         """Which configurations must not be raced: a race in which they took part ended its process."""
         return set(self._study(problem, extra, RACE).barred)
+
+    def crashes(self, problem: Problem) -> dict[Any, str]:
+        """Which configurations of a kernel have ended a measuring process, at any shape with this compiler; and how."""
+        kernel, kind = _kernel_of(problem), type(problem.default())
+        self._try(self._read_crashes, None)
+        known = [(_config(kind, trial), trial) for trial in self._crashes if trial.user_attrs.get("kernel") == kernel]
+        return {config: str(trial.user_attrs.get("reason")) for config, trial in known if config is not None}
 
     # What is written
 
@@ -306,6 +318,8 @@ class Journal:
         """Write the run down, and find out which earlier ones came to their end, and how many go on beside it."""
         storage = store.storage
         self._runs = _study_number(storage, f"runs; {_text(self._context)}", {"context": self._context, "runs": True})
+        compiler = {name: value for name, value in self._context.items() if name in ("gpu", "triton")}
+        self._crashed = _study_number(storage, CRASHED + _text(compiler), {"context": compiler})
         earlier = storage.get_all_trials(self._runs, deepcopy=False)
         attributes = {"worker": store.worker, "session": self._session, "effort": self._effort}
         trial = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
@@ -354,7 +368,7 @@ class Journal:
             kept = False
             try:
                 with forkserver.uninterrupted():
-                    running = (_running(config, ours, constraints) for config in configs)
+                    running = (_trial(config, TrialState.RUNNING, ours, constraints) for config in configs)
                     trials.extend(storage.create_new_trial(study.number, trial) for trial in running)
                 self._read(storage, study, before=storage.get_trial(trials[0]).number)
                 kept = not study.is_taken(step, configs)
@@ -372,6 +386,17 @@ class Journal:
             _take(study, step, config, kept, alone=False)
         if trial is not None:
             self._try(lambda storage: _finish(storage, trial, step, kept), None)
+        if kept is not None and step not in RACES and any(text in kept.reason for text in CRASHES):
+            self._write_crash(study.kernel, config, kept.reason)
+
+    def _write_crash(self, kernel: str, config: Any, reason: str) -> None:
+        attributes = {"kernel": kernel, "reason": reason}
+        trial = _trial(config, TrialState.FAIL, attributes)
+        self._crashes.append(trial)
+        self._try(lambda storage: storage.create_new_trial(self._crashed, trial), None)
+
+    def _read_crashes(self, storage: Any) -> None:
+        self._crashes = storage.get_all_trials(self._crashed, deepcopy=False)
 
     # Studies
 
@@ -384,12 +409,13 @@ class Journal:
         described = "".join(f"; {key} {knob_values(value)}" for key, value in sorted(extra.items()))
         name = self._name_of(problem) + described + ("" if step == MEASURE else "; finals")
         if name not in self._studies:
-            empty, attributes = _Study(None, type(problem.default())), self._described(problem, extra, step)
+            empty = _Study(None, type(problem.default()), _kernel_of(problem))
+            attributes = self._described(problem, extra, step)
             self._studies[name] = self._try(lambda storage: self._load(storage, name, empty, attributes), empty)
         return self._studies[name]
 
     def _load(self, storage: Any, name: str, empty: _Study, attributes: dict[str, Any]) -> _Study:
-        study = _Study(_study_number(storage, name, attributes), empty.config_type)
+        study = replace(empty, number=_study_number(storage, name, attributes))
         if self._fresh:
             self._forget(storage, study.number)
         self._read(storage, study)
@@ -534,6 +560,12 @@ def default_path(device: str) -> Path:
     return base / "retgen" / f"{device}.journal"
 
 
+def _kernel_of(problem: Problem) -> str:
+    """A kernel's text, and the sizes that it is compiled for."""
+    source = kernel_registry()[problem.kernel].source
+    return f"{problem.kernel} {source} {problem.dtype} K={problem.K} V={problem.V}"
+
+
 def _text(context: Mapping[str, str]) -> str:
     return ", ".join(value if name == "gpu" else f"{name} {value}" for name, value in context.items())
 
@@ -586,10 +618,12 @@ def _take(study: _Study, step: str, config: Any, outcome: Outcome, *, alone: boo
     study.of(step).setdefault(config, outcome)
 
 
-def _running(config: Any, attributes: dict[str, Any], constraints: Mapping[str, float] | None) -> FrozenTrial:
+def _trial(
+    config: Any, state: TrialState, attributes: dict[str, Any], constraints: Mapping[str, float] | None = None
+) -> FrozenTrial:
     params = knob_values(config)
     return create_trial(
-        state=TrialState.RUNNING,
+        state=state,
         params=params,
         distributions={name: distribution_of(name) for name in params},
         user_attrs=attributes,

@@ -132,11 +132,9 @@ class Search:
         """What to measure now; None until more is compiled, and at the end of a round."""
         if not self._quota or not self._ready:
             return None
-        config = self._ready[0]
-        if config not in self._first:
-            if self._compiling:
-                return None
-            config = self._most_promising()
+        config = next((config for config in self._ready if config in self._first), None)
+        if config is None:
+            config = None if self._compiling else self._most_promising()
         if config is not None:
             self._ready.remove(config)
             self._quota -= 1
@@ -176,8 +174,8 @@ class Search:
         if needs is not None:
             self._list.learn(config, needs)
         self.tell(config, ms)
-        self.left -= not free
-        self._quota = max(0, min(self._quota, self.left))
+        self.left = max(0, self.left - (not free))
+        self._quota = min(self._quota, self.left)
         return True
 
     def _propose(self) -> Any:

@@ -200,7 +200,8 @@ class Found:
     """What a search found: times of its candidates, known better from race to race.
 
     What is in use, `incumbents` that rules name or else the default, stays unless it is beaten beyond the noise in
-    every race, so that tuning again does not flip files.
+    every race, so that tuning again does not flip files; but not where the default was faster in the last one.
+    `last` are that race's times, with which a winner is written down.
     """
 
     problem: Problem
@@ -209,7 +210,9 @@ class Found:
     timings: dict[Any, Timing] = field(default_factory=dict)
     needs: dict[Any, Resources] = field(default_factory=dict)
     raced: set[Any] = field(default_factory=set)
+    last: dict[Any, Timing] = field(default_factory=dict)
     trials: int = 0
+    cut_short: bool = False  # by the deadline: a later run goes on
     noise: float = NOISE
 
     @property
@@ -227,13 +230,20 @@ class Found:
         for config, timing in zip(configs, timings, strict=True):
             self.timings[config] = timing if first else both(self.timings[config], timing)
         self.raced.update(configs)
+        self.last = dict(zip(configs, timings, strict=True))
 
     def winner(self, config: Any, *, modelled: bool) -> Winner:
         """One of the configurations as the winner, not proven yet."""
-        default_ms = self.timings[self.default].ms if self.default in self.timings else None
-        best_ms = self.timings[self._order()[0]].ms
-        timing, needs = self.timings[config], self.needs[config]
+        figures = self.figures
+        default_ms = figures[self.default].ms if self.default in figures else None
+        best_ms = min(timing.ms for timing in (self.last or figures).values())
+        timing, needs = figures[config], self.needs[config]
         return Winner(self.problem, config, timing, default_ms, None, needs, self.trials, modelled, best_ms)
+
+    @property
+    def figures(self) -> dict[Any, Timing]:
+        """The times of the last race, and what is known of what was not in it."""
+        return self.timings | self.last
 
     def winners(self, configs: list[Any], *, modelled: bool) -> list[Winner]:
         """These configurations as winners, best first."""
@@ -245,12 +255,20 @@ class Found:
 
     def _order(self) -> list[Any]:
         # What was left out of the race is known less well: it is not to win by that.
-        ordered = sorted(self.timings, key=lambda config: (config not in self.raced, self.timings[config].ms))
-        held = next((config for config in ordered if config in self.in_use), None)
+        ordered = sorted(
+            self.timings,
+            key=lambda config: (self._is_slower(config), config not in self.raced, self.timings[config].ms),
+        )
+        held = next((config for config in ordered if config in self.in_use and not self._is_slower(config)), None)
         if held is not None and not beats(self.timings[ordered[0]], self.timings[held], self.noise):
             ordered.remove(held)
             ordered.insert(0, held)
         return ordered
+
+    def _is_slower(self, config: Any) -> bool:
+        """Whether it is slower than the default beyond the noise."""
+        default = self.figures.get(self.default)
+        return default is not None and self.figures[config].ms > (1 + NOISE) * default.ms
 
 
 def beats(challenger: Timing, holder: Timing, noise: float = NOISE) -> bool:
@@ -299,12 +317,15 @@ class Tuner:
         self.unfinished = self._complete = 0
         self.interrupted = False
         self._proofs: dict[Any, Outcome] = {}
+        self._extras: dict[Problem, dict[str, Any]] = {}
+        self._search_began = 0.0, 0.0  # and for how long the judge had been busy by then
 
     def run(self, problems: list[Problem]) -> None:
         """Search for every problem; what is found by the deadline, or by Ctrl-C, is kept in `ranked`."""
         tasks: list[_Task] = []
         problems = spread(problems, self.journal.rank if self.journal else 0)
         try:
+            self._search_began = time.monotonic(), self.judge.busy
             with self._phase("search"):
                 self._search(problems, tasks)
         except KeyboardInterrupt:
@@ -318,7 +339,8 @@ class Tuner:
         """Race the best again in a fresh process, let shapes share configurations, and prove what is chosen."""
         if not self.interrupted and not self.judge.modelled:
             self._confirm()
-            self._share()
+            with self._interruptible():
+                self._share()
         self.prove()
 
     def _share(self) -> None:
@@ -331,7 +353,7 @@ class Tuner:
             first = {problem: self.ranked[problem][0] for problem in problems}
             # What seems to be faster than the first, but not beyond the noise, counts as no faster.
             shared = assign(
-                {p: {c: max(timing.ms, first[p].ms) for c, timing in own.timings.items()} for p, own in found.items()},
+                {p: {c: max(timing.ms, first[p].ms) for c, timing in own.figures.items()} for p, own in found.items()},
                 {problem: own.default for problem, own in found.items()},
                 tolerance=SHARED,
                 in_use={problem: winner.config for problem, winner in first.items()},
@@ -419,9 +441,9 @@ class Tuner:
     def _prove_early(self, tasks: list[_Task]) -> bool:
         """Prove what a search that is over found, while the compiler keeps the GPU waiting; whether there was one."""
         for problem in self.ranked if not self.judge.modelled else ():
-            winner, extra = self.ranked[problem][0], self.extra(problem)
-            over = all(task.problem != problem for task in tasks)
-            if over and self._proof_key(winner, extra) not in self._proofs and self._can_prove(winner):
+            winner, over = self.ranked[problem][0], all(task.problem != problem for task in tasks)
+            # Of two passes, the first one's proof comes first.
+            if over and problem.form != "chunk" and self._key(winner) not in self._proofs and self._can_prove(winner):
                 self._proof(winner)
                 return True
         return False
@@ -429,7 +451,7 @@ class Tuner:
     def _can_prove(self, winner: Winner) -> bool:
         """Whether all that a proof launches is compiled, and no other worker is at it."""
         problem = winner.problem
-        if self.journal and self.journal.is_held(problem, self.extra(problem), PROVE):
+        if self.journal and self.journal.is_held(problem, self._final_extra(problem), PROVE):
             return False
         return all(future.done() for future in self._compile_variants(winner)) and not self._unfit(winner)
 
@@ -450,7 +472,7 @@ class Tuner:
             self.journal.go_to([task.problem for task in tasks])
 
     def _say_searching(self, found: Found, tasks: list[_Task], waiting: list[Problem], problems: int) -> None:
-        left = sum(task.left for task in tasks) + len(waiting) * self.effort.measurements
+        left = sum(task.search.left for task in tasks) + len(waiting) * self.effort.measurements
         total = problems * self.effort.measurements
         self.progress(max(0, total - left), total, found.problem, "searching", self._standing(found))
 
@@ -463,11 +485,16 @@ class Tuner:
             left.remove(problem)
             yield problem
 
+    def _idle_share(self) -> float:
+        """The part of the search so far in which nothing was measured."""
+        began, busy = self._search_began
+        return max(0.0, 1 - (self.judge.busy - busy) / max(time.monotonic() - began, 1e-9))
+
     def _standing(self, found: Found) -> str:
         """How far a search is: the best so far, against the default."""
         best = min((timing.ms for timing in found.timings.values()), default=None)
         default = found.timings.get(found.default)
-        waited = "" if self.judge.modelled else f", GPU waited {self.funnel.idle_share:.0%}"
+        waited = "" if self.judge.modelled else f", GPU waited {self._idle_share():.0%}"
         against = f" of {default.ms:.3g}" if default else ""
         return "" if best is None else f"best {best:.3g}{against} ms{waited}"
 
@@ -477,6 +504,7 @@ class Tuner:
 
     def _finish(self, task: _Task) -> None:
         self._complete += not task.cut_short
+        task.found.cut_short = task.cut_short
         if self._keep(task):
             with self._phase("race"):
                 self.funnel.raced += self._race(task.found, self.effort.finalists, first=True)
@@ -493,7 +521,8 @@ class Tuner:
 
     def _race(self, found: Found, count: int, *, first: bool) -> int:
         """Time the fastest against each other, and rank them; how many there were."""
-        configs, extra = found.contenders(count), self.extra(found.problem)
+        extra, crashes = self.extra(found.problem), self.crashes(found.problem)
+        configs = [config for config in found.contenders(count) if config not in crashes]
 
         def rank(configs: list[Any]) -> list[Outcome]:
             for config in configs:  # what others have measured is not compiled here yet
@@ -505,7 +534,7 @@ class Tuner:
                 return [Outcome(None, str(error))] * len(configs)
             return [Outcome(timing.ms, figures=timing.figures) for timing in timings]
 
-        if self.journal:
+        if self.journal and not found.cut_short:
             step = RACE if first else FRESH
             raced = self.journal.race(found.problem, configs, extra, rank, step=step)
         else:
@@ -523,35 +552,41 @@ class Tuner:
     def _confirm(self) -> None:
         """Race the best of each problem again in a fresh process; Ctrl-C leaves the rest as it is."""
         self.judge.renew()
-        try:
-            with self._phase("confirm"):
-                raced = [problem for problem, found in self.found.items() if found.timings]
-                for number, problem in enumerate(self._others_last(raced, FRESH), 1):
-                    self.funnel.confirmed += self._race(self.found[problem], CONTENDERS, first=False)
-                    self.progress(number, len(raced), problem, "confirming", "")
-        except KeyboardInterrupt:
-            self.interrupted = True
+        with self._interruptible(), self._phase("confirm"):
+            raced = [problem for problem, found in self.found.items() if found.timings]
+            for number, problem in enumerate(self._others_last(raced, FRESH), 1):
+                self.funnel.confirmed += self._race(self.found[problem], CONTENDERS, first=False)
+                self.progress(number, len(raced), problem, "confirming", "")
 
     def prove(self) -> None:
         """Prove each problem's best configuration, or the next best that can be; only proven ones become winners.
 
         Ctrl-C ends it, and those that were proven by then stay.
         """
+        with self._interruptible(), self._phase("prove"):
+            self._prove_all()
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C ends what is within, and nothing else."""
         try:
-            with self._phase("prove"):
-                self._prove_all()
+            yield
         except KeyboardInterrupt:
             self.interrupted = True
 
     def _prove_all(self) -> None:
         for ranked in self.ranked.values():
             self._compile_variants(ranked[0])
-        for number, problem in enumerate(self._others_last(list(self.ranked), PROVE), 1):
-            winner = self._proven(self.ranked[problem])
-            self.progress(number, len(self.ranked), problem, "proving", "")
-            if winner is not None:
-                self.winners[problem] = winner
-                self._count(winner)
+        done = 0
+        for late in (False, True):  # chunk is proved with the states pass that is going to be used
+            problems = [problem for problem in self.ranked if (problem.form == "chunk") == late]
+            for problem in self._others_last(problems, PROVE):
+                winner = self._proven(self.ranked[problem])
+                done += 1
+                self.progress(done, len(self.ranked), problem, "proving", "")
+                if winner is not None:
+                    self.winners[problem] = winner
+                    self._count(winner)
 
     def _count(self, winner: Winner) -> None:
         self.funnel.proven += 1
@@ -562,7 +597,7 @@ class Tuner:
     def _proven(self, ranked: list[Winner]) -> Winner | None:
         """The first that passes its proof, with the error that this found."""
         for winner in ranked:
-            reason = self._unfit(winner)
+            reason = self.crashes(winner.problem).get(winner.config) or self._unfit(winner)
             proof = Outcome(None, reason) if reason else self._proof(winner)
             if not proof.reason:
                 return replace(winner, error=proof.ms)
@@ -570,8 +605,7 @@ class Tuner:
         return None
 
     def _proof(self, winner: Winner) -> Outcome:
-        problem, extra = winner.problem, self.extra(winner.problem)
-        key = self._proof_key(winner, extra)
+        problem, extra = winner.problem, self._final_extra(winner.problem)
 
         def prove() -> Outcome:
             try:
@@ -579,17 +613,18 @@ class Tuner:
             except MeasurementError as failure:
                 return Outcome(None, str(failure))
 
-        if key not in self._proofs:
-            launch = (
-                prove
-                if self.journal is None
-                else partial(self.journal.launch, problem, winner.config, extra, prove, step=PROVE, needs=winner.needs)
-            )
-            self._proofs[key] = launch()
-        return self._proofs[key]
+        if self._key(winner) not in self._proofs:
+            launch = partial(self.journal.launch, problem, winner.config, extra) if self.journal else None
+            self._proofs[self._key(winner)] = launch(prove, step=PROVE, needs=winner.needs) if launch else prove()
+        return self._proofs[self._key(winner)]
 
-    def _proof_key(self, winner: Winner, extra: dict[str, Any]) -> Any:
-        return winner.problem, winner.config, *extra.values()
+    def _key(self, winner: Winner) -> Any:
+        """What is proved: a configuration with what it is going to be run with."""
+        return winner.problem, winner.config, *self._final_extra(winner.problem).values()
+
+    def crashes(self, problem: Problem) -> dict[Any, str]:
+        """Which configurations of a problem's kernel have ended a measuring process, at any shape, and how."""
+        return self.journal.crashes(problem) if self.journal else {}
 
     def _unfit(self, winner: Winner) -> str | None:
         """Why a variant of the launch can't run."""
@@ -620,11 +655,15 @@ class Tuner:
             yield from (type(problem.default())(L=L, **tile) for L in NEIGHBOUR_SEGMENTS for tile in tiles)
 
     def extra(self, problem: Problem) -> dict[str, Any]:
-        """What a sweep is run with beside its own configuration."""
-        if problem.form != "chunk":
-            return {}
-        states = _states_problem(problem)
-        best = self.winners.get(states) or next(iter(self.ranked.get(states, [])), None)
+        """What a sweep is run with beside its own configuration, from its search's beginning on."""
+        if problem not in self._extras:
+            ranked = self.ranked.get(_states_problem(problem)) if problem.form == "chunk" else None
+            self._extras[problem] = {"states_config": ranked[0].config} if ranked else {}
+        return self._extras[problem]
+
+    def _final_extra(self, problem: Problem) -> dict[str, Any]:
+        """The same as it is going to be written: proven, or nothing."""
+        best = self.winners.get(_states_problem(problem)) if problem.form == "chunk" else None
         return {"states_config": best.config} if best else {}
 
 
@@ -663,14 +702,14 @@ class _Task:
         sifted = problem.sift(tuner.arch)
         tuner.funnel.enumerated += sifted.enumerated
         tuner.funnel.dropped.update(sifted.dropped)
-        candidates = by_model(problem, tuner.arch, sifted.candidates)
+        self.crashes = tuner.crashes(problem)
+        candidates = [c for c in by_model(problem, tuner.arch, sifted.candidates) if c not in self.crashes]
         self.default = problem.default()
         incumbents = tuner.incumbents(problem)
         # To a model, compiling is measuring: looking ahead would tell it nothing.
         effort, max_spills = (replace(tuner.effort, ahead=0), 0) if tuner.judge.modelled else (tuner.effort, MAX_SPILLS)
         kept = [*incumbents, self.default]
         self.search = Search(problem, candidates, kept, tuner.arch, effort, name=tuner.sampler, max_spills=max_spills)
-        self.left = effort.measurements
         noise = MODEL_NOISE if tuner.judge.modelled else NOISE
         self.found = Found(problem, self.default, set(incumbents), noise=noise)
         self.tried: set[Any] = set()
@@ -691,7 +730,6 @@ class _Task:
             if self.awaited is not None:
                 return self._free_again()
             if (config := self.search.next()) is not None:
-                self.left -= 1
                 return config
             if self.batch and self.search.left:
                 return None
@@ -748,9 +786,10 @@ class _Task:
         journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
         if journal is None or self.finished:
             return
+        self.crashes = self.tuner.crashes(self.problem)
         for config, outcome in journal.outcomes(self.problem, extra).items():
             whole = outcome.ms is None or outcome.needs is not None
-            if whole and config not in self.tried and not known_bad(self.problem.form, config, self.tuner.arch.name):
+            if whole and config not in self.tried and not self._evidence(config):
                 self._take_outcome(config, outcome)
         raced = self.found.in_use <= self.tried and journal.raced(self.problem, extra, RACE)
         self.finished = bool(raced)
@@ -762,15 +801,16 @@ class _Task:
             self.found.needs[config] = outcome.needs
         self.tuner.funnel.remembered += 1
         self._learn(config, outcome)
-        self.left -= not outcome.spare
 
     def _take_compiled(self) -> None:
         """What has come out of the compiler, in the order in which it was asked for."""
-        done = [(config, future) for config, future in self.batch if future.done()]
-        self.batch = [(config, future) for config, future in self.batch if not future.done()]
-        for config, _ in done:
-            if config not in self.tried:  # elsewhere, by now
-                self._compiled(config, self.tuner.pool.result(self.problem, config))
+        pool, batch = self.tuner.pool, self.batch
+        # Asked for again: where the compiler died, it is at it once more.
+        batch = [(c, pool.submit(self.problem, c) if future.done() else future) for c, future in batch]
+        self.batch = [(config, future) for config, future in batch if not future.done()]
+        for config, future in batch:
+            if future.done() and config not in self.tried:  # elsewhere, by now
+                self._compiled(config, pool.result(self.problem, config))
 
     def _ask(self) -> None:
         """Compile the next round's, with what was found elsewhere since the last before the rest."""
@@ -784,9 +824,9 @@ class _Task:
     def _compiled(self, config: Any, needs: Resources | str) -> None:
         """Take what the compiler says."""
         funnel = self.tuner.funnel
-        evidence = known_bad(self.problem.form, config, self.tuner.arch.name)  # an incumbent may be
+        evidence = self._evidence(config)  # of an incumbent, or since its search began
         funnel.compiled += not evidence
-        reason = self.search.compiled(config, f"known bad: {evidence}" if evidence else needs)
+        reason = self.search.compiled(config, evidence or needs)
         if isinstance(needs, str) or reason:
             self.tried.add(config)
             count = funnel.reject if evidence else lambda problem, config, reason: funnel.fail(_kind(reason))
@@ -803,6 +843,11 @@ class _Task:
         funnel.remembered += outcome is not None
         funnel.same_code += outcome is None and same is not None
         return outcome or same
+
+    def _evidence(self, config: Any) -> str | None:
+        """Why a configuration must not be launched."""
+        evidence = known_bad(self.problem.form, config, self.tuner.arch.name)
+        return f"known bad: {evidence}" if evidence else self.crashes.get(config)
 
     def _learn(self, config: Any, outcome: Outcome) -> None:
         """Keep what came of a configuration, here or elsewhere."""
@@ -853,6 +898,3 @@ class _Measuring:
 
 def _kind(reason: str) -> str:
     return reason.split(":", 1)[0] if reason.split(":", 1)[0].isidentifier() else reason[:60]
-
-
-__all__ = ["EFFORTS", "Effort", "Funnel", "GpuJudge", "ModelJudge", "Tuner", "Winner", "knob_values"]
