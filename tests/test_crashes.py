@@ -162,6 +162,18 @@ def test_broken_candidate_is_named_and_the_next_best_wins(machine: Machine, faul
     assert landscape(type(BEST)(**machine.used())) == min(map(landscape, sound))
 
 
+@pytest.mark.parametrize("fault", ["hang", "illegal access", "kill device"])
+def test_what_ended_a_measuring_process_is_never_launched_again_at_any_shape(machine: Machine, fault: str) -> None:
+    fatal = line("measure", BEST)
+    assert machine.tune(faults={fatal: fault})[0] == 0
+    assert machine.tune("--form", "fused_chunk", "--fresh")[0] == 0
+    code, output = machine.tune("--form", "fused_chunk", "--workload", SHAPE.replace("T=1024", "T=4096"))
+    assert code == 0, output
+    assert machine.launches()[fatal] == 1
+    assert len(machine.launches()) > 20
+    assert all(line("", BEST) not in launch for launch in (*machine.launches("compare"), *machine.launches("prove")))
+
+
 def test_no_memory_for_anything_writes_nothing_and_says_why(machine: Machine) -> None:
     code, output = machine.tune(faults={"measure": "out of memory"})
     assert code == 1

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from tuning import run as run_module
 from tuning import storage as storage_module
 from tuning.__main__ import main
 from tuning.history import read
-from tuning.journal import FORGETS, SUSPECT, Journal, Outcome
+from tuning.journal import FORGETS, RACE, SUSPECT, Journal, Outcome
 from tuning.measurement import Gpu, Timing
 from tuning.problems import Problem
 from tuning.space import knob_values
@@ -254,6 +255,36 @@ def test_the_second_mark_of_a_session_forgets_nothing(path: Path) -> None:
     )
     for journal in (one, other, open_journal(path)):
         assert journal.outcomes(PROBLEM, {}) == {SECOND: Outcome(2.0)}
+
+
+def test_a_search_that_a_deadline_cut_short_goes_on_in_the_next_run(path: Path) -> None:
+    class Slow(Judge):
+        def time(self, *job: Any) -> Timing:
+            time.sleep(0.02)
+            return super().time(*job)
+
+    first = tune(Slow(), seconds=0.1, journal=open_journal(path))
+    assert first.unfinished == 1
+    assert first.winners
+    judge = Judge()
+    again = tune(judge, journal=open_journal(path))
+    assert again.unfinished == 0
+    assert again.winners[PROBLEM].config == min(candidates(), key=landscape)
+    assert len(judge.timed) + again.funnel.remembered == len(candidates())
+
+
+def test_a_race_that_killed_another_worker_is_not_held_again_by_one_that_waited_for_it(path: Path) -> None:
+    waiting = open_journal(path)
+    assert waiting.barred(PROBLEM, {}) == set()
+    process = forkserver.context().Process(target=race_and_die, args=(path,))
+    process.start()
+    process.join(60)
+    assert waiting.race(PROBLEM, [FIRST, SECOND], {}, lambda configs: pytest.fail("launched"), step=RACE) == {}
+
+
+def race_and_die(path: Path) -> None:
+    with open_journal(path).racing(PROBLEM, [FIRST, SECOND], {}, RACE):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_run_that_ended_measures_nothing_again(path: Path) -> None:

@@ -77,6 +77,20 @@ def test_neighbours_come_next_where_they_are_on_the_list() -> None:
     assert search.ask()[:2] == [PROBLEM.default(), worst]
 
 
+def test_neighbours_found_later_are_the_next_rounds_first() -> None:
+    search = search_for()
+    for config in search.ask():
+        search.compiled(config, NEEDS)
+    while (config := search.next()) is not None:
+        search.tell(config, landscape(config))
+    asked = {search._list.configs[search._list.number(trial.params)] for trial in search.study.trials}
+    worst = max((config for config in candidates() if config not in asked), key=landscape)
+    search.enqueue([worst])
+    for config in search.ask():
+        search.compiled(config, NEEDS)
+    assert search.next() == worst
+
+
 def test_more_is_compiled_than_measured_and_the_compiler_decides_what_comes_first() -> None:
     search = search_for(effort=Effort(first=2, rounds=0, per_round=0, finalists=1, ahead=10), kept=[])
     batch = search.ask()

@@ -121,6 +121,19 @@ def test_two_races_count_only_where_they_agree() -> None:
     assert both(fast, slow).ms == pytest.approx(1.0)
 
 
+def test_an_incumbent_that_the_default_beats_is_given_up_though_the_intervals_meet() -> None:
+    class Noisy(Judge):
+        """Every interval meets every other."""
+
+        def rank(self, problem: Any, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+            return [replace(timing(self.ms(config)), low=0.5, high=2.0) for config in configs]
+
+    incumbent = next(c for c in candidates() if c != PROBLEM.default())
+    judge = Noisy(lambda config: 1.0 if config == PROBLEM.default() else 1.04)
+    (winner,) = tune(judge, incumbents=lambda problem: [incumbent]).winners.values()
+    assert (winner.config, winner.ms, winner.default_ms, winner.best_ms) == (PROBLEM.default(), 1.0, 1.0, 1.0)
+
+
 def test_what_lost_in_a_fresh_process_does_not_replace_the_incumbent() -> None:
     class Lucky(Judge):
         """Times one candidate as much faster, but only in the first process."""

@@ -249,6 +249,30 @@ def test_what_a_dead_worker_was_at_is_known_to_have_failed_and_nothing_else_is_l
     assert journal.race(PROBLEM, [FIRST, SECOND, THIRD], {}, lambda configs: [], step=RACE) == {}
 
 
+def test_a_worker_that_was_silent_goes_on_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = f"sqlite:///{tmp_path / 'a.db'}"
+    sleeper, other = opened(place), opened(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.Pulse, "was_silent", lambda self: True)
+        sleeper._store.is_dead = lambda worker: False  # type: ignore[union-attr,method-assign]
+        before = sleeper._store.worker  # type: ignore[union-attr]
+        sleeper.launch(PROBLEM, FIRST, {}, lambda: Outcome(1.0))
+    assert sleeper._store.worker != before  # type: ignore[union-attr]
+    other._store._dead.add(before)  # type: ignore[union-attr]
+    sleeper.launch(PROBLEM, SECOND, {}, lambda: Outcome(2.0))
+    assert other.outcomes(PROBLEM, {}) == {FIRST: Outcome(1.0), SECOND: Outcome(2.0)}
+
+
+def test_a_pulse_tells_of_a_silence_as_long_as_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(storage.time, "time", lambda: now[0])
+    pulse = storage.Pulse()
+    now[0] += storage.GRACE_SECONDS
+    assert not pulse.was_silent()
+    now[0] += 1
+    assert pulse.was_silent()
+
+
 def die(place: Path | str) -> None:
     """Be killed in a race and in a proof, after a measurement."""
     storage.HEARTBEAT_SECONDS, storage.GRACE_SECONDS = 1, 3

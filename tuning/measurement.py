@@ -90,7 +90,10 @@ class Measurer:
 
     def _send(self, job: tuple[Any, ...]) -> None:
         if self._process is None:
-            self._start()
+            try:
+                self._start()
+            except MeasurementError:
+                self._start()  # once more: the GPU may just have been reset
         assert self._pipe is not None
         self._job, self._sent = job[0], time.monotonic()
         with contextlib.suppress(ConnectionError):  # whoever waits for the answer finds out
@@ -108,7 +111,8 @@ class Measurer:
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             self.close()
-            raise MeasurementError("the measuring process died: the kernel crashed") from None
+            cause = "while it started" if self._job == "start" else "the kernel crashed"  # no candidate's fault, or one's
+            raise MeasurementError(f"the measuring process died: {cause}") from None
         except KeyboardInterrupt:
             self.close()  # its answer to this job must not be taken for the next one's
             raise
