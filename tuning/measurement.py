@@ -111,7 +111,7 @@ class Measurer:
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             self.close()
-            cause = "while it started" if self._job == "start" else "the kernel crashed"  # no candidate's fault, or one's
+            cause = "while it started" if self._job == "start" else "the kernel crashed"
             raise MeasurementError(f"the measuring process died: {cause}") from None
         except KeyboardInterrupt:
             self.close()  # its answer to this job must not be taken for the next one's

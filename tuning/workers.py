@@ -19,6 +19,7 @@ import torch
 from tuning.storage import VARIABLE
 
 COMMAND = [sys.executable, "-m", "tuning"]
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SESSION = "RETGEN_SESSION"  # what the workers of one run have in common
 
 
@@ -86,15 +87,17 @@ def run_all(
         for child in children:
             child.send_signal(signal.SIGINT if len(told) == 1 else signal.SIGKILL)
 
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = [signal.signal(number, stop) for number in handled]
+    asked = [number for number in STOP if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup, such as
+    previous = [signal.signal(number, stop) for number in asked]
     try:
         for device in devices:
-            child = _start([*arguments, "--workers", each], shared | {"CUDA_VISIBLE_DEVICES": device})
-            children.append(child)  # at once: a signal may come between two
+            children.append(_start([*arguments, "--workers", each], shared | {"CUDA_VISIBLE_DEVICES": device}))
+            if told:  # while it started, when nobody could tell it
+                children[-1].send_signal(signal.SIGINT)
+                break
         threads = [
             threading.Thread(target=_repeat, args=(child, f"gpu {device}", say), daemon=True)
-            for child, device in zip(children, devices, strict=True)
+            for child, device in zip(children, devices, strict=False)
         ]
         for thread in threads:
             thread.start()
@@ -102,8 +105,10 @@ def run_all(
         for thread in threads:
             thread.join()
     finally:
-        for number, handler in zip(handled, previous, strict=True):
+        for number, handler in zip(asked, previous, strict=True):
             signal.signal(number, handler)
+        for child in children:
+            child.kill()  # where starting the next has failed
     return 130 if told else min(code if code >= 0 else 1 for code in codes)
 
 
