@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 
 from tuning import report as reports
 from tuning.__main__ import main
-from tuning.history import History, PastSearch, Trial, open_storage, read
+from tuning.history import History, PastSearch, PastTrial, open_storage, read
 from tuning.journal import distribution_of
 from tuning.landscape import DIRECTORY, Landscape
 from tuning.landscape import read as read_landscape
@@ -44,6 +44,15 @@ GPU = {
     "temperature_c": [41, 57, 63],
     "power_w": [118, 402, 689],
 }
+
+MACHINE = {
+    "gpu": {"name": CONTEXT["gpu"], "driver": "580.159.04"},
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "fla": "0.5.1",
+}
+TIMED = {half: {"ms": 1.0, "floor_ms": 1.0} for half in ("forward", "both")}
+NAMELESS = {**MACHINE, "rows": [{"workload": "x", "shape": "x", "form": 3, "variant": "tuned", **TIMED}]}
 
 
 class Storage:
@@ -150,8 +159,7 @@ def bench_file(path: Path, workloads: list[Workload]) -> Path:
                 }
                 rows.append({"workload": w.name, "shape": w.shape, "form": form, "variant": variant, **halves})
         rows.append({"workload": w.name, "shape": w.shape, "form": "naive", "variant": "fla", "failure": "memory"})
-    gpu = {"name": CONTEXT["gpu"], "arch": "sm90", "sms": 132, "memory_gb": 79, "driver": "580.159.04"}
-    path.write_text(json.dumps({"gpu": gpu, "torch": "2.11.0", "triton": "3.6.0", "fla": "0.5.1", "rows": rows}))
+    path.write_text(json.dumps({**MACHINE, "rows": rows}))
     return path
 
 
@@ -344,19 +352,19 @@ def test_a_heat_maps_least_is_the_searchs_best(history: History) -> None:
 
 
 def test_a_heat_map_tells_what_failed_from_what_was_not_tried() -> None:
-    def trial(BT: int, BV: int, ms: float | None) -> Trial:
-        return Trial({"BT": BT, "BV": BV}, ms, "" if ms else WRONG, 1.0, START)
+    def trial(BT: int, BV: int, ms: float | None) -> PastTrial:
+        return PastTrial({"BT": BT, "BV": BV}, ms, "" if ms else WRONG, 1.0, START)
 
     trials = (trial(16, 16, 2.0), trial(16, 32, None), trial(32, 32, 1.0))
     search = PastSearch(landscapes(1)[0].problem, CONTEXT, "", {}, None, trials, ())
     rows = reports.heat_map(search).rows
     assert [[cell.ratio for cell in row] for _, row in rows] == [[2.0, None], [None, 1.0]]
     assert rows[0][1][1].about == f"failed: {WRONG}"
-    assert rows[1][1][0].about == "not tried"
+    assert rows[1][1][0].about == ""
 
 
 def test_a_kernel_without_tiles_is_mapped_over_its_other_knobs() -> None:
-    trials = tuple(Trial({"BV": BV, "num_warps": 1}, 1.0 * BV, "", 1.0, START) for BV in (4, 8))
+    trials = tuple(PastTrial({"BV": BV, "num_warps": 1}, 1.0 * BV, "", 1.0, START) for BV in (4, 8))
     problem = Problem("fused_recurrent", "bfloat16", 8, 1024, 8, 64, 64)
     found = reports.heat_map(PastSearch(problem, CONTEXT, "", {}, None, trials, ()))
     assert (found.down, found.across, found.columns) == ("BV", "num_warps", [1])
@@ -367,7 +375,7 @@ def test_importances_are_shares_and_find_the_knob_that_decides() -> None:
     values = [(BT, BV, warps) for BT in (16, 32, 64, 128) for BV in (16, 32, 64) for warps in (4, 8)]
     knobs = [{"BT": BT, "BV": BV, "num_warps": warps, "num_stages": 2} for BT, BV, warps in values]
     times = [1.0 + 10 * (k["BT"] != 64) + 0.01 * k["BV"] + 0.001 * k["num_warps"] for k in knobs]
-    trials = tuple(Trial(k, ms, "", 1.0, START) for k, ms in zip(knobs, times, strict=True))
+    trials = tuple(PastTrial(k, ms, "", 1.0, START) for k, ms in zip(knobs, times, strict=True))
     problem = landscapes(1)[0].problem
     shares = reports.importance([PastSearch(problem, CONTEXT, "", {}, None, trials, ())])
     assert shares is not None
@@ -378,8 +386,8 @@ def test_importances_are_shares_and_find_the_knob_that_decides() -> None:
 
 def test_too_few_trials_or_one_value_of_each_knob_give_no_importance() -> None:
     problem = landscapes(1)[0].problem
-    same = tuple(Trial({"BT": 64}, 1.0 + i, "", 1.0, START) for i in range(40))
-    few = tuple(Trial({"BT": 16 << i}, 1.0 + i, "", 1.0, START) for i in range(4))
+    same = tuple(PastTrial({"BT": 64}, 1.0 + i, "", 1.0, START) for i in range(40))
+    few = tuple(PastTrial({"BT": 16 << i}, 1.0 + i, "", 1.0, START) for i in range(4))
     for trials in (same, few):
         assert reports.importance([PastSearch(problem, CONTEXT, "", {}, None, trials, ())]) is None
 
@@ -555,7 +563,7 @@ def test_a_gpu_that_is_not_there_is_named_with_those_that_are(place: str) -> Non
         read(place, "H300")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"workload": "x"}]}', '{"rows": 3}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"workload": "x"}]}', '{"rows": 3}', json.dumps(NAMELESS)])
 def test_a_file_that_bench_did_not_write_is_an_error(content: str, tmp_path: Path) -> None:
     path = tmp_path / "b.json"
     path.write_text(content)
@@ -596,7 +604,7 @@ def test_sixty_searches_of_sixty_trials_take_a_few_seconds() -> None:
     searches = []
     for number in range(60):
         knobs = [{name: rng.choice((16, 32, 64, 128)) for name in ("BT", "BV", "num_warps")} for _ in range(60)]
-        trials = tuple(Trial(k, rng.lognormvariate(0, 1), "", 0.5, START) for k in knobs)
+        trials = tuple(PastTrial(k, rng.lognormvariate(0, 1), "", 0.5, START) for k in knobs)
         problem = Problem(("chunk", "fused_chunk", "parallel")[number % 3], "bfloat16", number + 1, 1024, 8, 64, 64)
         searches.append(PastSearch(problem, CONTEXT, "", knobs[0], None, trials, ()))
     started = time.process_time()

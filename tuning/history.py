@@ -29,7 +29,7 @@ MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
-class Trial:
+class PastTrial:
     """One candidate's time on the GPU: its knobs, milliseconds or why there are none, and the seconds that it cost.
 
     `step` is empty in a search; of finalists it is `race`, `fresh` or `prove`, and the last one's `value` is an error.
@@ -52,21 +52,21 @@ class PastSearch:
     source: str
     default: dict[str, int]
     floor_ms: float | None
-    trials: tuple[Trial, ...]
-    finals: tuple[Trial, ...]
+    trials: tuple[PastTrial, ...]
+    finals: tuple[PastTrial, ...]
 
     @property
-    def timed(self) -> list[Trial]:
+    def timed(self) -> list[PastTrial]:
         """Those that have a time."""
         return [trial for trial in self.trials if trial.value is not None]
 
     @property
-    def failed(self) -> list[Trial]:
+    def failed(self) -> list[PastTrial]:
         """Those that were launched, and are not used."""
         return [trial for trial in (*self.trials, *self.finals) if trial.value is None]
 
     @property
-    def best(self) -> Trial:
+    def best(self) -> PastTrial:
         """The fastest."""
         return min(self.timed, key=lambda trial: trial.value or 0.0)
 
@@ -87,7 +87,7 @@ class PastSearch:
 
 
 @dataclass(frozen=True)
-class Winner:
+class PastWinner:
     """A rule that a run wrote: the problem, what to use, and the figures that it was written with."""
 
     problem: Problem
@@ -112,7 +112,7 @@ class PastRun:
     phases: dict[str, float]
     gpu: dict[str, Any]
     flips: dict[str, Any]
-    winners: tuple[Winner, ...]
+    winners: tuple[PastWinner, ...]
 
     def gpu_number(self, name: str) -> float | None:
         """One of the GPU's figures, where it was kept."""
@@ -140,7 +140,7 @@ class History:
     foreign: int = 0
 
     @property
-    def winners(self) -> dict[Problem, Winner]:
+    def winners(self) -> dict[Problem, PastWinner]:
         """The rule of each problem that was written last."""
         return {winner.problem: winner for run in self.runs for winner in run.winners}
 
@@ -221,17 +221,17 @@ def _read_all(storage: BaseStorage) -> tuple[list[PastSearch], dict[str, list[Pa
     return [search for search in searches if search.timed], runs, foreign
 
 
-def _trials(storage: BaseStorage, name: str, exists: bool = True) -> tuple[Trial, ...]:
+def _trials(storage: BaseStorage, name: str, exists: bool = True) -> tuple[PastTrial, ...]:
     study = optuna.load_study(study_name=name, storage=storage) if exists else None
     trials = study.get_trials(deepcopy=False) if study else []
     counted = [trial for trial in trials[counts_since(trials) :] if trial.state in TRIED]
     return tuple(sorted(map(_trial, counted), key=lambda trial: trial.ended))
 
 
-def _trial(trial: FrozenTrial) -> Trial:
+def _trial(trial: FrozenTrial) -> PastTrial:
     failed = trial.state is TrialState.FAIL
     ended = trial.datetime_complete or trial.datetime_start or dt.datetime.min  # noqa: DTZ901 - Optuna's have no zone
-    return Trial(
+    return PastTrial(
         knobs={name: int(value) for name, value in trial.params.items()},
         value=None if failed else float(trial.value or 0.0),
         reason=str(trial.user_attrs.get("reason") or "no reason was kept") if failed else "",
@@ -241,7 +241,7 @@ def _trial(trial: FrozenTrial) -> Trial:
     )
 
 
-def _search(about: Mapping[str, Any], trials: tuple[Trial, ...], finals: tuple[Trial, ...]) -> PastSearch:
+def _search(about: Mapping[str, Any], trials: tuple[PastTrial, ...], finals: tuple[PastTrial, ...]) -> PastSearch:
     return PastSearch(
         problem=_problem(about["problem"]),
         context={"gpu": "unnamed GPU"} | _texts(about["context"]),
@@ -277,9 +277,9 @@ def _run(trial: FrozenTrial) -> PastRun:
     )
 
 
-def _winners(found: Iterable[Mapping[str, Any]]) -> list[Winner]:
+def _winners(found: Iterable[Mapping[str, Any]]) -> list[PastWinner]:
     return [
-        Winner(
+        PastWinner(
             _problem(one["problem"]),
             {str(name): int(value) for name, value in one["config"].items()},
             float(one["ms"]),

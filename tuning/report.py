@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from generated import configuration
-from tuning.history import History, PastRun, PastSearch, Trial, read
+from tuning.history import History, PastRun, PastSearch, PastTrial, read
 from tuning.journal import default_path
 from tuning.measurement import describe_gpu, gpu_present
 from tuning.problems import Problem
@@ -55,7 +55,7 @@ HEADINGS = ("workload", "configuration", "ms", "default ms", "vs default", "fla 
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """What came out for one problem: what is used, in milliseconds, against the default, the floor and fla.
 
     `fla_ms` and `fla_speedup` are of a whole forward call of the form, from a file of `bench`.
@@ -86,7 +86,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """The fastest of a heat map's tile size as a multiple of the best; without one where it failed or was not tried."""
+    """The fastest of a heat map's tile size as a multiple of the best; without one where it failed or was not tried.
+
+    `about` is empty where it was not tried.
+    """
 
     ratio: float | None
     level: int
@@ -187,9 +190,7 @@ class Peers:
 
     def of(self, problem: Problem, variant: str) -> dict[str, Any] | None:
         """The row of a problem's form at its shape."""
-        p = problem
-        shape = f"B={p.B} T={p.T} H={p.H} K={p.K} V={p.V} {p.dtype}"
-        return self.by_shape.get(shape, {}).get(p.form, {}).get(variant)
+        return self.by_shape.get(shape(problem), {}).get(problem.form, {}).get(variant)
 
 
 def report(options: argparse.Namespace, console: Console) -> int:
@@ -226,7 +227,7 @@ def read_peers(paths: Iterable[str]) -> Peers:
     for path in paths:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows += [row for row in found["rows"] if "failure" not in row and _is_timed(row)]
+            rows += [_checked(row) for row in found["rows"] if "failure" not in row]
             software = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", "fla"))
             machines.append(f"{found['gpu']['name']}, driver {found['gpu']['driver']}, {software}")
         except (ValueError, KeyError, TypeError) as error:
@@ -234,12 +235,14 @@ def read_peers(paths: Iterable[str]) -> Peers:
     return Peers(rows, machines)
 
 
-def _is_timed(row: dict[str, Any]) -> bool:
-    """True; raises for what is no row."""
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    """The row; raises for what is none."""
     for half in ("forward", "both"):
         if not all(row[half][name] > 0 for name in ("ms", "floor_ms")):
             raise ValueError(f"{half} of {row['workload']!r} is not positive")
-    return all(isinstance(row[name], str) for name in ("workload", "shape", "form", "variant"))
+    if not all(isinstance(row[name], str) for name in ("workload", "shape", "form", "variant")):
+        raise TypeError(f"a name of {row['workload']!r} is no text")
+    return row
 
 
 class Page:
@@ -283,15 +286,15 @@ class Page:
         return self._latest.ended
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Result]:
         """One for each problem."""
         return [self._row(search) for search in self.searches]
 
-    def _row(self, search: PastSearch) -> Row:
+    def _row(self, search: PastSearch) -> Result:
         """The rule that a run wrote, or the search's fastest where none was."""
         winner, best = self.history.winners.get(search.problem), search.best
         tuned, fla = (self.peers.of(search.problem, variant) for variant in ("tuned", "fla"))
-        return Row(
+        return Result(
             problem=search.problem,
             config=winner.config if winner else best.knobs,
             ms=winner.ms if winner else best.value or 0.0,
@@ -500,9 +503,9 @@ def importance(searches: Sequence[PastSearch]) -> dict[str, float] | None:
 
 def heat_map(search: PastSearch) -> HeatMap:
     """The fastest of each size of the tile, relative to the search's best, whatever the other knobs."""
-    names = [name for name in ("BT", "BV", "num_warps", *search.best.knobs) if name in search.best.knobs]
-    down, across = list(dict.fromkeys(names * 2))[:2] if len(set(names)) > 1 else (names[0], names[0])
-    tiles: dict[tuple[int, int], list[Trial]] = defaultdict(list)
+    names = dict.fromkeys(name for name in ("BT", "BV", "num_warps", *search.best.knobs) if name in search.best.knobs)
+    down, across = [*names, *names][:2]
+    tiles: dict[tuple[int, int], list[PastTrial]] = defaultdict(list)
     for trial in search.trials:
         if {down, across} <= trial.knobs.keys():
             tiles[trial.knobs[down], trial.knobs[across]].append(trial)
@@ -514,10 +517,10 @@ def heat_map(search: PastSearch) -> HeatMap:
     return HeatMap(search.problem, down, across, columns, rows)
 
 
-def _cell(search: PastSearch, trials: Sequence[Trial]) -> Cell:
+def _cell(search: PastSearch, trials: Sequence[PastTrial]) -> Cell:
     timed = [trial for trial in trials if trial.value]
     if not timed:
-        return Cell(None, 0, f"failed: {trials[0].reason}" if trials else "not tried")
+        return Cell(None, 0, f"failed: {trials[0].reason}" if trials else "")
     best = min(timed, key=lambda trial: trial.value or 0.0)
     ratio = (best.value or 0.0) / (search.best.value or 1.0)
     about = f"{spelled(best.knobs)}: {best.value:.4g} ms, the fastest of {len(timed)}"
@@ -535,7 +538,7 @@ def cost(search: PastSearch) -> dict[str, float]:
 
 def rejections(searches: Iterable[PastSearch]) -> list[Rejected]:
     """Failed candidates by kernel and kind of reason, the most frequent first."""
-    found: dict[tuple[str, str], list[Trial]] = defaultdict(list)
+    found: dict[tuple[str, str], list[PastTrial]] = defaultdict(list)
     for search in searches:
         for trial in search.failed:
             found[search.problem.kernel, kind(trial.reason)].append(trial)
