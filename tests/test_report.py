@@ -70,9 +70,17 @@ class Storage:
         return study
 
     def trial(
-        self, study: optuna.Study, knobs: dict[str, int], value: float | None, cost: float, **attributes: Any
+        self,
+        study: optuna.Study,
+        knobs: dict[str, int],
+        value: float | None,
+        cost: float,
+        *,
+        without: TrialState = TrialState.FAIL,
+        **attributes: Any,
     ) -> None:
-        state = TrialState.COMPLETE if value is not None else TrialState.FAIL
+        """One after the other; without a value it ends as `without` says."""
+        state = TrialState.COMPLETE if value is not None else without
         given = {
             "params": knobs,
             "distributions": {name: distribution_of(name) for name in knobs},
@@ -113,17 +121,19 @@ class Storage:
 
     def finals(self, name: str, about: dict[str, Any], times: dict[Any, float], default: Any) -> None:
         study = self.study(f"{name}; finals", **about, finals=True)
-        best = sorted(times, key=times.__getitem__)[:3]
+        best, began = sorted(times, key=times.__getitem__)[:3], self.now
         for config in best:
-            interval = [0.99 * times[config], 1.01 * times[config]]
-            self.trial(study, knob_values(config), times[config], 0.9, worker="w0", step="race", interval=interval)
+            interval, self.now = [0.99 * times[config], 1.01 * times[config]], began  # all at once
+            self.trial(study, knob_values(config), times[config], 0.9, worker="w0", step="race", rivals=len(best),
+                       interval=interval)  # fmt: skip
         interval = [0.99 * times[best[0]], 1.01 * times[best[0]]]
         self.trial(study, knob_values(best[0]), times[best[0]], 3.1, worker="w0", step="fresh", interval=interval)
         self.trial(study, knob_values(best[0]), 0.0026, 4.2, worker="w0", step="prove")
         winner = {"problem": about["problem"], "config": knob_values(best[0]), "ms": times[best[0]], "error": 0.0026}
         self.winners.append(winner | {"default_ms": times.get(default), "floor_ms": about["floor_ms"]})
 
-    def run(self, seconds: float = 254.0, **changes: Any) -> None:
+    def run(self, seconds: float | None = 254.0, **changes: Any) -> None:
+        """A run that ended, or without `seconds` was interrupted after five."""
         name = f"runs; {CONTEXT['gpu']}, driver {CONTEXT['driver']}, triton 3.6.0, torch 2.11.0"
         about = {
             "command": "python -m tuning run --effort full --form fused_chunk --form chunk --form parallel",
@@ -137,9 +147,9 @@ class Storage:
             "flips": {"compared": 20, "changed": 1},
             "winners": self.winners,
         }  # fmt: skip
-        studies = optuna.get_all_study_names(self.storage)
-        study = optuna.load_study(study_name=name, storage=self.storage) if name in studies else self.study(name)
-        self.trial(study, {}, seconds, seconds, **(about | changes))
+        known = name in optuna.get_all_study_names(self.storage)
+        study = optuna.load_study(study_name=name, storage=self.storage) if known else self.study(name, context=CONTEXT)
+        self.trial(study, {}, seconds, seconds or 5.0, without=TrialState.PRUNED, **(about | changes))
 
 
 def landscapes(number: int | None = None) -> list[Landscape]:
@@ -243,16 +253,80 @@ def tables(markdown: str) -> list[list[list[str]]]:
 # What is read
 
 
-def test_every_candidate_and_finalist_is_read_with_its_cost(place: str, history: History) -> None:
+def test_every_candidate_and_finalist_is_read(place: str, history: History) -> None:
     storage = open_storage(place)
     for search in history.searches:
         name = f"{search.problem.kernel} {reports.shape(search.problem)}; {CONTEXT['gpu']}"
         theirs = [optuna.load_study(study_name=n, storage=storage).trials for n in (name, f"{name}; finals")]
         assert [len(found) for found in theirs] == [len(search.trials), len(search.finals)]
         assert search.best.value == min(trial.value for trial in theirs[0] if trial.value is not None)
-        spent = sum(trial.duration.total_seconds() for found in theirs for trial in found if trial.duration)
-        assert search.seconds == pytest.approx(spent)
         assert len(search.failed) == sum(trial.state is TrialState.FAIL for found in theirs for trial in found)
+
+
+def test_the_seconds_of_all_trials_are_those_that_passed_though_racers_share_them(empty: Storage) -> None:
+    empty.search(landscapes()[8])
+    (search,) = read(empty.place).searches
+    assert search.seconds == pytest.approx((empty.now - START).total_seconds())
+    assert [trial.rivals for trial in search.finals] == [3, 3, 3, 1, 1]
+
+
+def test_a_trial_that_is_not_understood_is_left_out_and_its_study_stays(empty: Storage) -> None:
+    found = landscapes()[8]
+    study = empty.study("a search", problem=asdict(found.problem), context=CONTEXT)
+    empty.trial(study, {"BT": 64}, 1.0, 1.0)
+    empty.trial(study, {"BT": 32}, 1.0, 1.0, rivals="many")
+    empty.trial(study, {"BT": 16}, 0.0, 1.0)
+    empty.trial(study, {}, 1.0, 1.0)
+    empty.run(winners=[{"problem": "none"}])
+    empty.run()
+    history = read(empty.place)
+    assert [trial.knobs for trial in history.searches[0].trials] == [{"BT": 64}]
+    assert (len(history.runs), history.foreign) == (1, 4)
+
+
+def test_studies_of_one_search_that_ran_with_different_passes_are_one(empty: Storage) -> None:
+    problem = next(found.problem for found in landscapes() if found.problem.form == "chunk")
+    for number, (name, BT) in enumerate((("a", 32), ("b", 64), ("b; finals", 64), ("c; finals", 16))):
+        extra, step = {"states_config": {"BT": BT}}, {"step": "race"} if "finals" in name else {}
+        study = empty.study(name, problem=asdict(problem), context=CONTEXT, source="same", extra=extra)
+        empty.trial(study, {"BT": 64}, 1.0 + number, 1.0, **step)
+    history = read(empty.place)
+    (search,) = history.searches
+    assert [trial.value for trial in search.trials] == [1.0, 2.0]
+    assert [trial.value for trial in search.finals] == [3.0, 4.0]
+    assert history.earlier == 0
+
+
+def test_a_search_in_which_all_failed_is_told_of(empty: Storage) -> None:
+    first, second = (found.problem for found in landscapes()[8:10])
+    study = empty.study("nothing timed", problem=asdict(first), context=CONTEXT)
+    for BT in (16, 32, 64):
+        empty.trial(study, {"BT": BT}, None, 2.0, reason=WRONG)
+    alone = page_of(read(empty.place))
+    assert "No candidate has a time: all that were launched failed." in Reader(alone.html()).text
+    assert tables(alone.markdown())[0][2:] == []
+    empty.trial(empty.study("timed", problem=asdict(second), context=CONTEXT), {"BT": 16}, 1.0, 1.0)
+    page = page_of(read(empty.place))
+    figures = {name: value for name, value, _ in page.key_figures}
+    assert (figures["searches"], figures["candidates"], figures["GPU seconds"]) == ("2", "4", "7")
+    assert page.cost["failed"] == pytest.approx(6.0)
+    assert [group.count for group in page.rejected] == [3]
+    assert [row.problem for row in page.rows] == [second]
+
+
+def test_a_run_that_was_interrupted_wrote_its_rules_all_the_same(empty: Storage) -> None:
+    empty.search(landscapes()[8])
+    empty.run(seconds=None)
+    history = read(empty.place)
+    assert [(run.interrupted, run.seconds) for run in history.runs] == [(True, 5.0)]
+    assert page_of(history).rows[0].is_rule
+
+
+def test_a_page_without_a_time_of_any_default_says_nothing_of_gains(empty: Storage) -> None:
+    empty.search(landscapes()[8], default={})
+    page = page_of(read(empty.place))
+    assert [row.speedup for row in page.rows] == [None]
+    assert "largest gain" not in page.html()
 
 
 def test_a_database_gives_what_a_journal_gives(tmp_path: Path) -> None:
@@ -535,7 +609,7 @@ def test_without_a_gpu_the_only_journal_is_read_and_of_several_one_must_be_chose
     ("content", "message"),
     [
         (None, "no such storage"),
-        (b"", "holds no search that timed a candidate"),
+        (b"", "holds no candidate that was launched"),
         (b'{"op_code": 99, "worker_id": "x"}\n', "cannot be read as a storage"),
         (b'{"op_code": 4, "worker_id": "x", "trial_id": 7}\n', "cannot be read as a storage"),
         (b"\0" * 40 + b"\n" + b"[]\n", "cannot be read as a storage"),

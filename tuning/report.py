@@ -250,7 +250,8 @@ class Page:
 
     def __init__(self, history: History, peers: Peers, place: str) -> None:
         self.history, self.peers, self.place = history, peers, place
-        self.searches, self.runs = history.searches, history.runs
+        self.every_search, self.runs = history.searches, history.runs
+        self.searches = [search for search in self.every_search if search.timed]
         self.written = dt.datetime.now().astimezone()
 
     def html(self) -> str:
@@ -274,11 +275,11 @@ class Page:
     @property
     def mixed(self) -> int:
         """How many versions of the driver and software the searches were measured with."""
-        return len({tuple(sorted(search.context.items())) for search in self.searches})
+        return len({tuple(sorted(search.context.items())) for search in self.every_search})
 
     @property
     def _latest(self) -> PastSearch:
-        return max(self.searches, key=lambda search: search.ended)
+        return max(self.every_search, key=lambda search: search.ended)
 
     @property
     def measured_on(self) -> dt.datetime:
@@ -311,12 +312,12 @@ class Page:
     @cached_property
     def key_figures(self) -> list[tuple[str, str, str]]:
         """Name, value and what it is made of."""
-        measured, failed = sum(len(s.trials) for s in self.searches), sum(len(s.failed) for s in self.searches)
+        measured, failed = (sum(len(getattr(s, name)) for s in self.every_search) for name in ("trials", "failed"))
         speedups = [row.speedup for row in self.rows if row.speedup]
         floors = [row.of_floor for row in self.rows if row.of_floor]
-        found = [("searches", f"{len(self.searches)}", f"{len(kernels(self.searches))} kernels")]
+        found = [("searches", f"{len(self.every_search)}", f"{len(kernels(self.every_search))} kernels")]
         found.append(("candidates", f"{measured:,}", f"launched, {failed:,} of them rejected"))
-        found.append(("GPU seconds", f"{sum(s.seconds for s in self.searches):,.0f}", "launching and timing"))
+        found.append(("GPU seconds", f"{sum(s.seconds for s in self.every_search):,.0f}", "launching and timing"))
         if speedups:
             mean = statistics.geometric_mean(speedups)
             found.append(("vs default", f"{mean:.2f}\N{MULTIPLICATION SIGN}", f"geometric mean of {len(speedups)}"))
@@ -354,10 +355,10 @@ class Page:
         """Stages and counts: the last run's, or what the trials tell where none was kept."""
         if self.last_run and self.last_run.funnel:
             return list(self.last_run.funnel.items())
-        finals = Counter(trial.step for search in self.searches for trial in search.finals if trial.value is not None)
-        counts = {"launched": sum(len(search.trials) for search in self.searches)}
+        finals = [trial for search in self.every_search for trial in search.finals if trial.value is not None]
+        counts = {"launched": sum(len(search.trials) for search in self.every_search)}
         counts["timed"] = sum(len(search.timed) for search in self.searches)
-        return [*counts.items(), *((STEPS.get(step, step), count) for step, count in finals.items())]
+        return [*counts.items(), *Counter(STEPS.get(trial.step, trial.step) for trial in finals).items()]
 
     @cached_property
     def by_kernel(self) -> dict[str, list[PastSearch]]:
@@ -370,9 +371,9 @@ class Page:
         return [Curve(search.problem, regret(search)) for search in self.searches]
 
     @cached_property
-    def plot(self) -> Plot:
-        """The regret curves as points in a square of 100 by 100."""
-        return Plot(self.curves)
+    def plot(self) -> Plot | None:
+        """The regret curves as points in a square of 100 by 100; None where nothing has a time."""
+        return Plot(self.curves) if self.curves else None
 
     @cached_property
     def importances(self) -> dict[str, dict[str, float] | None]:
@@ -387,7 +388,7 @@ class Page:
     @cached_property
     def costs(self) -> list[tuple[Problem, dict[str, float]]]:
         """GPU seconds of each search by step, the dearest first."""
-        return [(s.problem, cost(s)) for s in sorted(self.searches, key=lambda search: -search.seconds)]
+        return [(s.problem, cost(s)) for s in sorted(self.every_search, key=lambda search: -search.seconds)]
 
     @cached_property
     def cost(self) -> dict[str, float]:
@@ -397,7 +398,7 @@ class Page:
     @cached_property
     def rejected(self) -> list[Rejected]:
         """What was launched and is not used, the most frequent first."""
-        return rejections(self.searches)
+        return rejections(self.every_search)
 
 
 def compare(forms: dict[str, dict[str, dict[str, Any]]]) -> Comparison:
