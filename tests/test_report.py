@@ -53,6 +53,7 @@ MACHINE = {
 }
 TIMED = {half: {"ms": 1.0, "floor_ms": 1.0} for half in ("forward", "both")}
 NAMELESS = {**MACHINE, "rows": [{"workload": "x", "shape": "x", "form": 3, "variant": "tuned", **TIMED}]}
+MARK = '<i class="tag">no rule</i>'
 
 
 class Storage:
@@ -481,6 +482,23 @@ def test_without_a_run_a_row_is_the_searchs_fastest(history: History) -> None:
         assert not row.is_rule
         assert (row.ms, row.default_ms, row.error) == (search.best.value, search.default_ms, None)
     assert "not proven" in page.html()
+    assert page.html().count(MARK) == 1 + 2 * len(page.rows)
+    assert page.markdown().count("(no rule)") == len(page.rows)
+
+
+def test_a_rule_of_other_software_or_of_an_older_kernel_is_not_the_latest_searchs(empty: Storage) -> None:
+    found = landscapes()[8]
+    empty.search(found)
+    empty.run()
+    history = read(empty.place)
+    assert page_of(history).rows[0].is_rule
+    assert MARK not in page_of(history).html()
+    (search,) = history.searches
+    for other in (replace(search, context=CONTEXT | {"driver": "590.1"}), replace(search, finals=())):
+        page = page_of(replace(history, searches=[other]))
+        assert not page.rows[0].is_rule
+        assert (page.rows[0].ms, page.rows[0].error) == (search.best.value, None)
+        assert list(page.history.rules) == [found.problem]
 
 
 def test_key_figures_are_those_of_the_storage(history: History) -> None:

@@ -80,6 +80,10 @@ class PastSearch:
         """The default's milliseconds, where it was timed."""
         return next((trial.value for trial in self.timed if trial.knobs == self.default), None)
 
+    def has_proved(self, config: dict[str, int]) -> bool:
+        """Whether a configuration passed its proof."""
+        return any(t.step == "prove" and t.value is not None and t.knobs == config for t in self.finals)
+
     @property
     def seconds(self) -> float:
         """What all trials cost."""
@@ -99,7 +103,6 @@ class PastWinner:
     config: dict[str, int]
     ms: float
     default_ms: float | None = None
-    floor_ms: float | None = None
     error: float | None = None
 
 
@@ -147,9 +150,15 @@ class History:
     foreign: int = 0
 
     @property
-    def winners(self) -> dict[Problem, PastWinner]:
-        """The rule of each problem that was written last."""
-        return {winner.problem: winner for run in self.runs for winner in run.winners}
+    def rules(self) -> dict[Problem, tuple[PastRun, PastWinner]]:
+        """The rule of each problem that was written last, and the run that wrote it."""
+        return {winner.problem: (run, winner) for run in self.runs for winner in run.winners}
+
+    def rule(self, search: PastSearch) -> PastWinner | None:
+        """The rule that was written last with a search's own software and kernel, which is the one that proved it."""
+        ours = [winner for run in self.runs if run.context == search.context for winner in run.winners]
+        proved = [one for one in ours if one.problem == search.problem and search.has_proved(one.config)]
+        return proved[-1] if proved else None
 
 
 def open_storage(place: str) -> BaseStorage:
@@ -327,7 +336,7 @@ def _winners(found: Iterable[Mapping[str, Any]]) -> list[PastWinner]:
             _problem(one["problem"]),
             {str(name): int(value) for name, value in one["config"].items()},
             float(one["ms"]),
-            *(_number(one.get(name)) for name in ("default_ms", "floor_ms", "error")),
+            *(_number(one.get(name)) for name in ("default_ms", "error")),
         )
         for one in found
     ]

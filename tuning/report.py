@@ -56,7 +56,7 @@ HEADINGS = ("workload", "configuration", "ms", "default ms", "vs default", "fla 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one problem: what is used, in milliseconds, against the default, the floor and fla.
+    """What came out for one problem: the rule or else the fastest, in milliseconds, against default, floor and fla.
 
     `fla_ms` and `fla_speedup` are of a whole forward call of the form, from a file of `bench`.
     """
@@ -292,21 +292,21 @@ class Page:
         return [self._row(search) for search in self.searches]
 
     def _row(self, search: PastSearch) -> Result:
-        """The rule that a run wrote, or the search's fastest where none was."""
-        winner, best = self.history.winners.get(search.problem), search.best
+        """The rule that came of the search, or its fastest where none did."""
+        rule, best = self.history.rule(search), search.best
         tuned, fla = (self.peers.of(search.problem, variant) for variant in ("tuned", "fla"))
         return Result(
             problem=search.problem,
-            config=winner.config if winner else best.knobs,
-            ms=winner.ms if winner else best.value or 0.0,
-            default_ms=winner.default_ms if winner else search.default_ms,
-            floor_ms=(winner and winner.floor_ms) or search.floor_ms,
-            error=winner.error if winner else None,
+            config=rule.config if rule else best.knobs,
+            ms=rule.ms if rule else best.value or 0.0,
+            default_ms=rule.default_ms if rule else search.default_ms,
+            floor_ms=search.floor_ms,
+            error=rule.error if rule else None,
             fla_ms=fla["forward"]["ms"] if fla else None,
             fla_speedup=fla["forward"]["ms"] / tuned["forward"]["ms"] if fla and tuned else None,
             trials=len(search.trials),
             seconds=search.seconds,
-            is_rule=winner is not None,
+            is_rule=rule is not None,
         )
 
     @cached_property
