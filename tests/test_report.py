@@ -45,8 +45,9 @@ GPU = {
     "power_w": [118, 402, 689],
 }
 
+CARD = {"name": CONTEXT["gpu"], "driver": CONTEXT["driver"]}
 MACHINE = {
-    "gpu": {"name": CONTEXT["gpu"], "driver": "580.159.04"},
+    "gpu": CARD,
     "torch": "2.11.0",
     "triton": "3.6.0",
     "fla": "0.5.1",
@@ -158,11 +159,11 @@ def landscapes(number: int | None = None) -> list[Landscape]:
     return [read_landscape(path) for path in sorted(DIRECTORY.rglob("*.csv"))[:number]]
 
 
-def bench_file(path: Path, workloads: list[Workload]) -> Path:
-    """A file as `bench --json` writes it; the times are made up."""
+def bench_file(path: Path, workloads: list[Workload], gpu: str = CARD["name"], fastest: float = 1.5) -> Path:
+    """A file as `bench --json` writes it; the times are made up, the least is `fastest` times the floor."""
     rows = []
     for w in workloads:
-        for form, slower in (("fused_chunk", 1.5), ("chunk", 1.9), ("parallel", 4.0), ("fused_recurrent", 21.0)):
+        for form, slower in (("fused_chunk", fastest), ("chunk", 1.9), ("parallel", 4.0), ("fused_recurrent", 21.0)):
             for variant, factor in (("tuned", 1.0), ("default", 1.7), ("fla", 2.5)):
                 halves = {
                     half: {"ms": floor * slower * factor, "spread": 0.01, "samples": 50, "floor_ms": floor}
@@ -170,7 +171,7 @@ def bench_file(path: Path, workloads: list[Workload]) -> Path:
                 }
                 rows.append({"workload": w.name, "shape": w.shape, "form": form, "variant": variant, **halves})
         rows.append({"workload": w.name, "shape": w.shape, "form": "naive", "variant": "fla", "failure": "memory"})
-    path.write_text(json.dumps({**MACHINE, "rows": rows}))
+    path.write_text(json.dumps({**MACHINE, "gpu": CARD | {"name": gpu}, "rows": rows}))
     return path
 
 
@@ -537,6 +538,21 @@ def test_flas_times_come_from_files_of_bench(history: History, tmp_path: Path) -
     assert [line.form for line in forward.lines] == ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
     assert both.floor_ms == w.floor_ms(backward=True)
     assert all(0 <= forward.floor_at < at <= 100 for line in forward.lines for _, _, at in line.dots)
+
+
+@pytest.mark.parametrize("gpu", [CARD["name"], "NVIDIA H200"])
+def test_what_is_faster_than_the_floor_stays_on_its_card_and_another_gpu_has_no_floor(
+    gpu: str, history: History, tmp_path: Path
+) -> None:
+    path = bench_file(tmp_path / "b.json", [Workload("mine", 8, 1024, 8, 64, 64)], gpu, fastest=0.7)
+    page = Page(history, reports.read_peers([str(path)]), "a place")
+    halves = page.comparisons[0].halves
+    places = [at for half in halves for line in half.lines for _, _, at in line.dots]
+    assert all(0 < at < 100 for at in places)
+    assert all((half.floor_at is None) == (gpu != CARD["name"]) for half in halves)
+    assert {round(half.of_floor(half.lines[0]) or 0, 2) for half in halves} == {1.43 if gpu == CARD["name"] else 0}
+    section = page.html().partition('<section id="fla">')[2].partition("</section>")[0]
+    assert ("floor" in section.replace("of floor", "")) == (gpu == CARD["name"])
 
 
 # Pages

@@ -36,6 +36,7 @@ from tuning.workloads import Workload, builtin
 LEVELS = (1.02, 1.05, 1.15, 1.4, 2.0, 4.0)  # a heat map's colours change at these multiples of the best
 LINEAR_REGRET = 0.02  # below it the regret's axis is linear, above it logarithmic: it ends at 0
 REGRET_TICKS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
+FLOOR_OF = "H100"  # in the name of a GPU that the floors of `bench` are of, as in Problem.floor_ms
 FEWEST_TRIALS = 20  # of a kernel, for the importance of its knobs
 STEPS = {"": "search", "race": "race", "fresh": "fresh process", "prove": "proof", "failed": "failed"}
 SECTIONS = (
@@ -156,12 +157,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Half:
-    """The forms' forward calls, or forward with backward, at one workload, and the floor of both."""
+    """The forms' forward calls, or forward with backward, at one workload, and the floor where the GPU has one."""
 
     name: str
-    floor_ms: float
-    floor_at: float
+    floor_ms: float | None
+    floor_at: float | None
     lines: list[Line]
+
+    def of_floor(self, line: Line) -> float | None:
+        """The floor's share of a line's time."""
+        return self.floor_ms / line.ms if self.floor_ms else None
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,8 @@ def read_peers(paths: Iterable[str]) -> Peers:
     for path in paths:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows += [_checked(row) for row in found["rows"] if "failure" not in row]
+            has_floor = FLOOR_OF in found["gpu"]["name"]
+            rows += [_checked(row, has_floor=has_floor) for row in found["rows"] if "failure" not in row]
             software = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", "fla"))
             machines.append(f"{found['gpu']['name']}, driver {found['gpu']['driver']}, {software}")
         except (ValueError, KeyError, TypeError) as error:
@@ -235,14 +241,14 @@ def read_peers(paths: Iterable[str]) -> Peers:
     return Peers(rows, machines)
 
 
-def _checked(row: dict[str, Any]) -> dict[str, Any]:
-    """The row; raises for what is none."""
+def _checked(row: dict[str, Any], *, has_floor: bool) -> dict[str, Any]:
+    """The row, without its floors where these are another GPU's; raises for what is no row."""
     for half in ("forward", "both"):
         if not all(row[half][name] > 0 for name in ("ms", "floor_ms")):
             raise ValueError(f"{half} of {row['workload']!r} is not positive")
     if not all(isinstance(row[name], str) for name in ("workload", "shape", "form", "variant")):
         raise TypeError(f"a name of {row['workload']!r} is no text")
-    return row
+    return row if has_floor else row | {half: row[half] | {"floor_ms": None} for half in ("forward", "both")}
 
 
 class Page:
@@ -350,6 +356,11 @@ class Page:
         """A card for each workload of the files of `bench`."""
         return [compare(forms) for forms in self.peers.by_shape.values() if any("tuned" in f for f in forms.values())]
 
+    @property
+    def has_floors(self) -> bool:
+        """Whether a card has a floor."""
+        return any(half.floor_ms for card in self.comparisons for half in card.halves)
+
     @cached_property
     def funnel(self) -> list[tuple[str, float]]:
         """Stages and counts: the last run's, or what the trials tell where none was kept."""
@@ -402,10 +413,10 @@ class Page:
 
 
 def compare(forms: dict[str, dict[str, dict[str, Any]]]) -> Comparison:
-    """The variants of each form on one logarithmic axis, which begins a little before the lowest floor."""
+    """The variants of each form on one logarithmic axis, on which all times and floors lie."""
     rows = [row for variants in forms.values() for row in variants.values()]
-    low = 0.9 * min(row["forward"]["floor_ms"] for row in rows)
-    high = 1.1 * max(row["both"]["ms"] for row in rows)
+    drawn = [row[half][name] for row in rows for half in ("forward", "both") for name in ("ms", "floor_ms")]
+    low, high = 0.9 * min(filter(None, drawn)), 1.1 * max(filter(None, drawn))
 
     def place(ms: float) -> float:
         return 100 * math.log(ms / low) / math.log(high / low)
@@ -419,7 +430,7 @@ def compare(forms: dict[str, dict[str, dict[str, Any]]]) -> Comparison:
             if "tuned" in variants
         ]
         floor = rows[0][half]["floor_ms"]
-        halves.append(Half(name, floor, place(floor), sorted(lines, key=lambda line: line.ms)))
+        halves.append(Half(name, floor, place(floor) if floor else None, sorted(lines, key=lambda line: line.ms)))
     return Comparison(rows[0]["workload"], rows[0]["shape"], halves)
 
 
