@@ -505,7 +505,7 @@ def test_a_rule_of_other_software_or_of_an_older_kernel_is_not_the_latest_search
 def test_key_figures_are_those_of_the_storage(history: History) -> None:
     found = {name: value for name, value, _ in page_of(history).key_figures}
     assert found["searches"] == "6"
-    assert found["candidates"] == str(sum(len(search.trials) for search in history.searches))
+    assert found["candidates"] == str(sum(len(search.trials) for search in history.searches))  # each is of its own
     assert found["GPU seconds"] == f"{sum(search.seconds for search in history.searches):,.0f}"
     mean = statistics.geometric_mean(search.default_ms / search.best.value for search in history.searches)
     assert found["vs default"] == f"{mean:.2f}\N{MULTIPLICATION SIGN}"
@@ -525,6 +525,20 @@ def test_rejected_candidates_are_counted_by_kernel_and_reason(history: History) 
     assert sum(group.count for group in groups) == sum(len(search.failed) for search in history.searches)
     assert sum(group.seconds for group in groups) == pytest.approx(page_of(history).cost["failed"])
     assert {group.kind for group in groups} <= {"ArithmeticError: wrong result", HANGS}
+
+
+def test_a_configuration_counts_once_and_a_race_that_failed_rejects_none(empty: Storage) -> None:
+    study = empty.study("a search", problem=asdict(landscapes()[8].problem), context=CONTEXT)
+    race = {"step": "race", "rivals": 2, "reason": HANGS}
+    for BT, ms, about in (
+        (16, 1.0, {}), (32, 2.0, {}), (64, 3.0, {}), (128, None, {"reason": WRONG}), (128, None, {"reason": WRONG}),
+        (16, None, race), (32, None, race), (64, None, {"step": "prove", "reason": WRONG}),
+    ):  # fmt: skip
+        empty.trial(study, {"BT": BT}, ms, 1.0, **about)
+    page = page_of(read(empty.place))
+    assert ("candidates", "4", "launched, 2 of them rejected") in page.key_figures
+    assert [(group.count, group.is_race, group.seconds) for group in page.rejected] == [(2, False, 3), (1, True, 1)]
+    assert "1 race<" in page.html()
 
 
 def test_flas_times_come_from_files_of_bench(history: History, tmp_path: Path) -> None:

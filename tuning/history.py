@@ -47,6 +47,11 @@ class PastTrial:
     step: str = ""
     rivals: int = 1
 
+    @property
+    def config(self) -> tuple[tuple[str, int], ...]:
+        """Its knobs, to be told from others' by."""
+        return tuple(sorted(self.knobs.items()))
+
 
 @dataclass(frozen=True)
 class PastSearch:
@@ -67,8 +72,18 @@ class PastSearch:
 
     @property
     def failed(self) -> list[PastTrial]:
-        """Those that were launched, and are not used."""
+        """Those that have none; of a race all that took part, for nobody knows which of them it was."""
         return [trial for trial in (*self.trials, *self.finals) if trial.value is None]
+
+    @property
+    def launched(self) -> set[Any]:
+        """Every configuration once, however often it was measured."""
+        return {trial.config for trial in (*self.trials, *self.finals)}
+
+    @property
+    def rejected(self) -> set[Any]:
+        """The configurations that failed alone."""
+        return {trial.config for trial in self.failed if trial.rivals == 1}
 
     @property
     def best(self) -> PastTrial:

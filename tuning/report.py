@@ -119,10 +119,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Candidates of a kernel that are not used for one reason, and one message of them."""
+    """Candidates, or races of several, of a kernel that failed for one reason, and one message of them."""
 
     kernel: str
     kind: str
+    is_race: bool
     count: int
     seconds: float
     message: str
@@ -318,11 +319,11 @@ class Page:
     @cached_property
     def key_figures(self) -> list[tuple[str, str, str]]:
         """Name, value and what it is made of."""
-        measured, failed = (sum(len(getattr(s, name)) for s in self.every_search) for name in ("trials", "failed"))
+        launched, failed = (sum(len(getattr(s, n)) for s in self.every_search) for n in ("launched", "rejected"))
         speedups = [row.speedup for row in self.rows if row.speedup]
         floors = [row.of_floor for row in self.rows if row.of_floor]
         found = [("searches", f"{len(self.every_search)}", f"{len(kernels(self.every_search))} kernels")]
-        found.append(("candidates", f"{measured:,}", f"launched, {failed:,} of them rejected"))
+        found.append(("candidates", f"{launched:,}", f"launched, {failed:,} of them rejected"))
         found.append(("GPU seconds", f"{sum(s.seconds for s in self.every_search):,.0f}", "launching and timing"))
         if speedups:
             mean = statistics.geometric_mean(speedups)
@@ -549,15 +550,16 @@ def cost(search: PastSearch) -> dict[str, float]:
 
 
 def rejections(searches: Iterable[PastSearch]) -> list[Rejected]:
-    """Failed candidates by kernel and kind of reason, the most frequent first."""
-    found: dict[tuple[str, str], list[PastTrial]] = defaultdict(list)
+    """Failed candidates and races by kernel and kind of reason, the most frequent first."""
+    found: dict[tuple[str, str, bool], list[tuple[Problem, PastTrial]]] = defaultdict(list)
     for search in searches:
         for trial in search.failed:
-            found[search.problem.kernel, kind(trial.reason)].append(trial)
-    groups = [
-        Rejected(kernel, why, len(trials), sum(trial.seconds for trial in trials), trials[0].reason)
-        for (kernel, why), trials in found.items()
-    ]
+            found[search.problem.kernel, kind(trial.reason), trial.rivals > 1].append((search.problem, trial))
+    groups = []
+    for (kernel, why, is_race), failed in found.items():
+        configs, races = {(problem, trial.config) for problem, trial in failed}, sum(1 / t.rivals for _, t in failed)
+        seconds, message = sum(trial.seconds for _, trial in failed), failed[0][1].reason
+        groups.append(Rejected(kernel, why, is_race, round(races) if is_race else len(configs), seconds, message))
     return sorted(groups, key=lambda group: (-group.count, group.kernel, group.kind))
 
 
