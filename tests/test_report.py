@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 
 from tuning import report as reports
 from tuning.__main__ import main
+from tuning.compilation import ARCHS
 from tuning.history import History, PastSearch, PastTrial, open_storage, read
 from tuning.journal import distribution_of
 from tuning.landscape import DIRECTORY, Landscape
@@ -477,6 +478,22 @@ def test_a_row_is_the_rule_that_was_written_with_its_gain(history: History) -> N
         assert row.of_floor == (None if search.problem.form in PASSES else pytest.approx(search.floor_ms / row.ms))
 
 
+def test_a_row_tells_registers_spills_shared_memory_and_occupancy(empty: Storage) -> None:
+    found = landscapes()[8]
+    empty.search(found)
+    empty.run()
+    history = read(empty.place)
+    page = page_of(history)
+    (row,), (needs,) = page.rows, [c.needs for c in found.candidates if knob_values(c.config) == page.rows[0].config]
+    assert row.blocks == needs.blocks_per_sm(ARCHS["sm90"]) > 0
+    assert row.resources == (
+        f"{needs.registers} registers, {needs.spills} B spilled, {needs.shared / 1024:.4g} KiB shared, "
+        f"{row.blocks} \N{MULTIPLICATION SIGN} {needs.warps} warps a multiprocessor"
+    )
+    assert all(row.resources in text for text in (page.html(), page.markdown()))
+    assert page_of(replace(history, gpu="one without rules")).rows[0].resources == row.resources.rpartition(", ")[0]
+
+
 def test_without_a_run_a_row_is_the_searchs_fastest(history: History) -> None:
     page = page_of(replace(history, runs=[]))
     for row, search in zip(page.rows, history.searches, strict=True):
@@ -618,7 +635,7 @@ def test_the_markdowns_tables_hold_a_row_a_problem_and_a_row_a_stage(history: Hi
     page = page_of(history)
     results, funnel, phases = tables(page.markdown())
     assert [len(table) - 2 for table in (results, funnel, phases)] == [6, 10, 5]
-    assert all(len(row) == len(results[0]) == 12 for row in results)
+    assert all(len(row) == len(results[0]) == 13 for row in results)
     for row, found in zip(results[2:], page.rows, strict=True):
         assert row[3:6] == [f"{found.ms:.4g}", f"{found.default_ms:.4g}", f"{found.speedup:.2f}×"]  # noqa: RUF001
     assert funnel[2] == ["enumerated", "5120"]

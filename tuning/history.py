@@ -19,6 +19,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from tuning.compilation import Resources
 from tuning.journal import counts_since
 from tuning.problems import Problem
 from tuning.run import RunError
@@ -36,7 +37,7 @@ class PastTrial:
     """One candidate's time on the GPU: its knobs, milliseconds or why there are none, and the seconds that it cost.
 
     `step` is empty in a search; of finalists it is `race`, `fresh` or `prove`, and the last one's `value` is an error.
-    `rivals` took part in a race, and each is charged its share of it.
+    `rivals` took part in a race, and each is charged its share of it. `needs` is what the compiler said of it.
     """
 
     knobs: dict[str, int]
@@ -46,6 +47,7 @@ class PastTrial:
     ended: dt.datetime
     step: str = ""
     rivals: int = 1
+    needs: Resources | None = None
 
     @property
     def config(self) -> tuple[tuple[str, int], ...]:
@@ -98,6 +100,10 @@ class PastSearch:
     def has_proved(self, config: dict[str, int]) -> bool:
         """Whether a configuration passed its proof."""
         return any(t.step == "prove" and t.value is not None and t.knobs == config for t in self.finals)
+
+    def needs(self, config: dict[str, int]) -> Resources | None:
+        """What a configuration's compiled kernel needs, where that was kept."""
+        return next((t.needs for t in (*self.trials, *self.finals) if t.needs and t.knobs == config), None)
 
     @property
     def seconds(self) -> float:
@@ -282,7 +288,13 @@ def _trial(trial: FrozenTrial) -> PastTrial:
         ended=ended,
         step=step,
         rivals=rivals,
+        needs=_needs(about["needs"]) if "needs" in about else None,
     )
+
+
+def _needs(found: Mapping[str, Any]) -> Resources:
+    registers, spills, shared, warps = (int(found[name]) for name in ("registers", "spills", "shared", "warps"))
+    return Resources(registers, spills, shared, warps, int(found.get("tensor_memory", 0)))
 
 
 def _duration(trial: FrozenTrial) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import json
 import math
@@ -24,6 +25,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from generated import configuration
+from generated.configuration_file import ConfigurationError, parse_file
+from tuning.compilation import ARCHS, Arch, Resources
 from tuning.history import History, PastRun, PastSearch, PastTrial, read
 from tuning.journal import default_path
 from tuning.measurement import describe_gpu, gpu_present
@@ -59,6 +62,7 @@ HEADINGS = ("workload", "configuration", "ms", "default ms", "vs default", "fla 
 class Result:
     """What came out for one problem: the rule or else the fastest, in milliseconds, against default, floor and fla.
 
+    `needs` is what the compiler said, and `blocks` how many programs a multiprocessor holds at once, where known.
     `fla_ms` and `fla_speedup` are of a whole forward call of the form, from a file of `bench`.
     """
 
@@ -68,6 +72,8 @@ class Result:
     default_ms: float | None
     floor_ms: float | None
     error: float | None
+    needs: Resources | None
+    blocks: int | None
     fla_ms: float | None
     fla_speedup: float | None
     trials: int
@@ -83,6 +89,17 @@ class Result:
     def of_floor(self) -> float | None:
         """The floor's share of the time."""
         return self.floor_ms / self.ms if self.floor_ms else None
+
+    @property
+    def resources(self) -> str:
+        """Registers, spills, shared memory and occupancy in words; empty where they are not known."""
+        if self.needs is None:
+            return ""
+        n = self.needs
+        found = [f"{n.registers} registers", f"{n.spills} B spilled", f"{n.shared / 1024:.4g} KiB shared"]
+        if self.blocks is not None:
+            found.append(f"{self.blocks} \N{MULTIPLICATION SIGN} {n.warps} warps a multiprocessor")
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -294,6 +311,17 @@ class Page:
         return self._latest.ended
 
     @cached_property
+    def arch(self) -> Arch | None:
+        """The GPU's architecture, as its file of rules has it; None without one."""
+        gpu = self.history.gpu
+        for directory in configuration.config_directories():
+            with contextlib.suppress(ConfigurationError):
+                device = parse_file(directory / f"{configuration.slug(gpu)}.yaml").device
+                if device.name == gpu:
+                    return ARCHS.get(device.arch)
+        return None
+
+    @cached_property
     def rows(self) -> list[Result]:
         """One for each problem."""
         return [self._row(search) for search in self.searches]
@@ -301,6 +329,7 @@ class Page:
     def _row(self, search: PastSearch) -> Result:
         """The rule that came of the search, or its fastest where none did."""
         rule, best = self.history.rule(search), search.best
+        needs = search.needs(rule.config if rule else best.knobs)
         tuned, fla = (self.peers.of(search.problem, variant) for variant in ("tuned", "fla"))
         return Result(
             problem=search.problem,
@@ -309,6 +338,8 @@ class Page:
             default_ms=rule.default_ms if rule else search.default_ms,
             floor_ms=search.floor_ms,
             error=rule.error if rule else None,
+            needs=needs,
+            blocks=needs.blocks_per_sm(self.arch) if needs and self.arch else None,
             fla_ms=fla["forward"]["ms"] if fla else None,
             fla_speedup=fla["forward"]["ms"] / tuned["forward"]["ms"] if fla and tuned else None,
             trials=len(search.trials),
