@@ -42,6 +42,10 @@ REGRET_TICKS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0
 FLOOR_OF = "H100"  # in the name of a GPU that the floors of `bench` are of, as in Problem.floor_ms
 FEWEST_TRIALS = 20  # of a kernel, for the importance of its knobs
 STEPS = {"": "search", "race": "race", "fresh": "fresh process", "prove": "proof", "failed": "failed"}
+RESOURCES = (
+    "Resources are registers and spilled bytes a thread, shared memory a program, and, as programs times warps, what a "
+    "multiprocessor holds at once of the warps that it can."
+)
 SECTIONS = (
     ("summary", "Summary"),
     ("results", "Against the default"),
@@ -62,7 +66,7 @@ HEADINGS = ("workload", "configuration", "ms", "default ms", "vs default", "fla 
 class Result:
     """What came out for one problem: the rule or else the fastest, in milliseconds, against default, floor and fla.
 
-    `needs` is what the compiler said, and `blocks` how many programs a multiprocessor holds at once, where known.
+    `resources` are in words what the compiled kernel needs, empty where that was not kept.
     `fla_ms` and `fla_speedup` are of a whole forward call of the form, from a file of `bench`.
     """
 
@@ -72,8 +76,7 @@ class Result:
     default_ms: float | None
     floor_ms: float | None
     error: float | None
-    needs: Resources | None
-    blocks: int | None
+    resources: str
     fla_ms: float | None
     fla_speedup: float | None
     trials: int
@@ -89,17 +92,6 @@ class Result:
     def of_floor(self) -> float | None:
         """The floor's share of the time."""
         return self.floor_ms / self.ms if self.floor_ms else None
-
-    @property
-    def resources(self) -> str:
-        """Registers, spills, shared memory and occupancy in words; empty where they are not known."""
-        if self.needs is None:
-            return ""
-        n = self.needs
-        found = [f"{n.registers} registers", f"{n.spills} B spilled", f"{n.shared / 1024:.4g} KiB shared"]
-        if self.blocks is not None:
-            found.append(f"{self.blocks} \N{MULTIPLICATION SIGN} {n.warps} warps a multiprocessor")
-        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -338,8 +330,7 @@ class Page:
             default_ms=rule.default_ms if rule else search.default_ms,
             floor_ms=search.floor_ms,
             error=rule.error if rule else None,
-            needs=needs,
-            blocks=needs.blocks_per_sm(self.arch) if needs and self.arch else None,
+            resources=resources(needs, self.arch) if needs else "",
             fla_ms=fla["forward"]["ms"] if fla else None,
             fla_speedup=fla["forward"]["ms"] / tuned["forward"]["ms"] if fla and tuned else None,
             trials=len(search.trials),
@@ -621,6 +612,15 @@ def shape(problem: Problem) -> str:
     return f"B={p.B} T={p.T} H={p.H} K={p.K} V={p.V} {p.dtype}"
 
 
+def resources(needs: Resources, arch: Arch | None) -> str:
+    """Registers, spills and shared memory in words; and where the architecture is known the occupancy."""
+    found = [f"{needs.registers} registers", f"{needs.spills} B spilled", f"{needs.shared / 1024:.4g} KiB shared"]
+    if arch:
+        blocks = needs.blocks_per_sm(arch)
+        found.append(f"{blocks} \N{MULTIPLICATION SIGN} {needs.warps} of {arch.warps_per_sm} warps")
+    return ", ".join(found)
+
+
 def spelled(knobs: dict[str, int]) -> str:
     """Knobs and values in a line."""
     return " ".join(f"{name}={value}" for name, value in knobs.items())
@@ -645,7 +645,13 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"headings": HEADINGS, "sections": SECTIONS, "dict": dict, "range": range}
+    environment.globals |= {
+        "headings": HEADINGS,
+        "about_resources": RESOURCES,
+        "sections": SECTIONS,
+        "dict": dict,
+        "range": range,
+    }
     named = {
         "zip": zip,
         "workload": workload_name,
