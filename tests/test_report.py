@@ -323,6 +323,7 @@ def test_a_run_that_was_interrupted_wrote_its_rules_all_the_same(empty: Storage)
     history = read(empty.place)
     assert [(run.interrupted, run.seconds) for run in history.runs] == [(True, 5.0)]
     assert page_of(history).rows[0].is_rule
+    assert "5<small>interrupted</small>" in page_of(history).html()
 
 
 def test_a_page_without_a_time_of_any_default_says_nothing_of_gains(empty: Storage) -> None:
