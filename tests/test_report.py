@@ -21,7 +21,8 @@ from optuna.trial import TrialState
 
 from tuning import report as reports
 from tuning.__main__ import main
-from tuning.history import History, PastSearch, Trial, open_storage, read
+from tuning.compilation import ARCHS
+from tuning.history import History, PastSearch, PastTrial, open_storage, read
 from tuning.journal import distribution_of
 from tuning.landscape import DIRECTORY, Landscape
 from tuning.landscape import read as read_landscape
@@ -45,6 +46,17 @@ GPU = {
     "power_w": [118, 402, 689],
 }
 
+CARD = {"name": CONTEXT["gpu"], "driver": CONTEXT["driver"]}
+MACHINE = {
+    "gpu": CARD,
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "fla": "0.5.1",
+}
+TIMED = {half: {"ms": 1.0, "floor_ms": 1.0} for half in ("forward", "both")}
+NAMELESS = {**MACHINE, "rows": [{"workload": "x", "shape": "x", "form": 3, "variant": "tuned", **TIMED}]}
+MARK = '<i class="tag">no rule</i>'
+
 
 class Storage:
     """A storage that is filled as the tuner fills it, from landscapes that were measured on the H100."""
@@ -61,9 +73,17 @@ class Storage:
         return study
 
     def trial(
-        self, study: optuna.Study, knobs: dict[str, int], value: float | None, cost: float, **attributes: Any
+        self,
+        study: optuna.Study,
+        knobs: dict[str, int],
+        value: float | None,
+        cost: float,
+        *,
+        without: TrialState = TrialState.FAIL,
+        **attributes: Any,
     ) -> None:
-        state = TrialState.COMPLETE if value is not None else TrialState.FAIL
+        """One after the other; without a value it ends as `without` says."""
+        state = TrialState.COMPLETE if value is not None else without
         given = {
             "params": knobs,
             "distributions": {name: distribution_of(name) for name in knobs},
@@ -104,17 +124,19 @@ class Storage:
 
     def finals(self, name: str, about: dict[str, Any], times: dict[Any, float], default: Any) -> None:
         study = self.study(f"{name}; finals", **about, finals=True)
-        best = sorted(times, key=times.__getitem__)[:3]
+        best, began = sorted(times, key=times.__getitem__)[:3], self.now
         for config in best:
-            interval = [0.99 * times[config], 1.01 * times[config]]
-            self.trial(study, knob_values(config), times[config], 0.9, worker="w0", step="race", interval=interval)
+            interval, self.now = [0.99 * times[config], 1.01 * times[config]], began  # all at once
+            self.trial(study, knob_values(config), times[config], 0.9, worker="w0", step="race", rivals=len(best),
+                       interval=interval)  # fmt: skip
         interval = [0.99 * times[best[0]], 1.01 * times[best[0]]]
         self.trial(study, knob_values(best[0]), times[best[0]], 3.1, worker="w0", step="fresh", interval=interval)
         self.trial(study, knob_values(best[0]), 0.0026, 4.2, worker="w0", step="prove")
         winner = {"problem": about["problem"], "config": knob_values(best[0]), "ms": times[best[0]], "error": 0.0026}
         self.winners.append(winner | {"default_ms": times.get(default), "floor_ms": about["floor_ms"]})
 
-    def run(self, seconds: float = 254.0, **changes: Any) -> None:
+    def run(self, seconds: float | None = 254.0, **changes: Any) -> None:
+        """A run that ended, or without `seconds` was interrupted after five."""
         name = f"runs; {CONTEXT['gpu']}, driver {CONTEXT['driver']}, triton 3.6.0, torch 2.11.0"
         about = {
             "command": "python -m tuning run --effort full --form fused_chunk --form chunk --form parallel",
@@ -128,9 +150,9 @@ class Storage:
             "flips": {"compared": 20, "changed": 1},
             "winners": self.winners,
         }  # fmt: skip
-        studies = optuna.get_all_study_names(self.storage)
-        study = optuna.load_study(study_name=name, storage=self.storage) if name in studies else self.study(name)
-        self.trial(study, {}, seconds, seconds, **(about | changes))
+        known = name in optuna.get_all_study_names(self.storage)
+        study = optuna.load_study(study_name=name, storage=self.storage) if known else self.study(name, context=CONTEXT)
+        self.trial(study, {}, seconds, seconds or 5.0, without=TrialState.PRUNED, **(about | changes))
 
 
 def landscapes(number: int | None = None) -> list[Landscape]:
@@ -138,11 +160,11 @@ def landscapes(number: int | None = None) -> list[Landscape]:
     return [read_landscape(path) for path in sorted(DIRECTORY.rglob("*.csv"))[:number]]
 
 
-def bench_file(path: Path, workloads: list[Workload]) -> Path:
-    """A file as `bench --json` writes it; the times are made up."""
+def bench_file(path: Path, workloads: list[Workload], gpu: str = CARD["name"], fastest: float = 1.5) -> Path:
+    """A file as `bench --json` writes it; the times are made up, the least is `fastest` times the floor."""
     rows = []
     for w in workloads:
-        for form, slower in (("fused_chunk", 1.5), ("chunk", 1.9), ("parallel", 4.0), ("fused_recurrent", 21.0)):
+        for form, slower in (("fused_chunk", fastest), ("chunk", 1.9), ("parallel", 4.0), ("fused_recurrent", 21.0)):
             for variant, factor in (("tuned", 1.0), ("default", 1.7), ("fla", 2.5)):
                 halves = {
                     half: {"ms": floor * slower * factor, "spread": 0.01, "samples": 50, "floor_ms": floor}
@@ -150,8 +172,7 @@ def bench_file(path: Path, workloads: list[Workload]) -> Path:
                 }
                 rows.append({"workload": w.name, "shape": w.shape, "form": form, "variant": variant, **halves})
         rows.append({"workload": w.name, "shape": w.shape, "form": "naive", "variant": "fla", "failure": "memory"})
-    gpu = {"name": CONTEXT["gpu"], "arch": "sm90", "sms": 132, "memory_gb": 79, "driver": "580.159.04"}
-    path.write_text(json.dumps({"gpu": gpu, "torch": "2.11.0", "triton": "3.6.0", "fla": "0.5.1", "rows": rows}))
+    path.write_text(json.dumps({**MACHINE, "gpu": CARD | {"name": gpu}, "rows": rows}))
     return path
 
 
@@ -235,16 +256,81 @@ def tables(markdown: str) -> list[list[list[str]]]:
 # What is read
 
 
-def test_every_candidate_and_finalist_is_read_with_its_cost(place: str, history: History) -> None:
+def test_every_candidate_and_finalist_is_read(place: str, history: History) -> None:
     storage = open_storage(place)
     for search in history.searches:
         name = f"{search.problem.kernel} {reports.shape(search.problem)}; {CONTEXT['gpu']}"
         theirs = [optuna.load_study(study_name=n, storage=storage).trials for n in (name, f"{name}; finals")]
         assert [len(found) for found in theirs] == [len(search.trials), len(search.finals)]
         assert search.best.value == min(trial.value for trial in theirs[0] if trial.value is not None)
-        spent = sum(trial.duration.total_seconds() for found in theirs for trial in found if trial.duration)
-        assert search.seconds == pytest.approx(spent)
         assert len(search.failed) == sum(trial.state is TrialState.FAIL for found in theirs for trial in found)
+
+
+def test_the_seconds_of_all_trials_are_those_that_passed_though_racers_share_them(empty: Storage) -> None:
+    empty.search(landscapes()[8])
+    (search,) = read(empty.place).searches
+    assert search.seconds == pytest.approx((empty.now - START).total_seconds())
+    assert [trial.rivals for trial in search.finals] == [3, 3, 3, 1, 1]
+
+
+def test_a_trial_that_is_not_understood_is_left_out_and_its_study_stays(empty: Storage) -> None:
+    found = landscapes()[8]
+    study = empty.study("a search", problem=asdict(found.problem), context=CONTEXT)
+    empty.trial(study, {"BT": 64}, 1.0, 1.0)
+    empty.trial(study, {"BT": 32}, 1.0, 1.0, rivals="many")
+    empty.trial(study, {"BT": 16}, 0.0, 1.0)
+    empty.trial(study, {}, 1.0, 1.0)
+    empty.run(winners=[{"problem": "none"}])
+    empty.run()
+    history = read(empty.place)
+    assert [trial.knobs for trial in history.searches[0].trials] == [{"BT": 64}]
+    assert (len(history.runs), history.foreign) == (1, 4)
+
+
+def test_studies_of_one_search_that_ran_with_different_passes_are_one(empty: Storage) -> None:
+    problem = next(found.problem for found in landscapes() if found.problem.form == "chunk")
+    for number, (name, BT) in enumerate((("a", 32), ("b", 64), ("b; finals", 64), ("c; finals", 16))):
+        extra, step = {"states_config": {"BT": BT}}, {"step": "race"} if "finals" in name else {}
+        study = empty.study(name, problem=asdict(problem), context=CONTEXT, source="same", extra=extra)
+        empty.trial(study, {"BT": 64}, 1.0 + number, 1.0, **step)
+    history = read(empty.place)
+    (search,) = history.searches
+    assert [trial.value for trial in search.trials] == [1.0, 2.0]
+    assert [trial.value for trial in search.finals] == [3.0, 4.0]
+    assert history.earlier == 0
+
+
+def test_a_search_in_which_all_failed_is_told_of(empty: Storage) -> None:
+    first, second = (found.problem for found in landscapes()[8:10])
+    study = empty.study("nothing timed", problem=asdict(first), context=CONTEXT)
+    for BT in (16, 32, 64):
+        empty.trial(study, {"BT": BT}, None, 2.0, reason=WRONG)
+    alone = page_of(read(empty.place))
+    assert "No candidate has a time: all that were launched failed." in Reader(alone.html()).text
+    assert tables(alone.markdown())[0][2:] == []
+    empty.trial(empty.study("timed", problem=asdict(second), context=CONTEXT), {"BT": 16}, 1.0, 1.0)
+    page = page_of(read(empty.place))
+    figures = {name: value for name, value, _ in page.key_figures}
+    assert (figures["searches"], figures["candidates"], figures["GPU seconds"]) == ("2", "4", "7")
+    assert page.cost["failed"] == pytest.approx(6.0)
+    assert [group.count for group in page.rejected] == [3]
+    assert [row.problem for row in page.rows] == [second]
+
+
+def test_a_run_that_was_interrupted_wrote_its_rules_all_the_same(empty: Storage) -> None:
+    empty.search(landscapes()[8])
+    empty.run(seconds=None)
+    history = read(empty.place)
+    assert [(run.interrupted, run.seconds) for run in history.runs] == [(True, 5.0)]
+    assert page_of(history).rows[0].is_rule
+    assert "5<small>interrupted</small>" in page_of(history).html()
+
+
+def test_a_page_without_a_time_of_any_default_says_nothing_of_gains(empty: Storage) -> None:
+    empty.search(landscapes()[8], default={})
+    page = page_of(read(empty.place))
+    assert [row.speedup for row in page.rows] == [None]
+    assert "largest gain" not in page.html()
 
 
 def test_a_database_gives_what_a_journal_gives(tmp_path: Path) -> None:
@@ -344,19 +430,19 @@ def test_a_heat_maps_least_is_the_searchs_best(history: History) -> None:
 
 
 def test_a_heat_map_tells_what_failed_from_what_was_not_tried() -> None:
-    def trial(BT: int, BV: int, ms: float | None) -> Trial:
-        return Trial({"BT": BT, "BV": BV}, ms, "" if ms else WRONG, 1.0, START)
+    def trial(BT: int, BV: int, ms: float | None) -> PastTrial:
+        return PastTrial({"BT": BT, "BV": BV}, ms, "" if ms else WRONG, 1.0, START)
 
     trials = (trial(16, 16, 2.0), trial(16, 32, None), trial(32, 32, 1.0))
     search = PastSearch(landscapes(1)[0].problem, CONTEXT, "", {}, None, trials, ())
     rows = reports.heat_map(search).rows
     assert [[cell.ratio for cell in row] for _, row in rows] == [[2.0, None], [None, 1.0]]
     assert rows[0][1][1].about == f"failed: {WRONG}"
-    assert rows[1][1][0].about == "not tried"
+    assert rows[1][1][0].about == ""
 
 
 def test_a_kernel_without_tiles_is_mapped_over_its_other_knobs() -> None:
-    trials = tuple(Trial({"BV": BV, "num_warps": 1}, 1.0 * BV, "", 1.0, START) for BV in (4, 8))
+    trials = tuple(PastTrial({"BV": BV, "num_warps": 1}, 1.0 * BV, "", 1.0, START) for BV in (4, 8))
     problem = Problem("fused_recurrent", "bfloat16", 8, 1024, 8, 64, 64)
     found = reports.heat_map(PastSearch(problem, CONTEXT, "", {}, None, trials, ()))
     assert (found.down, found.across, found.columns) == ("BV", "num_warps", [1])
@@ -367,7 +453,7 @@ def test_importances_are_shares_and_find_the_knob_that_decides() -> None:
     values = [(BT, BV, warps) for BT in (16, 32, 64, 128) for BV in (16, 32, 64) for warps in (4, 8)]
     knobs = [{"BT": BT, "BV": BV, "num_warps": warps, "num_stages": 2} for BT, BV, warps in values]
     times = [1.0 + 10 * (k["BT"] != 64) + 0.01 * k["BV"] + 0.001 * k["num_warps"] for k in knobs]
-    trials = tuple(Trial(k, ms, "", 1.0, START) for k, ms in zip(knobs, times, strict=True))
+    trials = tuple(PastTrial(k, ms, "", 1.0, START) for k, ms in zip(knobs, times, strict=True))
     problem = landscapes(1)[0].problem
     shares = reports.importance([PastSearch(problem, CONTEXT, "", {}, None, trials, ())])
     assert shares is not None
@@ -378,8 +464,8 @@ def test_importances_are_shares_and_find_the_knob_that_decides() -> None:
 
 def test_too_few_trials_or_one_value_of_each_knob_give_no_importance() -> None:
     problem = landscapes(1)[0].problem
-    same = tuple(Trial({"BT": 64}, 1.0 + i, "", 1.0, START) for i in range(40))
-    few = tuple(Trial({"BT": 16 << i}, 1.0 + i, "", 1.0, START) for i in range(4))
+    same = tuple(PastTrial({"BT": 64}, 1.0 + i, "", 1.0, START) for i in range(40))
+    few = tuple(PastTrial({"BT": 16 << i}, 1.0 + i, "", 1.0, START) for i in range(4))
     for trials in (same, few):
         assert reports.importance([PastSearch(problem, CONTEXT, "", {}, None, trials, ())]) is None
 
@@ -393,18 +479,51 @@ def test_a_row_is_the_rule_that_was_written_with_its_gain(history: History) -> N
         assert row.of_floor == (None if search.problem.form in PASSES else pytest.approx(search.floor_ms / row.ms))
 
 
+def test_a_row_tells_registers_spills_shared_memory_and_occupancy(empty: Storage) -> None:
+    found = landscapes()[8]
+    empty.search(found)
+    empty.run()
+    history = read(empty.place)
+    page = page_of(history)
+    (row,), (needs,) = page.rows, [c.needs for c in found.candidates if knob_values(c.config) == page.rows[0].config]
+    blocks = needs.blocks_per_sm(ARCHS["sm90"])
+    known = f"{needs.registers} registers, {needs.spills} B spilled, {needs.shared / 1024:.4g} KiB shared"
+    assert blocks > 0
+    assert row.resources == f"{known}, {blocks} \N{MULTIPLICATION SIGN} {needs.warps} of 64 warps"
+    assert row.resources in page.markdown()
+    assert row.resources in " ".join("".join(Reader(page.html()).text).split())
+    assert page_of(replace(history, gpu="one without rules")).rows[0].resources == known
+
+
 def test_without_a_run_a_row_is_the_searchs_fastest(history: History) -> None:
     page = page_of(replace(history, runs=[]))
     for row, search in zip(page.rows, history.searches, strict=True):
         assert not row.is_rule
         assert (row.ms, row.default_ms, row.error) == (search.best.value, search.default_ms, None)
     assert "not proven" in page.html()
+    assert page.html().count(MARK) == 1 + 2 * len(page.rows)
+    assert page.markdown().count("(no rule)") == len(page.rows)
+
+
+def test_a_rule_of_other_software_or_of_an_older_kernel_is_not_the_latest_searchs(empty: Storage) -> None:
+    found = landscapes()[8]
+    empty.search(found)
+    empty.run()
+    history = read(empty.place)
+    assert page_of(history).rows[0].is_rule
+    assert MARK not in page_of(history).html()
+    (search,) = history.searches
+    for other in (replace(search, context=CONTEXT | {"driver": "590.1"}), replace(search, finals=())):
+        page = page_of(replace(history, searches=[other]))
+        assert not page.rows[0].is_rule
+        assert (page.rows[0].ms, page.rows[0].error) == (search.best.value, None)
+        assert list(page.history.rules) == [found.problem]
 
 
 def test_key_figures_are_those_of_the_storage(history: History) -> None:
     found = {name: value for name, value, _ in page_of(history).key_figures}
     assert found["searches"] == "6"
-    assert found["candidates"] == str(sum(len(search.trials) for search in history.searches))
+    assert found["candidates"] == str(sum(len(search.trials) for search in history.searches))  # each is of its own
     assert found["GPU seconds"] == f"{sum(search.seconds for search in history.searches):,.0f}"
     mean = statistics.geometric_mean(search.default_ms / search.best.value for search in history.searches)
     assert found["vs default"] == f"{mean:.2f}\N{MULTIPLICATION SIGN}"
@@ -426,6 +545,20 @@ def test_rejected_candidates_are_counted_by_kernel_and_reason(history: History) 
     assert {group.kind for group in groups} <= {"ArithmeticError: wrong result", HANGS}
 
 
+def test_a_configuration_counts_once_and_a_race_that_failed_rejects_none(empty: Storage) -> None:
+    study = empty.study("a search", problem=asdict(landscapes()[8].problem), context=CONTEXT)
+    race = {"step": "race", "rivals": 2, "reason": HANGS}
+    for BT, ms, about in (
+        (16, 1.0, {}), (32, 2.0, {}), (64, 3.0, {}), (128, None, {"reason": WRONG}), (128, None, {"reason": WRONG}),
+        (16, None, race), (32, None, race), (64, None, {"step": "prove", "reason": WRONG}),
+    ):  # fmt: skip
+        empty.trial(study, {"BT": BT}, ms, 1.0, **about)
+    page = page_of(read(empty.place))
+    assert ("candidates", "4", "launched, 2 of them rejected") in page.key_figures
+    assert [(group.count, group.is_race, group.seconds) for group in page.rejected] == [(2, False, 3), (1, True, 1)]
+    assert "1 race<" in page.html()
+
+
 def test_flas_times_come_from_files_of_bench(history: History, tmp_path: Path) -> None:
     problem = search_of(history, "fused_chunk").problem
     w = Workload("mine", **{axis: getattr(problem, axis) for axis in "BTHKV"})
@@ -437,6 +570,21 @@ def test_flas_times_come_from_files_of_bench(history: History, tmp_path: Path) -
     assert [line.form for line in forward.lines] == ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
     assert both.floor_ms == w.floor_ms(backward=True)
     assert all(0 <= forward.floor_at < at <= 100 for line in forward.lines for _, _, at in line.dots)
+
+
+@pytest.mark.parametrize("gpu", [CARD["name"], "NVIDIA H200"])
+def test_what_is_faster_than_the_floor_stays_on_its_card_and_another_gpu_has_no_floor(
+    gpu: str, history: History, tmp_path: Path
+) -> None:
+    path = bench_file(tmp_path / "b.json", [Workload("mine", 8, 1024, 8, 64, 64)], gpu, fastest=0.7)
+    page = Page(history, reports.read_peers([str(path)]), "a place")
+    halves = page.comparisons[0].halves
+    places = [at for half in halves for line in half.lines for _, _, at in line.dots]
+    assert all(0 < at < 100 for at in places)
+    assert all((half.floor_at is None) == (gpu != CARD["name"]) for half in halves)
+    assert {round(half.of_floor(half.lines[0]) or 0, 2) for half in halves} == {1.43 if gpu == CARD["name"] else 0}
+    section = page.html().partition('<section id="fla">')[2].partition("</section>")[0]
+    assert ("floor" in section.replace("of floor", "")) == (gpu == CARD["name"])
 
 
 # Pages
@@ -488,7 +636,7 @@ def test_the_markdowns_tables_hold_a_row_a_problem_and_a_row_a_stage(history: Hi
     page = page_of(history)
     results, funnel, phases = tables(page.markdown())
     assert [len(table) - 2 for table in (results, funnel, phases)] == [6, 10, 5]
-    assert all(len(row) == len(results[0]) == 12 for row in results)
+    assert all(len(row) == len(results[0]) == 13 for row in results)
     for row, found in zip(results[2:], page.rows, strict=True):
         assert row[3:6] == [f"{found.ms:.4g}", f"{found.default_ms:.4g}", f"{found.speedup:.2f}×"]  # noqa: RUF001
     assert funnel[2] == ["enumerated", "5120"]
@@ -527,7 +675,7 @@ def test_without_a_gpu_the_only_journal_is_read_and_of_several_one_must_be_chose
     ("content", "message"),
     [
         (None, "no such storage"),
-        (b"", "holds no search that timed a candidate"),
+        (b"", "holds no candidate that was launched"),
         (b'{"op_code": 99, "worker_id": "x"}\n', "cannot be read as a storage"),
         (b'{"op_code": 4, "worker_id": "x", "trial_id": 7}\n', "cannot be read as a storage"),
         (b"\0" * 40 + b"\n" + b"[]\n", "cannot be read as a storage"),
@@ -555,7 +703,7 @@ def test_a_gpu_that_is_not_there_is_named_with_those_that_are(place: str) -> Non
         read(place, "H300")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"workload": "x"}]}', '{"rows": 3}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"workload": "x"}]}', '{"rows": 3}', json.dumps(NAMELESS)])
 def test_a_file_that_bench_did_not_write_is_an_error(content: str, tmp_path: Path) -> None:
     path = tmp_path / "b.json"
     path.write_text(content)
@@ -596,7 +744,7 @@ def test_sixty_searches_of_sixty_trials_take_a_few_seconds() -> None:
     searches = []
     for number in range(60):
         knobs = [{name: rng.choice((16, 32, 64, 128)) for name in ("BT", "BV", "num_warps")} for _ in range(60)]
-        trials = tuple(Trial(k, rng.lognormvariate(0, 1), "", 0.5, START) for k in knobs)
+        trials = tuple(PastTrial(k, rng.lognormvariate(0, 1), "", 0.5, START) for k in knobs)
         problem = Problem(("chunk", "fused_chunk", "parallel")[number % 3], "bfloat16", number + 1, 1024, 8, 64, 64)
         searches.append(PastSearch(problem, CONTEXT, "", knobs[0], None, trials, ()))
     started = time.process_time()

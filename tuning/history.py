@@ -8,31 +8,36 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from tuning.compilation import Resources
 from tuning.journal import counts_since
 from tuning.problems import Problem
 from tuning.run import RunError
 from tuning.storage import connected, is_url, masked
 
-FINALS, RUNS = "; finals", "runs; "
+RUNS = "runs; "
 TRIED = (TrialState.COMPLETE, TrialState.FAIL)  # a pruned trial was not launched, a running one has not ended
-MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # a pruned run was interrupted, and wrote rules all the same
+MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Trial:
+class PastTrial:
     """One candidate's time on the GPU: its knobs, milliseconds or why there are none, and the seconds that it cost.
 
     `step` is empty in a search; of finalists it is `race`, `fresh` or `prove`, and the last one's `value` is an error.
+    `rivals` took part in a race, and each is charged its share of it. `needs` is what the compiler said of it.
     """
 
     knobs: dict[str, int]
@@ -41,6 +46,13 @@ class Trial:
     seconds: float
     ended: dt.datetime
     step: str = ""
+    rivals: int = 1
+    needs: Resources | None = None
+
+    @property
+    def config(self) -> tuple[tuple[str, int], ...]:
+        """Its knobs, to be told from others' by."""
+        return tuple(sorted(self.knobs.items()))
 
 
 @dataclass(frozen=True)
@@ -52,21 +64,31 @@ class PastSearch:
     source: str
     default: dict[str, int]
     floor_ms: float | None
-    trials: tuple[Trial, ...]
-    finals: tuple[Trial, ...]
+    trials: tuple[PastTrial, ...]
+    finals: tuple[PastTrial, ...]
 
     @property
-    def timed(self) -> list[Trial]:
+    def timed(self) -> list[PastTrial]:
         """Those that have a time."""
         return [trial for trial in self.trials if trial.value is not None]
 
     @property
-    def failed(self) -> list[Trial]:
-        """Those that were launched, and are not used."""
+    def failed(self) -> list[PastTrial]:
+        """Those that have none; of a race all that took part, for nobody knows which of them it was."""
         return [trial for trial in (*self.trials, *self.finals) if trial.value is None]
 
     @property
-    def best(self) -> Trial:
+    def launched(self) -> set[Any]:
+        """Every configuration once, however often it was measured."""
+        return {trial.config for trial in (*self.trials, *self.finals)}
+
+    @property
+    def rejected(self) -> set[Any]:
+        """The configurations that failed alone."""
+        return {trial.config for trial in self.failed if trial.rivals == 1}
+
+    @property
+    def best(self) -> PastTrial:
         """The fastest."""
         return min(self.timed, key=lambda trial: trial.value or 0.0)
 
@@ -74,6 +96,14 @@ class PastSearch:
     def default_ms(self) -> float | None:
         """The default's milliseconds, where it was timed."""
         return next((trial.value for trial in self.timed if trial.knobs == self.default), None)
+
+    def has_proved(self, config: dict[str, int]) -> bool:
+        """Whether a configuration passed its proof."""
+        return any(t.step == "prove" and t.value is not None and t.knobs == config for t in self.finals)
+
+    def needs(self, config: dict[str, int]) -> Resources | None:
+        """What a configuration's compiled kernel needs, where that was kept."""
+        return next((t.needs for t in (*self.trials, *self.finals) if t.needs and t.knobs == config), None)
 
     @property
     def seconds(self) -> float:
@@ -87,14 +117,13 @@ class PastSearch:
 
 
 @dataclass(frozen=True)
-class Winner:
+class PastWinner:
     """A rule that a run wrote: the problem, what to use, and the figures that it was written with."""
 
     problem: Problem
     config: dict[str, int]
     ms: float
     default_ms: float | None = None
-    floor_ms: float | None = None
     error: float | None = None
 
 
@@ -104,6 +133,8 @@ class PastRun:
 
     started: dt.datetime
     seconds: float | None
+    interrupted: bool
+    context: dict[str, str]
     command: str
     effort: str
     sampler: str
@@ -112,7 +143,7 @@ class PastRun:
     phases: dict[str, float]
     gpu: dict[str, Any]
     flips: dict[str, Any]
-    winners: tuple[Winner, ...]
+    winners: tuple[PastWinner, ...]
 
     def gpu_number(self, name: str) -> float | None:
         """One of the GPU's figures, where it was kept."""
@@ -140,9 +171,15 @@ class History:
     foreign: int = 0
 
     @property
-    def winners(self) -> dict[Problem, Winner]:
-        """The rule of each problem that was written last."""
-        return {winner.problem: winner for run in self.runs for winner in run.winners}
+    def rules(self) -> dict[Problem, tuple[PastRun, PastWinner]]:
+        """The rule of each problem that was written last, and the run that wrote it."""
+        return {winner.problem: (run, winner) for run in self.runs for winner in run.winners}
+
+    def rule(self, search: PastSearch) -> PastWinner | None:
+        """The rule that was written last with a search's own software and kernel, which is the one that proved it."""
+        ours = [winner for run in self.runs if run.context == search.context for winner in run.winners]
+        proved = [one for one in ours if one.problem == search.problem and search.has_proved(one.config)]
+        return proved[-1] if proved else None
 
 
 def open_storage(place: str) -> BaseStorage:
@@ -179,7 +216,7 @@ def read(place: str, gpu: str | None = None) -> History:
     gpus = sorted({search.context["gpu"] for search in searches})
     if not searches:
         raise RunError(
-            f"{masked(place)} holds no search that timed a candidate"
+            f"{masked(place)} holds no candidate that was launched"
             f"{f' ({foreign} studies or trials are not of this tuner)' if foreign else ''}; "
             "`python -m tuning run --storage ...` fills one"
         )
@@ -192,7 +229,7 @@ def read(place: str, gpu: str | None = None) -> History:
         gpu=wanted,
         gpus=gpus,
         searches=sorted(latest.values(), key=_order),
-        runs=sorted(runs.get(wanted, []), key=lambda run: run.started),
+        runs=sorted((run for run in runs if run.context["gpu"] == wanted), key=lambda run: run.started),
         earlier=len(ours) - len(latest),
         foreign=foreign,
     )
@@ -203,68 +240,111 @@ def _order(search: PastSearch) -> tuple[Any, ...]:
     return p.form, p.dtype, p.K * p.V, p.B * p.T * p.H, p.K
 
 
-def _read_all(storage: BaseStorage) -> tuple[list[PastSearch], dict[str, list[PastRun]], int]:
+def _read_all(storage: BaseStorage) -> tuple[list[PastSearch], list[PastRun], int]:
     summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
-    attributes = {summary.study_name: summary.user_attrs for summary in summaries}
-    searches, foreign = [], 0
-    runs: dict[str, list[PastRun]] = defaultdict(list)
-    for name, about in attributes.items():
+    searches: list[PastSearch] = []
+    runs: list[PastRun] = []
+    foreign = 0
+    for name, about in ((summary.study_name, summary.user_attrs) for summary in summaries):
         try:
+            trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
             if name.startswith(RUNS):
-                gpu, found = _runs(storage, name, about)
-                runs[gpu] += found
-            elif not name.endswith(FINALS):
-                finals = name + FINALS
-                searches.append(_search(about, _trials(storage, name), _trials(storage, finals, finals in attributes)))
+                found, odd = _each(partial(_run, _context(name, about)), trials, ENDED)
+                runs += found
+            else:
+                measured, odd = _each(_trial, trials[counts_since(trials) :], TRIED)
+                searches.append(_search(about, measured))
+            foreign += odd
         except MALFORMED:
             foreign += 1
-    return [search for search in searches if search.timed], runs, foreign
+    return _merged(searches), runs, foreign
 
 
-def _trials(storage: BaseStorage, name: str, exists: bool = True) -> tuple[Trial, ...]:
-    study = optuna.load_study(study_name=name, storage=storage) if exists else None
-    trials = study.get_trials(deepcopy=False) if study else []
-    counted = [trial for trial in trials[counts_since(trials) :] if trial.state in TRIED]
-    return tuple(sorted(map(_trial, counted), key=lambda trial: trial.ended))
+def _each(
+    parse: Callable[[FrozenTrial], T], trials: Sequence[FrozenTrial], states: tuple[TrialState, ...]
+) -> tuple[list[T], int]:
+    """What trials in some states say, and how many could not be understood."""
+    found, foreign = [], 0
+    for trial in trials:
+        if trial.state in states:
+            try:
+                found.append(parse(trial))
+            except MALFORMED:
+                foreign += 1
+    return found, foreign
 
 
-def _trial(trial: FrozenTrial) -> Trial:
-    failed = trial.state is TrialState.FAIL
+def _trial(trial: FrozenTrial) -> PastTrial:
+    about, failed = trial.user_attrs, trial.state is TrialState.FAIL
+    step, value, rivals = str(about.get("step", "")), _number(trial.value), max(1, int(about.get("rivals", 1)))
+    if not trial.params or (not failed and not value and not (step and value == 0)):
+        raise ValueError(f"trial {trial.number} has no knobs or no time")
     ended = trial.datetime_complete or trial.datetime_start or dt.datetime.min  # noqa: DTZ901 - Optuna's have no zone
-    return Trial(
-        knobs={name: int(value) for name, value in trial.params.items()},
-        value=None if failed else float(trial.value or 0.0),
-        reason=str(trial.user_attrs.get("reason") or "no reason was kept") if failed else "",
-        seconds=max(0.0, trial.duration.total_seconds()) if trial.duration else 0.0,
+    return PastTrial(
+        knobs={name: int(knob) for name, knob in trial.params.items()},
+        value=None if failed else value,
+        reason=str(about.get("reason") or "no reason was kept") if failed else "",
+        seconds=_duration(trial) / rivals,  # all who race begin and end together
         ended=ended,
-        step=str(trial.user_attrs.get("step", "")),
+        step=step,
+        rivals=rivals,
+        needs=_needs(about["needs"]) if "needs" in about else None,
     )
 
 
-def _search(about: Mapping[str, Any], trials: tuple[Trial, ...], finals: tuple[Trial, ...]) -> PastSearch:
+def _needs(found: Mapping[str, Any]) -> Resources:
+    registers, spills, shared, warps = (int(found[name]) for name in ("registers", "spills", "shared", "warps"))
+    return Resources(registers, spills, shared, warps, int(found.get("tensor_memory", 0)))
+
+
+def _duration(trial: FrozenTrial) -> float:
+    return max(0.0, trial.duration.total_seconds()) if trial.duration else 0.0
+
+
+def _search(about: Mapping[str, Any], trials: Sequence[PastTrial]) -> PastSearch:
     return PastSearch(
         problem=_problem(about["problem"]),
         context={"gpu": "unnamed GPU"} | _texts(about["context"]),
         source=str(about.get("source", "")),
         default={str(name): int(value) for name, value in about.get("default", {}).items()},
         floor_ms=_number(about.get("floor_ms")),
-        trials=trials,
-        finals=finals,
+        trials=tuple(trial for trial in trials if not trial.step),
+        finals=tuple(trial for trial in trials if trial.step),
     )
 
 
-def _runs(storage: BaseStorage, name: str, about: Mapping[str, Any]) -> tuple[str, list[PastRun]]:
-    """The GPU, which is in the study's attributes or first in its name, and the runs that ended."""
-    gpu = str(about.get("context", {}).get("gpu") or name.removeprefix(RUNS).partition(", driver ")[0])
-    study = optuna.load_study(study_name=name, storage=storage)
-    return gpu, [_run(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+def _merged(searches: Iterable[PastSearch]) -> list[PastSearch]:
+    """Those of which any trial counts, as one where only the step differs, or what ran beside the kernel."""
+    groups: dict[Any, list[PastSearch]] = defaultdict(list)
+    for search in searches:
+        if search.trials or search.finals:
+            groups[search.problem, search.source, tuple(sorted(search.context.items()))].append(search)
+    return [
+        replace(
+            group[0],
+            trials=_in_time(trial for search in group for trial in search.trials),
+            finals=_in_time(trial for search in group for trial in search.finals),
+        )
+        for group in groups.values()
+    ]
 
 
-def _run(trial: FrozenTrial) -> PastRun:
-    about = trial.user_attrs
+def _in_time(trials: Iterable[PastTrial]) -> tuple[PastTrial, ...]:
+    return tuple(sorted(trials, key=lambda trial: trial.ended))
+
+
+def _context(name: str, about: Mapping[str, Any]) -> dict[str, str]:
+    """What a study of runs was measured with; without attributes its name still begins with the GPU."""
+    return {"gpu": name.removeprefix(RUNS).partition(", driver ")[0]} | _texts(about.get("context", {}))
+
+
+def _run(context: dict[str, str], trial: FrozenTrial) -> PastRun:
+    about, interrupted = trial.user_attrs, trial.state is TrialState.PRUNED
     return PastRun(
         started=trial.datetime_start or dt.datetime.min,  # noqa: DTZ901 - as above
-        seconds=trial.value,
+        seconds=_duration(trial) if interrupted else trial.value,
+        interrupted=interrupted,
+        context=context,
         command=masked(str(about.get("command", ""))),
         effort=str(about.get("effort", "")),
         sampler=str(about.get("sampler", "")),
@@ -277,13 +357,13 @@ def _run(trial: FrozenTrial) -> PastRun:
     )
 
 
-def _winners(found: Iterable[Mapping[str, Any]]) -> list[Winner]:
+def _winners(found: Iterable[Mapping[str, Any]]) -> list[PastWinner]:
     return [
-        Winner(
+        PastWinner(
             _problem(one["problem"]),
             {str(name): int(value) for name, value in one["config"].items()},
             float(one["ms"]),
-            *(_number(one.get(name)) for name in ("default_ms", "floor_ms", "error")),
+            *(_number(one.get(name)) for name in ("default_ms", "error")),
         )
         for one in found
     ]

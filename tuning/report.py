@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import json
 import math
@@ -24,7 +25,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from generated import configuration
-from tuning.history import History, PastRun, PastSearch, Trial, read
+from generated.configuration_file import ConfigurationError, parse_file
+from tuning.compilation import ARCHS, Arch, Resources
+from tuning.history import History, PastRun, PastSearch, PastTrial, read
 from tuning.journal import default_path
 from tuning.measurement import describe_gpu, gpu_present
 from tuning.problems import Problem
@@ -36,8 +39,13 @@ from tuning.workloads import Workload, builtin
 LEVELS = (1.02, 1.05, 1.15, 1.4, 2.0, 4.0)  # a heat map's colours change at these multiples of the best
 LINEAR_REGRET = 0.02  # below it the regret's axis is linear, above it logarithmic: it ends at 0
 REGRET_TICKS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
+FLOOR_OF = "H100"  # in the name of a GPU that the floors of `bench` are of, as in Problem.floor_ms
 FEWEST_TRIALS = 20  # of a kernel, for the importance of its knobs
 STEPS = {"": "search", "race": "race", "fresh": "fresh process", "prove": "proof", "failed": "failed"}
+RESOURCES = (
+    "Resources are registers and spilled bytes a thread, shared memory a program, and, as programs times warps, what a "
+    "multiprocessor holds at once of the warps that it can."
+)
 SECTIONS = (
     ("summary", "Summary"),
     ("results", "Against the default"),
@@ -55,9 +63,10 @@ HEADINGS = ("workload", "configuration", "ms", "default ms", "vs default", "fla 
 
 
 @dataclass(frozen=True)
-class Row:
-    """What came out for one problem: what is used, in milliseconds, against the default, the floor and fla.
+class Result:
+    """What came out for one problem: the rule or else the fastest, in milliseconds, against default, floor and fla.
 
+    `resources` are in words what the compiled kernel needs, empty where that was not kept.
     `fla_ms` and `fla_speedup` are of a whole forward call of the form, from a file of `bench`.
     """
 
@@ -67,6 +76,7 @@ class Row:
     default_ms: float | None
     floor_ms: float | None
     error: float | None
+    resources: str
     fla_ms: float | None
     fla_speedup: float | None
     trials: int
@@ -86,7 +96,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """The fastest of a heat map's tile size as a multiple of the best; without one where it failed or was not tried."""
+    """The fastest of a heat map's tile size as a multiple of the best; without one where it failed or was not tried.
+
+    `about` is empty where it was not tried.
+    """
 
     ratio: float | None
     level: int
@@ -115,10 +128,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Candidates of a kernel that are not used for one reason, and one message of them."""
+    """Candidates, or races of several, of a kernel that failed for one reason, and one message of them."""
 
     kernel: str
     kind: str
+    is_race: bool
     count: int
     seconds: float
     message: str
@@ -153,12 +167,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Half:
-    """The forms' forward calls, or forward with backward, at one workload, and the floor of both."""
+    """The forms' forward calls, or forward with backward, at one workload, and the floor where the GPU has one."""
 
     name: str
-    floor_ms: float
-    floor_at: float
+    floor_ms: float | None
+    floor_at: float | None
     lines: list[Line]
+
+    def of_floor(self, line: Line) -> float | None:
+        """The floor's share of a line's time."""
+        return self.floor_ms / line.ms if self.floor_ms else None
 
 
 @dataclass(frozen=True)
@@ -187,9 +205,7 @@ class Peers:
 
     def of(self, problem: Problem, variant: str) -> dict[str, Any] | None:
         """The row of a problem's form at its shape."""
-        p = problem
-        shape = f"B={p.B} T={p.T} H={p.H} K={p.K} V={p.V} {p.dtype}"
-        return self.by_shape.get(shape, {}).get(p.form, {}).get(variant)
+        return self.by_shape.get(shape(problem), {}).get(problem.form, {}).get(variant)
 
 
 def report(options: argparse.Namespace, console: Console) -> int:
@@ -226,7 +242,8 @@ def read_peers(paths: Iterable[str]) -> Peers:
     for path in paths:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows += [row for row in found["rows"] if "failure" not in row and _is_timed(row)]
+            has_floor = FLOOR_OF in found["gpu"]["name"]
+            rows += [_checked(row, has_floor=has_floor) for row in found["rows"] if "failure" not in row]
             software = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", "fla"))
             machines.append(f"{found['gpu']['name']}, driver {found['gpu']['driver']}, {software}")
         except (ValueError, KeyError, TypeError) as error:
@@ -234,12 +251,14 @@ def read_peers(paths: Iterable[str]) -> Peers:
     return Peers(rows, machines)
 
 
-def _is_timed(row: dict[str, Any]) -> bool:
-    """True; raises for what is no row."""
+def _checked(row: dict[str, Any], *, has_floor: bool) -> dict[str, Any]:
+    """The row, without its floors where these are another GPU's; raises for what is no row."""
     for half in ("forward", "both"):
         if not all(row[half][name] > 0 for name in ("ms", "floor_ms")):
             raise ValueError(f"{half} of {row['workload']!r} is not positive")
-    return all(isinstance(row[name], str) for name in ("workload", "shape", "form", "variant"))
+    if not all(isinstance(row[name], str) for name in ("workload", "shape", "form", "variant")):
+        raise TypeError(f"a name of {row['workload']!r} is no text")
+    return row if has_floor else row | {half: row[half] | {"floor_ms": None} for half in ("forward", "both")}
 
 
 class Page:
@@ -247,7 +266,8 @@ class Page:
 
     def __init__(self, history: History, peers: Peers, place: str) -> None:
         self.history, self.peers, self.place = history, peers, place
-        self.searches, self.runs = history.searches, history.runs
+        self.every_search, self.runs = history.searches, history.runs
+        self.searches = [search for search in self.every_search if search.timed]
         self.written = dt.datetime.now().astimezone()
 
     def html(self) -> str:
@@ -271,11 +291,11 @@ class Page:
     @property
     def mixed(self) -> int:
         """How many versions of the driver and software the searches were measured with."""
-        return len({tuple(sorted(search.context.items())) for search in self.searches})
+        return len({tuple(sorted(search.context.items())) for search in self.every_search})
 
     @property
     def _latest(self) -> PastSearch:
-        return max(self.searches, key=lambda search: search.ended)
+        return max(self.every_search, key=lambda search: search.ended)
 
     @property
     def measured_on(self) -> dt.datetime:
@@ -283,37 +303,50 @@ class Page:
         return self._latest.ended
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def arch(self) -> Arch | None:
+        """The GPU's architecture, as its file of rules has it; None without one."""
+        gpu = self.history.gpu
+        for directory in configuration.config_directories():
+            with contextlib.suppress(ConfigurationError):
+                device = parse_file(directory / f"{configuration.slug(gpu)}.yaml").device
+                if device.name == gpu:
+                    return ARCHS.get(device.arch)
+        return None
+
+    @cached_property
+    def rows(self) -> list[Result]:
         """One for each problem."""
         return [self._row(search) for search in self.searches]
 
-    def _row(self, search: PastSearch) -> Row:
-        """The rule that a run wrote, or the search's fastest where none was."""
-        winner, best = self.history.winners.get(search.problem), search.best
+    def _row(self, search: PastSearch) -> Result:
+        """The rule that came of the search, or its fastest where none did."""
+        rule, best = self.history.rule(search), search.best
+        needs = search.needs(rule.config if rule else best.knobs)
         tuned, fla = (self.peers.of(search.problem, variant) for variant in ("tuned", "fla"))
-        return Row(
+        return Result(
             problem=search.problem,
-            config=winner.config if winner else best.knobs,
-            ms=winner.ms if winner else best.value or 0.0,
-            default_ms=winner.default_ms if winner else search.default_ms,
-            floor_ms=(winner and winner.floor_ms) or search.floor_ms,
-            error=winner.error if winner else None,
+            config=rule.config if rule else best.knobs,
+            ms=rule.ms if rule else best.value or 0.0,
+            default_ms=rule.default_ms if rule else search.default_ms,
+            floor_ms=search.floor_ms,
+            error=rule.error if rule else None,
+            resources=resources(needs, self.arch) if needs else "",
             fla_ms=fla["forward"]["ms"] if fla else None,
             fla_speedup=fla["forward"]["ms"] / tuned["forward"]["ms"] if fla and tuned else None,
             trials=len(search.trials),
             seconds=search.seconds,
-            is_rule=winner is not None,
+            is_rule=rule is not None,
         )
 
     @cached_property
     def key_figures(self) -> list[tuple[str, str, str]]:
         """Name, value and what it is made of."""
-        measured, failed = sum(len(s.trials) for s in self.searches), sum(len(s.failed) for s in self.searches)
+        launched, failed = (sum(len(getattr(s, n)) for s in self.every_search) for n in ("launched", "rejected"))
         speedups = [row.speedup for row in self.rows if row.speedup]
         floors = [row.of_floor for row in self.rows if row.of_floor]
-        found = [("searches", f"{len(self.searches)}", f"{len(kernels(self.searches))} kernels")]
-        found.append(("candidates", f"{measured:,}", f"launched, {failed:,} of them rejected"))
-        found.append(("GPU seconds", f"{sum(s.seconds for s in self.searches):,.0f}", "launching and timing"))
+        found = [("searches", f"{len(self.every_search)}", f"{len(kernels(self.every_search))} kernels")]
+        found.append(("candidates", f"{launched:,}", f"launched, {failed:,} of them rejected"))
+        found.append(("GPU seconds", f"{sum(s.seconds for s in self.every_search):,.0f}", "launching and timing"))
         if speedups:
             mean = statistics.geometric_mean(speedups)
             found.append(("vs default", f"{mean:.2f}\N{MULTIPLICATION SIGN}", f"geometric mean of {len(speedups)}"))
@@ -346,15 +379,20 @@ class Page:
         """A card for each workload of the files of `bench`."""
         return [compare(forms) for forms in self.peers.by_shape.values() if any("tuned" in f for f in forms.values())]
 
+    @property
+    def has_floors(self) -> bool:
+        """Whether a card has a floor."""
+        return any(half.floor_ms for card in self.comparisons for half in card.halves)
+
     @cached_property
     def funnel(self) -> list[tuple[str, float]]:
         """Stages and counts: the last run's, or what the trials tell where none was kept."""
         if self.last_run and self.last_run.funnel:
             return list(self.last_run.funnel.items())
-        finals = Counter(trial.step for search in self.searches for trial in search.finals if trial.value is not None)
-        counts = {"launched": sum(len(search.trials) for search in self.searches)}
+        finals = [trial for search in self.every_search for trial in search.finals if trial.value is not None]
+        counts = {"launched": sum(len(search.trials) for search in self.every_search)}
         counts["timed"] = sum(len(search.timed) for search in self.searches)
-        return [*counts.items(), *((STEPS.get(step, step), count) for step, count in finals.items())]
+        return [*counts.items(), *Counter(STEPS.get(trial.step, trial.step) for trial in finals).items()]
 
     @cached_property
     def by_kernel(self) -> dict[str, list[PastSearch]]:
@@ -367,9 +405,9 @@ class Page:
         return [Curve(search.problem, regret(search)) for search in self.searches]
 
     @cached_property
-    def plot(self) -> Plot:
-        """The regret curves as points in a square of 100 by 100."""
-        return Plot(self.curves)
+    def plot(self) -> Plot | None:
+        """The regret curves as points in a square of 100 by 100; None where nothing has a time."""
+        return Plot(self.curves) if self.curves else None
 
     @cached_property
     def importances(self) -> dict[str, dict[str, float] | None]:
@@ -384,7 +422,7 @@ class Page:
     @cached_property
     def costs(self) -> list[tuple[Problem, dict[str, float]]]:
         """GPU seconds of each search by step, the dearest first."""
-        return [(s.problem, cost(s)) for s in sorted(self.searches, key=lambda search: -search.seconds)]
+        return [(s.problem, cost(s)) for s in sorted(self.every_search, key=lambda search: -search.seconds)]
 
     @cached_property
     def cost(self) -> dict[str, float]:
@@ -394,14 +432,14 @@ class Page:
     @cached_property
     def rejected(self) -> list[Rejected]:
         """What was launched and is not used, the most frequent first."""
-        return rejections(self.searches)
+        return rejections(self.every_search)
 
 
 def compare(forms: dict[str, dict[str, dict[str, Any]]]) -> Comparison:
-    """The variants of each form on one logarithmic axis, which begins a little before the lowest floor."""
+    """The variants of each form on one logarithmic axis, on which all times and floors lie."""
     rows = [row for variants in forms.values() for row in variants.values()]
-    low = 0.9 * min(row["forward"]["floor_ms"] for row in rows)
-    high = 1.1 * max(row["both"]["ms"] for row in rows)
+    drawn = [row[half][name] for row in rows for half in ("forward", "both") for name in ("ms", "floor_ms")]
+    low, high = 0.9 * min(filter(None, drawn)), 1.1 * max(filter(None, drawn))
 
     def place(ms: float) -> float:
         return 100 * math.log(ms / low) / math.log(high / low)
@@ -415,7 +453,7 @@ def compare(forms: dict[str, dict[str, dict[str, Any]]]) -> Comparison:
             if "tuned" in variants
         ]
         floor = rows[0][half]["floor_ms"]
-        halves.append(Half(name, floor, place(floor), sorted(lines, key=lambda line: line.ms)))
+        halves.append(Half(name, floor, place(floor) if floor else None, sorted(lines, key=lambda line: line.ms)))
     return Comparison(rows[0]["workload"], rows[0]["shape"], halves)
 
 
@@ -500,9 +538,9 @@ def importance(searches: Sequence[PastSearch]) -> dict[str, float] | None:
 
 def heat_map(search: PastSearch) -> HeatMap:
     """The fastest of each size of the tile, relative to the search's best, whatever the other knobs."""
-    names = [name for name in ("BT", "BV", "num_warps", *search.best.knobs) if name in search.best.knobs]
-    down, across = list(dict.fromkeys(names * 2))[:2] if len(set(names)) > 1 else (names[0], names[0])
-    tiles: dict[tuple[int, int], list[Trial]] = defaultdict(list)
+    names = dict.fromkeys(name for name in ("BT", "BV", "num_warps", *search.best.knobs) if name in search.best.knobs)
+    down, across = [*names, *names][:2]
+    tiles: dict[tuple[int, int], list[PastTrial]] = defaultdict(list)
     for trial in search.trials:
         if {down, across} <= trial.knobs.keys():
             tiles[trial.knobs[down], trial.knobs[across]].append(trial)
@@ -514,10 +552,10 @@ def heat_map(search: PastSearch) -> HeatMap:
     return HeatMap(search.problem, down, across, columns, rows)
 
 
-def _cell(search: PastSearch, trials: Sequence[Trial]) -> Cell:
+def _cell(search: PastSearch, trials: Sequence[PastTrial]) -> Cell:
     timed = [trial for trial in trials if trial.value]
     if not timed:
-        return Cell(None, 0, f"failed: {trials[0].reason}" if trials else "not tried")
+        return Cell(None, 0, f"failed: {trials[0].reason}" if trials else "")
     best = min(timed, key=lambda trial: trial.value or 0.0)
     ratio = (best.value or 0.0) / (search.best.value or 1.0)
     about = f"{spelled(best.knobs)}: {best.value:.4g} ms, the fastest of {len(timed)}"
@@ -534,15 +572,16 @@ def cost(search: PastSearch) -> dict[str, float]:
 
 
 def rejections(searches: Iterable[PastSearch]) -> list[Rejected]:
-    """Failed candidates by kernel and kind of reason, the most frequent first."""
-    found: dict[tuple[str, str], list[Trial]] = defaultdict(list)
+    """Failed candidates and races by kernel and kind of reason, the most frequent first."""
+    found: dict[tuple[str, str, bool], list[tuple[Problem, PastTrial]]] = defaultdict(list)
     for search in searches:
         for trial in search.failed:
-            found[search.problem.kernel, kind(trial.reason)].append(trial)
-    groups = [
-        Rejected(kernel, why, len(trials), sum(trial.seconds for trial in trials), trials[0].reason)
-        for (kernel, why), trials in found.items()
-    ]
+            found[search.problem.kernel, kind(trial.reason), trial.rivals > 1].append((search.problem, trial))
+    groups = []
+    for (kernel, why, is_race), failed in found.items():
+        configs, races = {(problem, trial.config) for problem, trial in failed}, sum(1 / t.rivals for _, t in failed)
+        seconds, message = sum(trial.seconds for _, trial in failed), failed[0][1].reason
+        groups.append(Rejected(kernel, why, is_race, round(races) if is_race else len(configs), seconds, message))
     return sorted(groups, key=lambda group: (-group.count, group.kernel, group.kind))
 
 
@@ -573,6 +612,15 @@ def shape(problem: Problem) -> str:
     return f"B={p.B} T={p.T} H={p.H} K={p.K} V={p.V} {p.dtype}"
 
 
+def resources(needs: Resources, arch: Arch | None) -> str:
+    """Registers, spills and shared memory in words; and where the architecture is known the occupancy."""
+    found = [f"{needs.registers} registers", f"{needs.spills} B spilled", f"{needs.shared / 1024:.4g} KiB shared"]
+    if arch:
+        blocks = needs.blocks_per_sm(arch)
+        found.append(f"{blocks} \N{MULTIPLICATION SIGN} {needs.warps} of {arch.warps_per_sm} warps")
+    return ", ".join(found)
+
+
 def spelled(knobs: dict[str, int]) -> str:
     """Knobs and values in a line."""
     return " ".join(f"{name}={value}" for name, value in knobs.items())
@@ -597,7 +645,13 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"headings": HEADINGS, "sections": SECTIONS, "dict": dict, "range": range}
+    environment.globals |= {
+        "headings": HEADINGS,
+        "about_resources": RESOURCES,
+        "sections": SECTIONS,
+        "dict": dict,
+        "range": range,
+    }
     named = {
         "zip": zip,
         "workload": workload_name,
