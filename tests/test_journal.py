@@ -78,6 +78,15 @@ def test_times_and_failures_are_remembered(path: Path) -> None:
         assert again.remembered(replace(PROBLEM, T=2048), FIRST, {}) is None
 
 
+def test_the_report_reads_past_what_is_kept_of_crashes(path: Path) -> None:
+    journal = open_journal(path)
+    measured(journal, FIRST, Outcome(1.0))
+    measured(journal, SECOND, Outcome(None, "no answer from the measuring process within 30 s: the kernel hangs"))
+    assert journal.crashes(replace(PROBLEM, T=7)) == {SECOND: journal.remembered(PROBLEM, SECOND, {}).reason}
+    assert journal.crashes(replace(PROBLEM, K=128)) == {}
+    assert read(str(path), "H100").foreign == 0
+
+
 def test_what_was_stopped_or_found_no_memory_is_not_remembered(path: Path) -> None:
     journal = open_journal(path)
     with pytest.raises(KeyboardInterrupt), journal.measuring(PROBLEM, FIRST, {}):
@@ -108,6 +117,17 @@ def test_fresh_forgets_what_it_asks_about_and_nothing_else(path: Path) -> None:
     (search,) = read(str(path), "H100").searches
     assert [trial.value for trial in search.trials] == [3.0]
     assert open_journal(path, "H200").remembered(PROBLEM, FIRST, {}) == Outcome(2.0)
+
+
+def test_a_study_whose_maker_was_killed_at_once_is_completed_by_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalStorage, "set_study_user_attr", lambda *arguments: None)
+        measured(open_journal(path), FIRST, Outcome(1.0))
+    measured(open_journal(path), SECOND, Outcome(2.0))
+    (search,) = read(str(path), "H100").searches
+    assert [trial.value for trial in search.trials] == [1.0, 2.0]
 
 
 def test_optuna_reads_it_as_studies_and_trials(path: Path) -> None:

@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tuning.compilation import Resources
-from tuning.journal import counts_since
+from tuning.journal import CRASHED, counts_since
 from tuning.problems import Problem
 from tuning.run import RunError
 from tuning.storage import connected, is_url, masked
@@ -246,6 +246,8 @@ def _read_all(storage: BaseStorage) -> tuple[list[PastSearch], list[PastRun], in
     runs: list[PastRun] = []
     foreign = 0
     for name, about in ((summary.study_name, summary.user_attrs) for summary in summaries):
+        if name.startswith(CRASHED):  # they are in their searches too
+            continue
         try:
             trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
             if name.startswith(RUNS):

@@ -580,15 +580,16 @@ def _masked(value: Any) -> Any:
 
 def _study_number(storage: Any, name: str, attributes: dict[str, Any]) -> int:
     """The study of a name, made where there is none."""
-    with contextlib.suppress(KeyError):
-        return int(storage.get_study_id_from_name(name))
     try:
-        number = int(storage.create_new_study([StudyDirection.MINIMIZE], name))
-    except DuplicatedStudyError:  # by another worker, between the two calls
-        return int(storage.get_study_id_from_name(name))
-    for key, value in attributes.items():
-        storage.set_study_user_attr(number, key, value)
-    return number
+        number = storage.get_study_id_from_name(name)
+    except KeyError:
+        with contextlib.suppress(DuplicatedStudyError):  # by another worker, between the two calls
+            storage.create_new_study([StudyDirection.MINIMIZE], name)
+        number = storage.get_study_id_from_name(name)
+    known = storage.get_study_user_attrs(number)  # none, where who made it was killed since
+    for key in attributes.keys() - known.keys():
+        storage.set_study_user_attr(number, key, attributes[key])
+    return int(number)
 
 
 def _set(storage: Any, trial: int, name: str, value: Any) -> None:
