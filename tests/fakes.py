@@ -85,6 +85,7 @@ class Pool:
 
     def __init__(self, arch: str = "sm90", workers: int | None = None, needs: Callable[..., Any] | None = None) -> None:
         self.workers = workers or 4
+        self._futures: dict[Any, Future[Any]] = {}
         self.needs = needs or (lambda problem, config, variant: NEEDS)
 
     def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Any]:

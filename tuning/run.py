@@ -17,15 +17,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from generated import configuration
@@ -38,6 +29,7 @@ from tuning.journal import Journal, Run
 from tuning.journal import default_path as default_journal
 from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, Problem, problem_at, problems_of
+from tuning.progress import SearchProgress
 from tuning.samplers import check_available
 from tuning.space import knob_values
 from tuning.storage import VARIABLE, Database, is_url, masked
@@ -45,8 +37,9 @@ from tuning.tuner import EFFORTS, Funnel, GpuJudge, Judge, ModelJudge, Tuner, Wi
 from tuning.workers import SESSION, chosen, gpu_alone, run_all, without
 from tuning.workloads import Workload, parse
 
+__all__ = ["SearchProgress", "run"]  # landscape.py takes the display from here
+
 FOREVER = 10 * 365 * 86400.0
-LINE_SECONDS = 10.0
 
 
 class RunError(Exception):
@@ -275,13 +268,18 @@ def _tune(
     with (
         _termination_as_interrupt(),
         contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
-        SearchProgress(console) as progress,
+        SearchProgress(console, partial(_compiling, pool), deadline) as progress,
     ):
         effort, how = EFFORTS[options.effort], {"sampler": options.sampler, "earlier": earlier_winners(known)}
         tuner = Tuner(judge, pool, arch, effort, deadline, incumbents, progress, journal, **how)
         tuner.run(problems)
         tuner.conclude()
     return tuner
+
+
+def _compiling(pool: CompilePool) -> int:
+    """What the compiler is at or has not begun; the list is a copy, because the display asks from its own thread."""
+    return sum(not future.done() for future in list(pool._futures.values()))
 
 
 def incumbents_among(entries: list[rules.Entry]) -> Callable[[Problem], list[Any]]:
@@ -311,45 +309,6 @@ def _termination_as_interrupt() -> Iterator[None]:
     finally:
         for number, handler in zip(told, previous, strict=True):
             signal.signal(number, handler)
-
-
-class SearchProgress:
-    """A bar with an estimate on a terminal; elsewhere a line every few seconds."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (
-            "{task.fields[phase]:10}",
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            "left",
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console)
-        self._console, self._said = console, time.monotonic()
-        self._phases: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Callable[..., None]:
-        if self._console.is_terminal:
-            self._bar.start()
-        return self._update
-
-    def __exit__(self, *error: object) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
-
-    def _update(self, done: int, total: int, problem: Problem, phase: str = "compiling", standing: str = "") -> None:
-        what = f"{problem.form} K={problem.K} V={problem.V}" + (f", {standing}" if standing else "")
-        if phase not in self._phases:
-            self._phases[phase] = self._bar.add_task(what, total=total, phase=phase)
-        task = self._phases[phase]
-        self._bar.update(task, completed=done, total=total, description=what)
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._said > LINE_SECONDS:
-            self._said = now
-            left = (self._bar.tasks[task].elapsed or 0.0) * (total - done) / max(1, done)
-            self._console.print(escape(f"{phase}: {done} of {total}, about {left:.0f} s left; {what}"))
 
 
 def _report(
