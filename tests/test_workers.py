@@ -432,7 +432,7 @@ def check_record(place: Path) -> None:
     ("arguments", "said"),
     [
         (["--devices", "7"], "--devices 7: no GPU is visible"),
-        (["--devices", "0", "--arch", "sm90"], "--devices 0 measures and --arch sm90 models: give one of them"),
+        (["--devices", "0", "--arch", "sm90"], "--devices is for measuring, and --arch sm90 models: give one of them"),
     ],
 )
 def test_gpus_that_are_not_there_are_refused(

@@ -39,7 +39,7 @@ EXAMPLES = """examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 for success, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
+    """Run a command; 0 for success, 1 for a failure, 2 for wrong usage, 128 and its number after a signal."""
     given = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(given, argparse.Namespace(given=given))
     try:

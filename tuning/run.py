@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import signal
 import time
@@ -22,7 +23,7 @@ from rich.table import Table
 from generated import configuration
 from generated.launch import has_aligned_rows
 from tuning import nvml, rules
-from tuning.compilation import ARCHS, Arch
+from tuning.compilation import ARCHS, Arch, Resources
 from tuning.compile_pool import CompilePool
 from tuning.coverage import Point
 from tuning.journal import Journal, Run
@@ -40,6 +41,11 @@ from tuning.workloads import Workload, parse
 __all__ = ["SearchProgress", "run"]  # landscape.py takes the display from here
 
 FOREVER = 10 * 365 * 86400.0
+RULES = re.compile(r"\A# Written by `python -m tuning run`|^kernels:", re.MULTILINE)  # also in a damaged file
+WIDE = 200  # columns: room for all that is told of a winner in one table
+
+
+LAST_STAGES = {"raced": "race", "confirmed": "confirm", "proven": "prove"}  # of the funnel, and their phases
 
 
 class RunError(Exception):
@@ -53,6 +59,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     for workload in workloads:
         if not has_aligned_rows(workload.torch_dtype, workload.K, workload.V):
             raise RunError(f"{workload.name}: an odd K or V in {workload.dtype} always runs the defaults, never a rule")
+    _check_measures(options)
     devices, store = _devices(options), _store(options, console)
     if len(devices) > 1:
         return _run_workers(options, console, devices, store)
@@ -81,7 +88,7 @@ def _run(
     journal, record = _journal(options, console, measurer.gpu, store) if measurer else (None, None)
     problems = problems_for(workloads, options.form)
     _announce(console, measurer, arch, workloads, problems, path)
-    with nvml.logging(measurer.gpu.uuid if measurer else "") as log:
+    with nvml.logging(measurer.gpu.uuid if measurer else "") as log, _termination_as_interrupt() as told:
         tuner = _tune(options, console, judge, arch, problems, path, journal)
     winners = list(tuner.winners.values())
     if winners:
@@ -96,14 +103,22 @@ def _run(
         figures = _figures(tuner, log.summary(), measurer.gpu.name)
         record.finish(time.monotonic() - started, interrupted=tuner.interrupted, **figures)
         journal.close()
-    return 130 if tuner.interrupted else int(not winners)
+    return 128 + (told or [signal.SIGINT])[0] if tuner.interrupted else int(not winners)
+
+
+def _check_measures(options: argparse.Namespace) -> None:
+    """Refuse what is for measurements alone where there will be none."""
+    given = {"--devices": options.devices, "--storage": options.storage, "--fresh": options.fresh}
+    for option in (option for option, value in given.items() if value):
+        if options.arch:
+            raise RunError(f"{option} is for measuring, and --arch {options.arch} models: give one of them")
+        if option != "--devices" and not gpu_present():
+            raise RunError(f"{option} is for measuring, and there is no GPU here: leave it out, for a modelled run")
 
 
 def _devices(options: argparse.Namespace) -> list[str]:
     """The GPUs to measure on, one worker each; where it is a single one, this process sees no other from now on."""
     if options.arch:
-        if options.devices:
-            raise RunError(f"--devices {options.devices} measures and --arch {options.arch} models: give one of them")
         return []
     try:
         devices = chosen(options.devices)
@@ -191,7 +206,7 @@ def _figures(tuner: Tuner, log: dict[str, Any], gpu: str) -> dict[str, Any]:
         "funnel": stages,
         "counts": counts | {"dropped": dict(funnel.dropped), "failures": funnel.failures},
         "seconds": funnel.seconds,
-        "gpu": {"idle_share": funnel.idle_share, "busy_seconds": sum(funnel.busy.values()), **log},
+        "gpu": {"idle_share": funnel.idle_share, "busy_seconds": tuner.judge.busy, **log},
         "flips": {"compared": funnel.compared, "changed": funnel.flipped},
         "winners": [_winner(winner, gpu) for winner in tuner.winners.values()],
     }
@@ -222,6 +237,10 @@ def _check_output(path: Path, device: str) -> None:
     owner = rules.owner(path)
     if owner not in (None, device):
         raise RunError(f"{path} holds rules for {owner}, and these are for {device}: give another file with --out")
+    if owner is None and path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip() and not RULES.search(text):
+            raise RunError(f"{path} is there, and is no file of rules: give another file with --out, or move it away")
 
 
 def problems_for(workloads: list[Workload], forms: list[str]) -> list[Problem]:
@@ -266,15 +285,23 @@ def _tune(
     known = rules.existing_entries(path)
     incumbents = incumbents_among(known)
     with (
-        _termination_as_interrupt(),
         contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
         SearchProgress(console, partial(_compiling, pool), deadline) as progress,
     ):
         effort, how = EFFORTS[options.effort], {"sampler": options.sampler, "earlier": earlier_winners(known)}
-        tuner = Tuner(judge, pool, arch, effort, deadline, incumbents, progress, journal, **how)
+        say = _without_proofs(progress) if judge.modelled else progress
+        tuner = Tuner(judge, pool, arch, effort, deadline, incumbents, say, journal, **how)
         tuner.run(problems)
         tuner.conclude()
     return tuner
+
+
+def _without_proofs(progress: Callable[..., None]) -> Callable[..., None]:
+    """The same, for a model, to which proving is compiling: nothing runs."""
+    names = {"proving": "compiling"}
+    return lambda done, total, problem, phase, standing: progress(
+        done, total, problem, names.get(phase, phase), standing
+    )
 
 
 def _compiling(pool: CompilePool) -> int:
@@ -300,14 +327,23 @@ def earlier_winners(entries: list[rules.Entry]) -> dict[Problem, Any]:
 
 
 @contextlib.contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Being told to end keeps what was found, as Ctrl-C does."""
-    told = (signal.SIGTERM, signal.SIGHUP)
-    previous = [signal.signal(number, signal.default_int_handler) for number in told]
+def _termination_as_interrupt() -> Iterator[list[int]]:
+    """Being told to end keeps what was found, as Ctrl-C does; the signals that did."""
+    told: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    # One that is ignored stays so: nohup and shells ask for that.
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = {number: handler for number, handler in previous.items() if handler != signal.SIG_IGN}
     try:
-        yield
+        for number in heard:
+            signal.signal(number, interrupt)
+        yield told
     finally:
-        for number, handler in zip(told, previous, strict=True):
+        for number, handler in heard.items():
             signal.signal(number, handler)
 
 
@@ -315,7 +351,7 @@ def _report(
     console: Console, winners: list[Winner], tuner: Tuner, searches: int, budget: float | None, log: dict[str, Any]
 ) -> None:
     if winners:
-        console.print(_table(winners))
+        console.print(*_tables(winners, tuner.arch, console.width))
     funnel = tuner.funnel
     console.print(_funnel_table(funnel, modelled=tuner.judge.modelled))
     if funnel.compared:
@@ -349,10 +385,11 @@ def _funnel_table(funnel: Funnel, *, modelled: bool) -> Table:
         ("compiled", funnel.compiled, "", ""),
         ("fit", funnel.clean, "", lost["failures"] and f"not used: {lost['failures']}"),
         ("estimated" if modelled else "timed", funnel.timed, "search", words),
-        ("raced", funnel.raced, "race", ""),
-        ("confirmed", funnel.confirmed, "confirm", ""),
-        ("proven", funnel.proven, "prove", ""),
     ]
+    if modelled:  # nothing ran
+        rows += [("written", funnel.proven, "prove", "")]
+    else:
+        rows += [(stage, getattr(funnel, stage), phase, "") for stage, phase in LAST_STAGES.items()]
     table = Table("stage", "candidates", "seconds", "beside")
     for stage, count, phase, beside in rows:
         seconds = f"{funnel.seconds[phase]:.1f}" if phase in funnel.seconds else ""
@@ -372,19 +409,38 @@ def _conclude(console: Console, winners: int, path: Path, seconds: float) -> Non
     console.print(f"took {seconds:.0f} s")
 
 
-def _table(winners: list[Winner]) -> Table:
-    table = Table("kernel", "shape", "configuration", "ms", "default ms", "error")
-    for winner in winners:
+def _tables(winners: list[Winner], arch: Arch, width: int) -> list[Table]:
+    """What was found, and what it needs of a multiprocessor: beside it, or below where there is no room for that."""
+    results, needs = [_result(winner) for winner in winners], [_needs(winner.needs, arch) for winner in winners]
+    if width >= WIDE:
+        return [_table(winners, [found | needed for found, needed in zip(results, needs, strict=True)])]
+    return [_table(winners, results), _table(winners, needs)]
+
+
+def _table(winners: list[Winner], cells: list[dict[str, str]]) -> Table:
+    table = Table("kernel", "shape", *cells[0])
+    table.columns[0].no_wrap = True
+    for winner, row in zip(winners, cells, strict=True):
         problem = winner.problem
-        use = " ".join(f"{name}={value}" for name, value in knob_values(winner.config).items())
         shape = f"B={problem.B} T={problem.T} H={problem.H} K={problem.K} V={problem.V}"
-        default = "" if winner.default_ms is None else f"{winner.default_ms:.4g}"
-        table.add_row(
-            problem.kernel,
-            shape,
-            use,
-            f"{winner.ms:.4g}",
-            default,
-            "" if winner.error is None else f"{winner.error:.1e}",
-        )
+        table.add_row(problem.form, shape, *row.values())
     return table
+
+
+def _result(winner: Winner) -> dict[str, str]:
+    return {
+        "configuration": " ".join(f"{name}={value}" for name, value in knob_values(winner.config).items()),
+        "ms": f"{winner.ms:.4g}",
+        "default ms": "" if winner.default_ms is None else f"{winner.default_ms:.4g}",
+        "error": "" if winner.error is None else f"{winner.error:.1e}",
+    }
+
+
+def _needs(needs: Resources, arch: Arch) -> dict[str, str]:
+    """Registers a thread, bytes that it spills, shared memory a program, and the share of the warps that can run."""
+    return {
+        "registers": str(needs.registers),
+        "spills": str(needs.spills),
+        "shared": f"{needs.shared / 1024:.4g} KiB",
+        "occupancy": f"{needs.blocks_per_sm(arch) * needs.warps / arch.warps_per_sm:.0%}",
+    }
