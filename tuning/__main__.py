@@ -19,7 +19,7 @@ from tuning.samplers import INFORMED, SAMPLERS, SamplerError
 from tuning.storage import StorageError, masked
 from tuning.tuner import EFFORTS
 from tuning.workers import GpuBusyError
-from tuning.workloads import DTYPES, WorkloadError, builtin
+from tuning.workloads import DTYPES, WorkloadError, builtin, groups
 
 FILE_WIDTH = 1000
 EXAMPLES = """examples:
@@ -298,13 +298,14 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_selection(parser: argparse.ArgumentParser, forms: Sequence[str]) -> None:
-    names = ", ".join(builtin())
+    names = ", ".join([*builtin(), *groups()])
     parser.add_argument(
         "--workload",
         action="append",
         default=[],
         metavar="NAME",
-        help=f"{names}, or B=..,T=..,H=..,K=..,V=..[,dtype=..], or a YAML file of them; may be repeated (default: all)",
+        help=f"{names}, or B=..,T=..,H=..,K=..,V=..[,dtype=..], or a file of them, in YAML or one a line; "
+        "may be repeated (default: all)",
     )
     parser.add_argument("--form", action="append", default=[], choices=forms, help="may be repeated (default: all)")
 
