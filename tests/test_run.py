@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,3 +170,25 @@ def test_a_signal_that_is_ignored_stays_ignored(parts: SimpleNamespace, tmp_path
     assert main([*RUN, "--out", str(tmp_path / "a.yaml")]) == 0
     assert len(parts.judge.timed) > 7
     assert signal.getsignal(sent) == signal.SIG_IGN
+
+
+LOCKING = """
+def lock():
+    lock_is_held.append(True)
+    os.kill(os.getpid(), number)
+    lock_is_held.pop()
+"""
+
+
+def test_an_interrupt_leaves_no_future_locked(sent: signal.Signals) -> None:
+    lock_is_held: list[bool] = []
+    names = {"__name__": "concurrent.futures._base", "os": os, "number": sent, "lock_is_held": lock_is_held}
+    exec(LOCKING, names)  # noqa: S102 - code as if of that module
+
+    def work() -> None:
+        names["lock"]()  # type: ignore[operator]
+        time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt), run_module._termination_as_interrupt():
+        work()
+    assert lock_is_held == []

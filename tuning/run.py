@@ -8,12 +8,15 @@ import os
 import re
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -43,9 +46,8 @@ __all__ = ["SearchProgress", "run"]  # landscape.py takes the display from here
 FOREVER = 10 * 365 * 86400.0
 RULES = re.compile(r"\A# Written by `python -m tuning run`|^kernels:", re.MULTILINE)  # also in a damaged file
 WIDE = 200  # columns: room for all that is told of a winner in one table
-
-
 LAST_STAGES = {"raced": "race", "confirmed": "confirm", "proven": "prove"}  # of the funnel, and their phases
+SOON = 0.001  # seconds
 
 
 class RunError(Exception):
@@ -328,23 +330,48 @@ def earlier_winners(entries: list[rules.Entry]) -> dict[Problem, Any]:
 
 @contextlib.contextmanager
 def _termination_as_interrupt() -> Iterator[list[int]]:
-    """Being told to end keeps what was found, as Ctrl-C does; the signals that did."""
+    """Being told to end keeps what was found, as Ctrl-C does; yields the signals other than Ctrl-C's that came.
+
+    An interrupt waits where it would leave a future locked: nobody would ever come past that lock.
+    """
     told: list[int] = []
+    again: SimpleQueue[int] = SimpleQueue()
+    threading.Thread(target=_tell_again, args=(again,), daemon=True).start()
 
-    def interrupt(number: int, frame: object) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if frame is None or not _is_locking(frame):
+            raise KeyboardInterrupt
+        again.put(number)
+
+    def end(number: int, frame: FrameType | None) -> None:
         told.append(number)
-        raise KeyboardInterrupt
+        as_ctrl_c = signal.getsignal(signal.SIGINT)  # another one while a process starts
+        (as_ctrl_c if callable(as_ctrl_c) else interrupt)(number, frame)
 
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: end, signal.SIGHUP: end}
     # One that is ignored stays so: nohup and shells ask for that.
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    heard = {number: handler for number, handler in previous.items() if handler != signal.SIG_IGN}
+    previous = {number: handler for number in handlers if (handler := signal.getsignal(number)) != signal.SIG_IGN}
     try:
-        for number in heard:
-            signal.signal(number, interrupt)
+        for number in previous:
+            signal.signal(number, handlers[number])
         yield told
     finally:
-        for number, handler in heard.items():
+        again.put(0)
+        for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _tell_again(numbers: SimpleQueue[int]) -> None:
+    """Send this process the signals that were put off, a moment later."""
+    while number := numbers.get():
+        time.sleep(SOON)
+        os.kill(os.getpid(), number)
+
+
+def _is_locking(frame: FrameType) -> bool:
+    """Whether this is code of futures or locks themselves, other than that which waits for others."""
+    module = str(frame.f_globals.get("__name__"))
+    return module.startswith(("threading", "concurrent.futures")) and frame.f_code.co_name != "wait"
 
 
 def _report(
