@@ -171,10 +171,11 @@ def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "record",
         help="run a program and write down the shapes that it uses",
-        description="Run a program, on a GPU, and write the shapes that it gives the kernels to a file, which "
-        "`python -m tuning run --workload FILE` tunes. Processes that the program starts are watched too.",
+        description="Run a program, on a GPU or on the CPU, and write the shapes that it gives the operators to a "
+        "file, which `python -m tuning run --workload FILE` tunes. Processes that the program starts are watched too.",
     )
     parser.add_argument("--out", metavar="FILE", default="workloads.yaml", help="default: workloads.yaml")
+    parser.add_argument("--append", action="store_true", help="add to the file what is not in it yet")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM", help="the program and its arguments")
     parser.set_defaults(command=record.record)
 
