@@ -156,9 +156,9 @@ import sys
 from tuning import tuner
 from tuning.__main__ import main
 real = tuner.ModelJudge.begin
-def begin(*arguments):
-    print("timed", flush=True)
-    return real(*arguments)
+def begin(judge, problem, config, *arguments):
+    print("default" if problem.form == "fused_chunk" and config == problem.default() else "timed", flush=True)
+    return real(judge, problem, config, *arguments)
 tuner.ModelJudge.begin = begin
 sys.exit(main(sys.argv[1:]))
 """
@@ -173,8 +173,8 @@ def test_signal_keeps_what_was_found_and_leaves_no_process(directory: Path, sent
         command, env=environment(directory), cwd=directory, text=True, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
         assert process.stdout is not None
-        for _ in range(3):
-            while process.stdout.readline() != "timed\n":
+        for awaited in ("default", "timed", "timed"):  # a search in which the default was not tried has no result
+            while process.stdout.readline() != f"{awaited}\n":
                 assert process.poll() is None
         process.send_signal(sent)
         output = process.stdout.read()  # ends when the last process that could write has ended
@@ -182,7 +182,7 @@ def test_signal_keeps_what_was_found_and_leaves_no_process(directory: Path, sent
     assert "stopped: " in output
     rule = parse_file(path).kernels[PROBLEM.kernel].rules[0]
     assert rule.proof == "modelled"
-    assert 2 <= rule.figures["trials"] < 200  # the third may have been stopped
+    assert 1 <= rule.figures["trials"] < 200  # the others may be of another search
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 1.5])

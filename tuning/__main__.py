@@ -122,7 +122,11 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         help=f"which way to search: {INFORMED} by a model, the compiler's figures and what was measured, the others "
         f"are Optuna's (default: {INFORMED})",
     )
-    _add_budget(parser, "stop after this time with what was found, once there is something")
+    _add_budget(
+        parser,
+        "end the search after this time, once there is something; what was found is then confirmed and proved, which "
+        "takes longer",
+    )
     parser.add_argument(
         "--out", metavar="FILE", help="the file to write (default: generated/configs or the user directory)"
     )
