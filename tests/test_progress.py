@@ -74,6 +74,12 @@ def test_a_shape_that_fits_is_told(clock: Clock) -> None:
     assert lines(progress, 80)[1] == f"chunk K=256 V=512: {STANDING}"
 
 
+def test_before_the_first_step_the_compiler_is_what_is_waited_for(clock: Clock) -> None:
+    progress = SearchProgress(Console(file=io.StringIO()), lambda: 7)
+    clock.now += 13
+    assert lines(progress, 80) == ["starting  0:13  7 to compile"]
+
+
 @pytest.mark.parametrize(
     ("done", "seconds", "said"), [(1, 60.0, ""), (60, 0.5, ""), (60, 60.0, "about 6:12 left"), (432, 60.0, "0:00 left")]
 )

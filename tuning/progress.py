@@ -56,7 +56,8 @@ class SearchProgress:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The two lines, for the width that there is."""
         if not self._phase:
-            yield Text("starting")
+            compiling = self._compiling()
+            yield Text(f"starting  {self._elapsed()}" + (f"  {compiling} to compile" if compiling else ""))
             return
         words = [self._phase, self._count(), self._elapsed(), self._left()]
         line = Table.grid(padding=(0, 2))
