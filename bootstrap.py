@@ -38,6 +38,7 @@ BUDGET = 150  # seconds
 SILENCE = 20  # seconds
 # What the budget suffices for: without a GPU, compiling on a few cores takes the most of it.
 WORKLOADS = {True: ("small", "short", "retnet_1.3b"), False: ("small", "short")}
+EXTRAS = "plot,samplers"  # what commands in the README need beside the rest
 USED_BY_RUN = ("torch", "triton", "yaml", "jinja2", "numpy", "optuna", "rich", "ruff")
 USED_BY_TEST = (*USED_BY_RUN, "pytest", "pytest_timeout", "xdist")
 EXAMPLES = """\
@@ -122,7 +123,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _command(commands, "run", run_project, "install, build the kernels, tune them, use them once", "the tuner")
-    budget = f"time for tuning (default {BUDGET})"
+    budget = f"time for the search; confirming and proving what it found takes longer (default {BUDGET})"
     run.add_argument("--budget", type=_seconds, default=BUDGET, metavar="SECONDS", help=budget)
     _command(commands, "test", run_tests, "install what the tests need too, and run them", "pytest")
     split = list(argv).index("--") if "--" in argv else len(argv)
@@ -162,7 +163,7 @@ def _seconds(text: str) -> int:
 def run_project(options: argparse.Namespace) -> None:
     """Install, build, tune, use."""
     started = time.monotonic()
-    toolbox = prepare(options, extra="", uses=USED_BY_RUN)
+    toolbox = prepare(options, extra=EXTRAS, uses=USED_BY_RUN)
     with phase("Build: kernels from templates"):
         toolbox.run("-m", "gen", "build")
     shapes = [f"--workload={name}" for name in WORKLOADS[has_gpu()]]

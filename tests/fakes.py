@@ -95,6 +95,9 @@ class Pool:
     def result(self, problem: Problem, config: Any, *, variant: str = PLAIN, seconds: float | None = None) -> Any:
         return self.needs(problem, config, variant)
 
+    def outstanding(self) -> int:
+        return 0
+
     def forget_waiting(self) -> None:
         pass
 

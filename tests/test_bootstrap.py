@@ -136,3 +136,18 @@ def test_a_failing_pip_shows_its_last_lines_and_a_hint(bootstrap: ModuleType, ma
 def test_pips_own_settings_are_passed_on(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "file:///mirror")
     assert bootstrap.clean_variables()["PIP_INDEX_URL"] == "file:///mirror"
+
+
+def test_run_installs_what_the_commands_of_the_readme_need(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extras: list[str] = []
+
+    def prepare(options: object, extra: str, uses: object) -> None:
+        extras.extend(extra.split(","))
+        raise bootstrap.SetupError("enough")
+
+    monkeypatch.setattr(bootstrap, "check_machine", lambda: None)
+    monkeypatch.setattr(bootstrap, "prepare", prepare)
+    assert bootstrap.main(["run"]) == 1
+    assert extras == ["plot", "samplers"]

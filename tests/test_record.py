@@ -15,7 +15,7 @@ import torch
 from generated import launch
 from generated.retention import fused_chunk
 from tuning.__main__ import main
-from tuning.record import VARIABLE, workloads
+from tuning.record import VARIABLE, shapes
 from tuning.workloads import Workload, WorkloadError, parse, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +32,7 @@ for _ in range(3):
     choose(2, 100, 64, 128, torch.bfloat16)
     choose(2, 100, 128, 64, torch.bfloat16)
 choose(1, 90, 33, 33, torch.float16, None)
+choose(1, 90, 34, 34, torch.float16, torch.tensor([0, 20, 70, 90]))
 choose(1, 90, 34, 34, torch.float16, torch.empty(4, device="meta"))
 raise SystemExit(7)
 """
@@ -51,12 +52,67 @@ def test_shapes_of_a_program_are_written_once_and_read_back(tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["seen.yaml"]
 
 
+def test_what_is_not_tuned_is_told_and_how_packed_sequences_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, monkeypatch, sys.executable, "-c", PROGRAM)
+    rows = capsys.readouterr().out.splitlines()
+    (odd,) = (row for row in rows if " 33 " in row)
+    assert "odd K or V in 16 bits: runs the defaults, is not tuned" in odd
+    (packed,) = (row for row in rows if " 34 " in row)
+    assert "packed: mean T, longest 50" in packed
+    assert "# packed: T is the mean length, the longest is 50" in (tmp_path / "seen.yaml").read_text()
+
+
+ON_THE_CPU = """
+import torch
+from generated import retention, fused_recurrent_retention as recurrent
+q, v = torch.randn(2, 8, 4, 16, requires_grad=True), torch.randn(2, 8, 4, 32)
+retention(q, q, v)[0].sum().backward()
+recurrent(q[:1], q[:1], v[:1], cu_seqlens=torch.tensor([0, 1, 8]))
+retention(q.double(), q.double(), v.double())
+"""
+
+
+def test_shapes_on_the_cpu_are_recorded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, monkeypatch, sys.executable, "-c", ON_THE_CPU) == 0
+    found = [(w.B, w.T, w.H, w.K, w.V, w.dtype) for w in read(tmp_path / "seen.yaml")]
+    assert found == [(2, 8, 4, 16, 32, "float32"), (2, 4, 4, 16, 32, "float32")]
+    assert (
+        "not for tuning: workload 'B=2,T=8,H=4,K=16,V=32,dtype=float64': dtype is 'float64'" in capsys.readouterr().out
+    )
+
+
+def test_append_adds_what_is_new_and_leaves_the_rest_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "seen.yaml"
+    before = "# mine\nrecorded:\n  known: {B: 2, T: 100, H: 4, K: 64, V: 128, dtype: bfloat16}  # attention"
+    path.write_text(before)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = ["record", "--append", "--out", str(path), "--", sys.executable, "-c", PROGRAM]
+    for _ in range(2):
+        assert main(command) == 7
+        assert path.read_text().startswith(before + "\nrecorded2:\n")
+        assert [workload.name for workload in read(path)] == ["known", "B3_T30_H4_K34_V34_float16"]
+
+
+def test_append_to_what_is_no_file_of_workloads_is_refused_before_the_program_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "seen.yaml"
+    path.write_text("mine")
+    assert main(["record", "--append", "--out", str(path), "--", "touch", str(tmp_path / "ran")]) == 2
+    assert "must hold groups" in capsys.readouterr().err
+    assert [one.name for one in tmp_path.iterdir()] == ["seen.yaml"]
+
+
 @pytest.mark.parametrize(
     ("program", "status", "said"),
     [
-        (["true"], 1, "no kernel was launched"),
-        (["false"], 1, "no kernel was launched"),
-        ([sys.executable, "-c", "raise SystemExit(5)"], 5, "no kernel was launched"),
+        (["true"], 1, "no shape was seen"),
+        (["false"], 1, "no shape was seen"),
+        ([sys.executable, "-c", "raise SystemExit(5)"], 5, "no shape was seen"),
     ],
 )
 def test_a_program_that_launches_nothing_writes_nothing(
@@ -126,9 +182,18 @@ def test_a_signal_that_ends_the_program_is_told_as_a_shell_tells_it(
     assert run(tmp_path, monkeypatch, "sh", "-c", "kill -TERM $$") == 128 + signal.SIGTERM
 
 
-def test_lines_that_no_tuner_takes_cost_themselves_alone() -> None:
-    lines = ["B=1,T=0,H=2,K=8,V=8,dtype=float16", "B=1,T=8,H=2,K=8,V=8,dtype=float16", "B=1,T=8,H"]
-    assert [workload.T for workload in workloads(lines)] == [8]
+def test_lines_that_no_tuner_takes_cost_themselves_alone_and_are_named() -> None:
+    lines = ["B=1,T=0,H=2,K=8,V=8,dtype=float16,longest=0", "B=1,T=8,H=2,K=8,V=8,dtype=float64,longest=8"]
+    lines += ["B=1,T=8,H=2,K=8,V=8,dtype=float16,longest=8", "B=1,T=8,H", "B=1,T=8,H=2,K=4,V=8,dtype=float16"]
+    found, refused = shapes(lines)
+    assert [workload.T for workload in found] == [8]
+    assert [reason.split(": ")[1][:5] for reason in refused] == ["T is ", "dtype"]
+
+
+def test_of_packed_sequences_the_mean_and_the_longest_are_kept() -> None:
+    lines = [f"B=3,T=30,H=2,K=8,V=8,dtype=float16,longest={longest}" for longest in (40, 70, 50)]
+    (kept,) = shapes(lines)[0].items()
+    assert (kept[0].T, kept[1]) == (30, 70)
 
 
 def test_nothing_is_recorded_unless_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +202,7 @@ def test_nothing_is_recorded_unless_it_is_wanted(tmp_path: Path, monkeypatch: py
     q: Any = torch.empty(1, 8, 2, 16)
     for wanted, lines in (
         (None, []),
-        (str(file), ["B=1,T=8,H=2,K=16,V=16,dtype=float32"]),
+        (str(file), ["B=1,T=8,H=2,K=16,V=16,dtype=float32,longest=8"]),
         ("/no/such/folder/x", None),
     ):
         monkeypatch.setattr(launch, "RECORD", wanted)
@@ -148,8 +213,8 @@ def test_nothing_is_recorded_unless_it_is_wanted(tmp_path: Path, monkeypatch: py
 
 
 def test_a_shape_and_its_gradients_are_one_workload() -> None:
-    lines = [f"B=1,T=8,H=2,K={K},V={V},dtype=float16" for K, V in ((8, 4), (4, 8), (8, 8), (4, 4), (8, 4))]
-    assert [(w.K, w.V) for w in workloads(lines)] == [(8, 4), (8, 8), (4, 4)]
+    lines = [f"B=1,T=8,H=2,K={K},V={V},dtype=float16,longest=8" for K, V in ((8, 4), (4, 8), (8, 8), (4, 4), (8, 4))]
+    assert [(w.K, w.V) for w in shapes(lines)[0]] == [(8, 4), (8, 8), (4, 4)]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from fakes import NEEDS, PROBLEM, Judge, candidates, landscape, timing, tune
 
 from generated.configuration_file import parse_file
 from tuning import forkserver, rules, storage
+from tuning import run as run_module
 from tuning import workers as workers_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS
@@ -345,8 +346,9 @@ def test_races_of_another_effort_do_not_hold(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["postgresql://u:s3cr-et@127.0.0.1:1/x", "postgresql://u:s3cr@et@h/x", "no://u:s3cr@h"])
 def test_a_database_that_is_not_there_is_said_before_anything_and_without_its_password(
-    url: str, capsys: pytest.CaptureFixture[str]
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_module, "gpu_present", lambda: True)
     with pytest.raises(StorageError) as raised:
         opened(url)
     assert "s3cr" not in str(raised.value)
@@ -456,7 +458,7 @@ def check_record(place: Path) -> None:
     ("arguments", "said"),
     [
         (["--devices", "7"], "--devices 7: no GPU is visible"),
-        (["--devices", "0", "--arch", "sm90"], "--devices 0 measures and --arch sm90 models: give one of them"),
+        (["--devices", "0", "--arch", "sm90"], "--devices is for measuring, and --arch sm90 models: give one of them"),
     ],
 )
 def test_gpus_that_are_not_there_are_refused(

@@ -19,7 +19,7 @@ from tuning.samplers import INFORMED, SAMPLERS, SamplerError
 from tuning.storage import StorageError, masked
 from tuning.tuner import EFFORTS
 from tuning.workers import GpuBusyError
-from tuning.workloads import DTYPES, WorkloadError, builtin
+from tuning.workloads import DTYPES, WorkloadError, builtin, groups
 
 FILE_WIDTH = 1000
 EXAMPLES = """examples:
@@ -39,7 +39,7 @@ EXAMPLES = """examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 for success, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
+    """Run a command; 0 for success, 1 for a failure, 2 for wrong usage, 128 and its number after a signal."""
     given = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(given, argparse.Namespace(given=given))
     try:
@@ -122,7 +122,11 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         help=f"which way to search: {INFORMED} by a model, the compiler's figures and what was measured, the others "
         f"are Optuna's (default: {INFORMED})",
     )
-    _add_budget(parser, "stop after this time with what was found, once there is something")
+    _add_budget(
+        parser,
+        "end the search after this time, once there is something; what was found is then confirmed and proved, which "
+        "takes longer",
+    )
     parser.add_argument(
         "--out", metavar="FILE", help="the file to write (default: generated/configs or the user directory)"
     )
@@ -171,10 +175,11 @@ def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "record",
         help="run a program and write down the shapes that it uses",
-        description="Run a program, on a GPU, and write the shapes that it gives the kernels to a file, which "
-        "`python -m tuning run --workload FILE` tunes. Processes that the program starts are watched too.",
+        description="Run a program, on a GPU or on the CPU, and write the shapes that it gives the operators to a "
+        "file, which `python -m tuning run --workload FILE` tunes. Processes that the program starts are watched too.",
     )
     parser.add_argument("--out", metavar="FILE", default="workloads.yaml", help="default: workloads.yaml")
+    parser.add_argument("--append", action="store_true", help="add to the file what is not in it yet")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM", help="the program and its arguments")
     parser.set_defaults(command=record.record)
 
@@ -298,13 +303,14 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_selection(parser: argparse.ArgumentParser, forms: Sequence[str]) -> None:
-    names = ", ".join(builtin())
+    names = ", ".join([*builtin(), *groups()])
     parser.add_argument(
         "--workload",
         action="append",
         default=[],
         metavar="NAME",
-        help=f"{names}, or B=..,T=..,H=..,K=..,V=..[,dtype=..], or a YAML file of them; may be repeated (default: all)",
+        help=f"{names}, or B=..,T=..,H=..,K=..,V=..[,dtype=..], or a file of them, in YAML or one a line; "
+        "may be repeated (default: all)",
     )
     parser.add_argument("--form", action="append", default=[], choices=forms, help="may be repeated (default: all)")
 

@@ -25,6 +25,7 @@ from generated.configuration import ConfigurationWarning, active_rules, defaults
 from tuning.measurement import describe_gpu, gpu_present
 from tuning.oracle import gradients_reference, relative_error, retnet_rates, sweep_reference
 from tuning.rules import check_writable, write_whole
+from tuning.run import RunError
 from tuning.timing import time_calls
 from tuning.workloads import Workload, parse
 
@@ -83,8 +84,9 @@ def bench(options: argparse.Namespace, console: Console) -> int:
     """Time what the options select, and print every row when it is measured; 1 if nothing could be."""
     workloads = [replace(w, dtype=options.dtype or w.dtype) for w in parse(options.workload)]
     if not gpu_present():
-        console.print("bench times kernels on a GPU, and this machine shows none; `python -m tuning run` can model one")
-        return 1
+        raise RunError(
+            "bench times kernels on a GPU, and this machine shows none; `python -m tuning run` can model one"
+        )
     path = Path(options.json).resolve() if options.json else None
     if path:
         check_writable(path)

@@ -73,6 +73,10 @@ class CompilePool:
             if future.done() and not future.cancelled() and future.exception() is None:
                 yield problem, future.result()
 
+    def outstanding(self) -> int:
+        """How many candidates the compiler is at or has not begun; to be asked by any thread."""
+        return sum(not future.done() for future in list(self._futures.values()))
+
     def forget_waiting(self) -> None:
         """Take back what no worker has begun."""
         for future in self._futures.values():

@@ -27,7 +27,8 @@ from tuning import rules
 from tuning.compilation import ARCHS, Arch, Resources
 from tuning.compile_pool import CompilePool
 from tuning.problems import GRADIENTS, PLAIN, Problem
-from tuning.run import FOREVER, SearchProgress, earlier_winners, incumbents_among, problems_for
+from tuning.progress import SearchProgress
+from tuning.run import FOREVER, earlier_winners, incumbents_among, problems_for
 from tuning.search import Effort
 from tuning.space import knob_values
 from tuning.tuner import EFFORTS, NEIGHBOUR_SEGMENTS, ModelJudge, Tuner

@@ -7,17 +7,18 @@ import os
 import signal
 import subprocess
 import tempfile
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from generated.launch import has_aligned_rows
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
-from tuning.workloads import Workload, WorkloadError, parse
+from tuning.workloads import Workload, WorkloadError, parse_shape, read
 
 VARIABLE = "RETGEN_RECORD"  # read by generated/launch.py
 
@@ -30,24 +31,50 @@ def record(options: argparse.Namespace, console: Console) -> int:
         raise RunError("nothing to run: python -m tuning record -- python train.py")
     if path.suffix not in (".yaml", ".yml"):
         raise RunError(f"--out {path}: must end in .yaml or .yml")
-    if path.exists():
-        raise RunError(f"{path} is there already: give another file with --out")
+    if path.exists() and not options.append:
+        raise RunError(f"{path} is there already: give another file with --out, or --append")
     check_writable(path)
+    known = read(path) if path.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "shapes"
         try:
             status = _run(program, os.environ | {VARIABLE: str(lines)})
         except OSError as error:
             raise RunError(f"{program[0]} cannot be run: {error.strerror}") from error
-        found = workloads(lines.read_text(encoding="utf-8").splitlines() if lines.exists() else [])
+        found, refused = shapes(lines.read_text(encoding="utf-8").splitlines() if lines.exists() else [])
+    for reason in refused:
+        console.print(escape(f"not for tuning: {reason}"), soft_wrap=True)
     if not found:
-        console.print("no kernel was launched, so that no shape was seen; on the CPU PyTorch code runs in their place")
+        console.print("no shape was seen that can be tuned: the program ran no operator of generated, or none of those")
         return status or 1
-    shapes = {_name(w): {axis: getattr(w, axis) for axis in "BTHKV"} | {"dtype": w.dtype} for w in found}
-    write_whole(path, yaml.safe_dump({"recorded": shapes}, sort_keys=False))
     console.print(_table(found))
-    console.print(escape(f"wrote {path}; python -m tuning run --workload {path} tunes for it"), soft_wrap=True)
+    _write(path, found, known, console)
     return status
+
+
+def _write(path: Path, found: dict[Workload, int], known: list[Workload], console: Console) -> None:
+    """Write what can be tuned and is not known, below what the file holds; all else of it stays."""
+    held = {_key(workload) for workload in known}
+    new = {one: longest for one, longest in found.items() if not _runs_defaults(one) and _key(one) not in held}
+    if not new:
+        console.print(escape(f"nothing to write to {path}: what can be tuned is there, or there is nothing"))
+        return
+    before = path.read_text(encoding="utf-8").rstrip("\n") + "\n" if known else ""
+    names = (f"recorded{number}".removesuffix("1") for number in count(1))
+    group = next(name for name in names if f"\n{name}:" not in f"\n{before}")
+    lines = [f"{group}:", *(_line(workload, longest) for workload, longest in new.items())]
+    write_whole(path, before + "\n".join(lines) + "\n", readable=read)
+    console.print(escape(f"wrote {path}; python -m tuning run --workload {path} tunes for it"), soft_wrap=True)
+
+
+def _line(workload: Workload, longest: int) -> str:
+    shape = ", ".join(f"{axis}: {getattr(workload, axis)}" for axis in ("B", "T", "H", "K", "V", "dtype"))
+    note = f"  # packed: T is the mean length, the longest is {longest}" if longest > workload.T else ""
+    return f"  {_name(workload)}: {{{shape}}}{note}"
+
+
+def _runs_defaults(workload: Workload) -> bool:
+    return not has_aligned_rows(workload.torch_dtype, workload.K, workload.V)
 
 
 def _run(program: list[str], environment: dict[str, str]) -> int:
@@ -63,29 +90,39 @@ def _run(program: list[str], environment: dict[str, str]) -> int:
     return status if status >= 0 else 128 - status  # as a shell says that a signal ended it
 
 
-def workloads(lines: list[str]) -> list[Workload]:
-    """The shapes in the order in which they were first seen; a gradient's sweep, K and V exchanged, is no other one."""
-    seen: dict[object, Workload] = {}
-    for workload in (found for line in dict.fromkeys(lines) for found in _parsed(line)):
-        widths = frozenset((workload.K, workload.V))
-        seen.setdefault((workload.B, workload.T, workload.H, widths, workload.dtype), workload)
-    return list(seen.values())
+def shapes(lines: list[str]) -> tuple[dict[Workload, int], list[str]]:
+    """The shapes in the order in which they were first seen, each with its longest sequence, and why others are none.
+
+    T is the mean of packed sequences, by which rules are chosen. A gradient's sweep, K and V exchanged, is not another.
+    """
+    seen: dict[object, tuple[Workload, int]] = {}
+    refused = []
+    for line in dict.fromkeys(lines):
+        text, whole, longest = line.partition(",longest=")
+        if not whole or not longest.isdecimal():  # the program was ended while it wrote
+            continue
+        try:
+            workload = parse_shape(text)
+        except WorkloadError as error:
+            refused.append(str(error))
+            continue
+        first, most = seen.get(_key(workload), (workload, 0))
+        seen[_key(workload)] = first, max(most, int(longest))
+    return dict(seen.values()), refused
 
 
-def _parsed(line: str) -> list[Workload]:
-    """The line's workload; none where it is one that no tuner takes, or was not written to its end."""
-    try:
-        return parse([line])
-    except WorkloadError:
-        return []
+def _key(workload: Workload) -> object:
+    return workload.B, workload.T, workload.H, frozenset((workload.K, workload.V)), workload.dtype
 
 
 def _name(workload: Workload) -> str:
     return "_".join([*(f"{axis}{getattr(workload, axis)}" for axis in "BTHKV"), workload.dtype])
 
 
-def _table(found: list[Workload]) -> Table:
-    table = Table(*"BTHKV", "dtype")
-    for workload in found:
-        table.add_row(*(str(getattr(workload, axis)) for axis in "BTHKV"), workload.dtype)
+def _table(found: dict[Workload, int]) -> Table:
+    table = Table(*"BTHKV", "dtype", "")
+    for workload, longest in found.items():
+        notes = ["odd K or V in 16 bits: runs the defaults, is not tuned"] if _runs_defaults(workload) else []
+        notes += [f"packed: mean T, longest {longest}"] if longest > workload.T else []
+        table.add_row(*(str(getattr(workload, axis)) for axis in "BTHKV"), workload.dtype, "; ".join(notes))
     return table

@@ -5,39 +5,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from generated import configuration
 from generated.launch import has_aligned_rows
 from tuning import nvml, rules
-from tuning.compilation import ARCHS, Arch
+from tuning.compilation import ARCHS, Arch, Resources
 from tuning.compile_pool import CompilePool
 from tuning.coverage import Point
 from tuning.journal import Journal, Run
 from tuning.journal import default_path as default_journal
 from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, Problem, problem_at, problems_of
+from tuning.progress import SearchProgress
 from tuning.samplers import check_available
 from tuning.space import knob_values
 from tuning.storage import VARIABLE, Database, is_url, masked
@@ -45,8 +41,13 @@ from tuning.tuner import EFFORTS, Funnel, GpuJudge, Judge, ModelJudge, Tuner, Wi
 from tuning.workers import SESSION, chosen, gpu_alone, run_all, without
 from tuning.workloads import Workload, parse
 
+__all__ = ["SearchProgress", "run"]  # landscape.py takes the display from here
+
 FOREVER = 10 * 365 * 86400.0
-LINE_SECONDS = 10.0
+RULES = re.compile(r"\A# Written by `python -m tuning run`|^kernels:", re.MULTILINE)  # also in a damaged file
+WIDE = 200  # columns: room for all that is told of a winner in one table
+LAST_STAGES = {"raced": "race", "confirmed": "confirm", "proven": "prove"}  # of the funnel, and their phases
+SOON = 0.001  # seconds
 
 
 class RunError(Exception):
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     for workload in workloads:
         if not has_aligned_rows(workload.torch_dtype, workload.K, workload.V):
             raise RunError(f"{workload.name}: an odd K or V in {workload.dtype} always runs the defaults, never a rule")
+    _check_measures(options)
     devices, store = _devices(options), _store(options, console)
     if len(devices) > 1:
         return _run_workers(options, console, devices, store)
@@ -88,7 +90,7 @@ def _run(
     journal, record = _journal(options, console, measurer.gpu, store) if measurer else (None, None)
     problems = problems_for(workloads, options.form)
     _announce(console, measurer, arch, workloads, problems, path)
-    with nvml.logging(measurer.gpu.uuid if measurer else "") as log:
+    with nvml.logging(measurer.gpu.uuid if measurer else "") as log, _termination_as_interrupt() as told:
         tuner = _tune(options, console, judge, arch, problems, path, journal)
     winners = list(tuner.winners.values())
     if winners:
@@ -103,14 +105,22 @@ def _run(
         figures = _figures(tuner, log.summary(), measurer.gpu.name)
         record.finish(time.monotonic() - started, interrupted=tuner.interrupted, **figures)
         journal.close()
-    return 130 if tuner.interrupted else int(not winners)
+    return 128 + (told or [signal.SIGINT])[0] if tuner.interrupted else int(not winners)
+
+
+def _check_measures(options: argparse.Namespace) -> None:
+    """Refuse what is for measurements alone where there will be none."""
+    given = {"--devices": options.devices, "--storage": options.storage, "--fresh": options.fresh}
+    for option in (option for option, value in given.items() if value):
+        if options.arch:
+            raise RunError(f"{option} is for measuring, and --arch {options.arch} models: give one of them")
+        if option != "--devices" and not gpu_present():
+            raise RunError(f"{option} is for measuring, and there is no GPU here: leave it out, for a modelled run")
 
 
 def _devices(options: argparse.Namespace) -> list[str]:
     """The GPUs to measure on, one worker each; where it is a single one, this process sees no other from now on."""
     if options.arch:
-        if options.devices:
-            raise RunError(f"--devices {options.devices} measures and --arch {options.arch} models: give one of them")
         return []
     try:
         devices = chosen(options.devices)
@@ -198,7 +208,7 @@ def _figures(tuner: Tuner, log: dict[str, Any], gpu: str) -> dict[str, Any]:
         "funnel": stages,
         "counts": counts | {"dropped": dict(funnel.dropped), "failures": funnel.failures},
         "seconds": funnel.seconds,
-        "gpu": {"idle_share": funnel.idle_share, "busy_seconds": sum(funnel.busy.values()), **log},
+        "gpu": {"idle_share": funnel.idle_share, "busy_seconds": tuner.judge.busy, **log},
         "flips": {"compared": funnel.compared, "changed": funnel.flipped},
         "winners": [_winner(winner, gpu) for winner in tuner.winners.values()],
     }
@@ -229,6 +239,10 @@ def _check_output(path: Path, device: str) -> None:
     owner = rules.owner(path)
     if owner not in (None, device):
         raise RunError(f"{path} holds rules for {owner}, and these are for {device}: give another file with --out")
+    if owner is None and path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip() and not RULES.search(text):
+            raise RunError(f"{path} is there, and is no file of rules: give another file with --out, or move it away")
 
 
 def problems_for(workloads: list[Workload], forms: list[str]) -> list[Problem]:
@@ -273,15 +287,23 @@ def _tune(
     known = rules.existing_entries(path)
     incumbents = incumbents_among(known)
     with (
-        _termination_as_interrupt(),
         contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
-        SearchProgress(console) as progress,
+        SearchProgress(console, pool.outstanding, deadline) as progress,
     ):
         effort, how = EFFORTS[options.effort], {"sampler": options.sampler, "earlier": earlier_winners(known)}
-        tuner = Tuner(judge, pool, arch, effort, deadline, incumbents, progress, journal, **how)
+        say = _without_proofs(progress) if judge.modelled else progress
+        tuner = Tuner(judge, pool, arch, effort, deadline, incumbents, say, journal, **how)
         tuner.run(problems)
         tuner.conclude()
     return tuner
+
+
+def _without_proofs(progress: Callable[..., None]) -> Callable[..., None]:
+    """The same, for a model, to which proving is compiling: nothing runs."""
+    names = {"proving": "compiling"}
+    return lambda done, total, problem, phase, standing: progress(
+        done, total, problem, names.get(phase, phase), standing
+    )
 
 
 def incumbents_among(entries: list[rules.Entry]) -> Callable[[Problem], list[Any]]:
@@ -302,61 +324,56 @@ def earlier_winners(entries: list[rules.Entry]) -> dict[Problem, Any]:
 
 
 @contextlib.contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Being told to end keeps what was found, as Ctrl-C does."""
-    told = (signal.SIGTERM, signal.SIGHUP)
-    previous = [signal.signal(number, signal.default_int_handler) for number in told]
+def _termination_as_interrupt() -> Iterator[list[int]]:
+    """Being told to end keeps what was found, as Ctrl-C does; yields the signals other than Ctrl-C's that came.
+
+    An interrupt waits where it would leave a future locked: nobody would ever come past that lock.
+    """
+    told: list[int] = []
+    again: SimpleQueue[int] = SimpleQueue()
+    threading.Thread(target=_tell_again, args=(again,), daemon=True).start()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if frame is None or not _is_locking(frame):
+            raise KeyboardInterrupt
+        again.put(number)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        as_ctrl_c = signal.getsignal(signal.SIGINT)  # another one while a process starts
+        (as_ctrl_c if callable(as_ctrl_c) else interrupt)(number, frame)
+
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: end, signal.SIGHUP: end}
+    # One that is ignored stays so: nohup and shells ask for that.
+    previous = {number: handler for number in handlers if (handler := signal.getsignal(number)) != signal.SIG_IGN}
     try:
-        yield
+        for number in previous:
+            signal.signal(number, handlers[number])
+        yield told
     finally:
-        for number, handler in zip(told, previous, strict=True):
+        again.put(0)
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-class SearchProgress:
-    """A bar with an estimate on a terminal; elsewhere a line every few seconds."""
+def _tell_again(numbers: SimpleQueue[int]) -> None:
+    """Send this process the signals that were put off, a moment later."""
+    while number := numbers.get():
+        time.sleep(SOON)
+        os.kill(os.getpid(), number)
 
-    def __init__(self, console: Console) -> None:
-        columns = (
-            "{task.fields[phase]:10}",
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            "left",
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console)
-        self._console, self._said = console, time.monotonic()
-        self._phases: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Callable[..., None]:
-        if self._console.is_terminal:
-            self._bar.start()
-        return self._update
-
-    def __exit__(self, *error: object) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
-
-    def _update(self, done: int, total: int, problem: Problem, phase: str = "compiling", standing: str = "") -> None:
-        what = f"{problem.form} K={problem.K} V={problem.V}" + (f", {standing}" if standing else "")
-        if phase not in self._phases:
-            self._phases[phase] = self._bar.add_task(what, total=total, phase=phase)
-        task = self._phases[phase]
-        self._bar.update(task, completed=done, total=total, description=what)
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._said > LINE_SECONDS:
-            self._said = now
-            left = (self._bar.tasks[task].elapsed or 0.0) * (total - done) / max(1, done)
-            self._console.print(escape(f"{phase}: {done} of {total}, about {left:.0f} s left; {what}"))
+def _is_locking(frame: FrameType) -> bool:
+    """Whether this is code of futures or locks themselves, other than that which waits for others."""
+    module = str(frame.f_globals.get("__name__"))
+    return module.startswith(("threading", "concurrent.futures")) and frame.f_code.co_name != "wait"
 
 
 def _report(
     console: Console, winners: list[Winner], tuner: Tuner, searches: int, budget: float | None, log: dict[str, Any]
 ) -> None:
     if winners:
-        console.print(_table(winners))
+        console.print(*_tables(winners, tuner.arch, console.width))
     funnel = tuner.funnel
     console.print(_funnel_table(funnel, modelled=tuner.judge.modelled))
     if funnel.compared:
@@ -390,10 +407,11 @@ def _funnel_table(funnel: Funnel, *, modelled: bool) -> Table:
         ("compiled", funnel.compiled, "", ""),
         ("fit", funnel.clean, "", lost["failures"] and f"not used: {lost['failures']}"),
         ("estimated" if modelled else "timed", funnel.timed, "search", words),
-        ("raced", funnel.raced, "race", ""),
-        ("confirmed", funnel.confirmed, "confirm", ""),
-        ("proven", funnel.proven, "prove", ""),
     ]
+    if modelled:  # nothing ran
+        rows += [("written", funnel.proven, "prove", "")]
+    else:
+        rows += [(stage, getattr(funnel, stage), phase, "") for stage, phase in LAST_STAGES.items()]
     table = Table("stage", "candidates", "seconds", "beside")
     for stage, count, phase, beside in rows:
         seconds = f"{funnel.seconds[phase]:.1f}" if phase in funnel.seconds else ""
@@ -413,19 +431,38 @@ def _conclude(console: Console, winners: int, path: Path, seconds: float) -> Non
     console.print(f"took {seconds:.0f} s")
 
 
-def _table(winners: list[Winner]) -> Table:
-    table = Table("kernel", "shape", "configuration", "ms", "default ms", "error")
-    for winner in winners:
+def _tables(winners: list[Winner], arch: Arch, width: int) -> list[Table]:
+    """What was found, and what it needs of a multiprocessor: beside it, or below where there is no room for that."""
+    results, needs = [_result(winner) for winner in winners], [_needs(winner.needs, arch) for winner in winners]
+    if width >= WIDE:
+        return [_table(winners, [found | needed for found, needed in zip(results, needs, strict=True)])]
+    return [_table(winners, results), _table(winners, needs)]
+
+
+def _table(winners: list[Winner], cells: list[dict[str, str]]) -> Table:
+    table = Table("kernel", "shape", *cells[0])
+    table.columns[0].no_wrap = True
+    for winner, row in zip(winners, cells, strict=True):
         problem = winner.problem
-        use = " ".join(f"{name}={value}" for name, value in knob_values(winner.config).items())
         shape = f"B={problem.B} T={problem.T} H={problem.H} K={problem.K} V={problem.V}"
-        default = "" if winner.default_ms is None else f"{winner.default_ms:.4g}"
-        table.add_row(
-            problem.kernel,
-            shape,
-            use,
-            f"{winner.ms:.4g}",
-            default,
-            "" if winner.error is None else f"{winner.error:.1e}",
-        )
+        table.add_row(problem.form, shape, *row.values())
     return table
+
+
+def _result(winner: Winner) -> dict[str, str]:
+    return {
+        "configuration": " ".join(f"{name}={value}" for name, value in knob_values(winner.config).items()),
+        "ms": f"{winner.ms:.4g}",
+        "default ms": "" if winner.default_ms is None else f"{winner.default_ms:.4g}",
+        "error": "" if winner.error is None else f"{winner.error:.1e}",
+    }
+
+
+def _needs(needs: Resources, arch: Arch) -> dict[str, str]:
+    """Registers a thread, bytes that it spills, shared memory a program, and the share of the warps that can run."""
+    return {
+        "registers": str(needs.registers),
+        "spills": str(needs.spills),
+        "shared": f"{needs.shared / 1024:.4g} KiB",
+        "occupancy": f"{needs.blocks_per_sm(arch) * needs.warps / arch.warps_per_sm:.0%}",
+    }

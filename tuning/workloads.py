@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,33 +58,65 @@ class Workload:
         return floor
 
 
+def groups() -> dict[str, dict[str, Workload]]:
+    """The workloads of workloads.yaml by group and name."""
+    found = yaml.safe_load((Path(__file__).parent / "workloads.yaml").read_text(encoding="utf-8"))
+    return {group: {name: Workload(name, **shape) for name, shape in of.items()} for group, of in found.items()}
+
+
 def builtin() -> dict[str, Workload]:
     """The workloads of workloads.yaml by name."""
-    groups = yaml.safe_load((Path(__file__).parent / "workloads.yaml").read_text(encoding="utf-8"))
-    return {name: Workload(name, **shape) for group in groups.values() for name, shape in group.items()}
+    return {name: workload for group in groups().values() for name, workload in group.items()}
 
 
 def parse(texts: list[str]) -> list[Workload]:
-    """Workloads by name, by shape (`B=8,T=2048,H=8,K=256,V=512[,dtype=float16]`) or file; all builtin for no text."""
-    known = builtin()
-    if not texts:
-        return list(known.values())
-    return [workload for text in texts for workload in _parse(text, known)]
+    """Workloads by name, group, shape (`B=8,T=2048,H=8,K=256,V=512[,dtype=float16]`) or file; all builtin for no text.
+
+    None is there twice, whatever names it.
+    """
+    known = groups()
+    named = {name: [workload] for group in known.values() for name, workload in group.items()}
+    names = {group: list(of.values()) for group, of in known.items()} | named
+    found = [_parse(text.strip(), names) for text in texts] if texts else named.values()
+    return list(dict.fromkeys(workload for workloads in found for workload in workloads))
 
 
-def _parse(text: str, known: dict[str, Workload]) -> list[Workload]:
+def _parse(text: str, names: dict[str, list[Workload]]) -> list[Workload]:
+    if text in names:
+        return names[text]
     if text.endswith((".yaml", ".yml")):
         return read(Path(text))
-    return [known[text] if text in known else _parse_shape(text, known)]
+    return _read_lines(Path(text)) if _is_file(text) else [parse_shape(text, names)]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or not one
+        return False
+
+
+def _read_lines(path: Path) -> list[Workload]:
+    """The workloads of a file with a shape a line; what follows a # is a comment."""
+    lines = [line.partition("#")[0].strip() for line in _text(path).splitlines()]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [parse_shape(line)] if line else []
+        except WorkloadError as error:
+            raise WorkloadError(f"workloads {path}: line {number}: {error}") from error
+    if not found:
+        raise WorkloadError(f"workloads {path}: holds none")
+    return found
 
 
 def read(path: Path) -> list[Workload]:
-    """The workloads of a file: groups of names and shapes, as in workloads.yaml."""
+    """The workloads of a YAML file: groups of names and shapes, as in workloads.yaml."""
+    text = _text(path)
     try:
-        groups = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise WorkloadError(f"workloads {path}: {reason}") from error
+        groups = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise WorkloadError(f"workloads {path}: {' '.join(str(error).split())}") from error
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise WorkloadError(f"workloads {path}: must hold groups, and each group names with shapes below them")
     found = [(name, shape) for group in groups.values() for name, shape in group.items()]
@@ -92,21 +125,29 @@ def read(path: Path) -> list[Workload]:
     return [_read_shape(path, str(name), shape) for name, shape in found]
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise WorkloadError(f"workloads {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _read_shape(path: Path, name: str, shape: Any) -> Workload:
     if not isinstance(shape, dict):
         raise WorkloadError(f"workloads {path}: {name} is {shape!r}; it must be a mapping of B, T, H, K and V")
     text = ",".join(f"{key}={value}" for key, value in shape.items())
     try:
-        return replace(_parse_shape(text or "=", {}), name=name)
+        return replace(parse_shape(text or "="), name=name)
     except WorkloadError as error:
         raise WorkloadError(f"workloads {path}: {name}: {error}") from error
 
 
-def _parse_shape(text: str, known: dict[str, Workload]) -> Workload:
+def parse_shape(text: str, names: Iterable[str] = ()) -> Workload:
+    """The workload of a shape; `names` are what else could have been meant."""
     if "=" not in text:
-        raise WorkloadError(
-            f"workload {text!r} is not known; use one of {', '.join(known)}, or B=..,T=..,H=..,K=..,V=.."
-        )
+        either = ", ".join([*names, "B=..,T=..,H=..,K=..,V=.."])
+        raise WorkloadError(f"workload {text!r} is not known, and no file here; use one of {either}")
+    text = re.sub(r"\s*([,=])\s*", r"\1", text.strip())
     pairs = [part.partition("=")[::2] for part in text.split(",")]
     names = sorted(name for name, _ in pairs if name != "dtype")
     if names != sorted("BTHKV") or len(pairs) - len(names) > 1:
