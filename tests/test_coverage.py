@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,15 +210,9 @@ def entry(point: Point, config: Any, **figures: float) -> Entry:
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The only file that is read, for a GPU that is pretended and has its name."""
-    with monkeypatch.context() as patch:
-        patch.setenv("RETGEN_CONFIG_DIR", str(tmp_path))
-        patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
-        patch.setattr(configuration, "packaged_directory", lambda: tmp_path / "no package")
-        patch.setattr(configuration, "identify", lambda device: configuration.Gpu("Pretended", "sm90"))
-        yield tmp_path / "a.yaml"
-    configuration.reload()
+def path(only_this_directory: Path) -> Path:
+    """The only file that is read."""
+    return only_this_directory / "a.yaml"
 
 
 def update(path: Path, entries: list[Entry]) -> None:

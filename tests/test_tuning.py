@@ -334,18 +334,6 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
-def only_this_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Configurations come from an empty directory, for a GPU that is pretended."""
-    with monkeypatch.context() as patch:
-        patch.setenv("RETGEN_CONFIG_DIR", str(tmp_path))
-        patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
-        patch.setattr(configuration, "packaged_directory", lambda: tmp_path / "no package")
-        patch.setattr(configuration, "identify", lambda device: configuration.Gpu("Pretended", "sm90"))
-        yield tmp_path
-    configuration.reload()
-
-
 def chosen(T: int = 1024) -> Any:
     configuration.reload()
     shape = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "K": 16, "V": 16, "BH": 64, "T": T}
