@@ -21,13 +21,14 @@ from generated.configuration_file import ConfigurationError, KernelRules, Rule, 
 from tuning import rules
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool, compile_key
-from tuning.coverage import AXES, TOLERANCE, Point, overlap, stretches
+from tuning.coverage import AXES, Point, beyond, overlap
 from tuning.known_bad import known_bad
 from tuning.problems import FORMS, PLAIN, Problem, problem_at
 from tuning.proof import ERROR_LIMITS
 from tuning.tuner import NOISE
 
 ROUNDING = 1e-3  # figures are written with four digits
+TOLERANCE = 0.05  # what a rule may lose against the fastest at a point: what a tuner lets it, and some noise
 TUNED = {Problem(form, "bfloat16", 1, 1, 1, 1, 1).kernel for form in FORMS}  # the kernels that rules are compiled for
 
 
@@ -136,17 +137,17 @@ def _places(kernel: str, entry: KernelRules) -> list[Place]:
 
 
 def interval_faults(places: list[Place]) -> list[str]:
-    """Rules of one kernel that cover a shape twice, or that reach farther from their points than a tuner lets them."""
+    """Rules of one kernel that say two things of a shape, or reach farther from their points than a tuner lets them."""
     faults = []
     for one, other in itertools.combinations(places, 2):
         tuned = rules.points_of(one.rule) and rules.points_of(other.rule)  # who writes by hand may rely on the order
-        if tuned and one.rule.proof == other.rule.proof and overlap(one.rule.when, other.rule.when):
+        differ = one.rule.proof == other.rule.proof and one.rule.use != other.rule.use
+        if tuned and differ and overlap(one.rule.when, other.rule.when):
             faults.append(f"{other}.when covers shapes that {one} covers already; the first one wins")
     for place in places:
         when, points = place.rule.when, rules.points_of(place.rule)
-        for axis, allowed in stretches(when, points).items() if points else ():
-            reach = " and ".join(f"[{low}, {high}]" for low, high in allowed)
-            faults.append(f"{place}.when.{axis} reaches beyond {reach}, as far as its points' figures hold")
+        if points and (shape := beyond(when, points)):
+            faults.append(f"{place}.when covers {rules.point_text(shape)}, which is beyond the reach of all its points")
         faults += [
             f"{place}.when does not hold the point {rules.point_text(point)}, at which its figures were found"
             for point in points
@@ -173,7 +174,7 @@ def figures_by_place(rule: Rule) -> list[tuple[str, Mapping[str, Any]]]:
 def _faults_of(figures: Mapping[str, Any], rule: Rule) -> Iterator[str]:
     if (error := figures.get("error", 0.0)) > (limit := ERROR_LIMITS[rule.when.dtype]):
         yield f"its error is {error}, over the {limit:.0e} that is taken for rounding"
-    if (ms := figures.get("ms", 0.0)) > (1 + NOISE) * (default := figures.get("default_ms", ms)):
+    if (ms := figures.get("ms", 0.0)) > (1 + NOISE) * (1 + ROUNDING) * (default := figures.get("default_ms", ms)):
         yield f"its {ms} ms are more than the default's {default}"
     if rules.slowness(figures) > (1 + TOLERANCE) * (1 + ROUNDING):
         yield f"its {ms} ms are over {TOLERANCE:.0%} more than the {figures['best_ms']} of the fastest there"

@@ -334,7 +334,7 @@ class Choice:
         """The fastest way; but what is `held` now, or else the default, unless that is slower beyond the noise."""
         fastest = min(ms, key=ms.__getitem__)
         holder = held if held is not None and held in ms else self.values[0]
-        return holder if holder in ms and ms[fastest] >= (1 - noise) * ms[holder] else fastest
+        return holder if holder in ms and ms[holder] <= (1 + noise) * ms[fastest] else fastest
 
 
 # A sweep in segments that run at once, one pass, token by token, or of all pairs.

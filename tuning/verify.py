@@ -92,14 +92,14 @@ def verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def claims_of(found: list[ActiveRule]) -> list[Claim]:
-    """The points of active rules at which no earlier rule is used; in the order in which rules are tried."""
+    """The points of active rules at which no other is used; in the order in which rules are tried."""
     active = [rule for rule in found if rule.status == "active"]
     first: dict[tuple[str, Point], Claim] = {}
     for claim in itertools.chain.from_iterable(map(_points, active)):
         p = claim.point
         shape = (p.dtype, p.K, p.V, p.BH, p.T)
         user = next(rule for rule in active if rule.kernel == claim.rule.kernel and rule.when.matches(*shape))
-        if user is claim.rule:
+        if (user.path, user.use) == (claim.rule.path, claim.rule.use):  # rules of one use may overlap
             first.setdefault((user.kernel, p), claim)
     return list(first.values())
 
