@@ -246,7 +246,7 @@ def race(contenders: list[Contender]) -> None:
             if contender.failure:
                 continue
             try:
-                # Which rules are in use is said above the rows; `defaults_only` forgets what has been warned of.
+                # Which rules are in use is said above the rows.
                 with warnings.catch_warnings(), contender.context():
                     warnings.simplefilter("ignore", ConfigurationWarning)
                     contender.turn() if number else contender.prepare()
