@@ -853,24 +853,6 @@ def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path, capsys: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_cannot_be_read_is_kept_under_another_name(tmp_path: Path) -> None:
-    path = tmp_path / "sm90.yaml"
-    path.write_text("not yaml: [", encoding="utf-8")
-    kept = rules.set_aside(path)
-    assert kept is not None
-    assert kept.name.startswith("sm90.yaml.broken-")
-    assert kept.read_text(encoding="utf-8") == "not yaml: ["
-    assert not path.exists()
-    assert rules.set_aside(path) is None  # nothing there
-
-
-def test_a_file_that_can_be_read_stays(tmp_path: Path) -> None:
-    path = tmp_path / "sm90.yaml"
-    rules.write(path, rules.document([], {"arch": "sm90"}, None))
-    assert rules.set_aside(path) is None
-    assert path.is_file()
-
-
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     path = tmp_path / "file" / "sm90.yaml"
