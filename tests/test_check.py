@@ -17,13 +17,13 @@ from fakes import Judge, Pool, timing, tune
 from generated import configuration
 from generated.configuration_file import When
 from tuning import check as checking
-from tuning import coverage, landscape, precompile, rules
+from tuning import coverage, landscape, precompile, rules, space
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
 from tuning.coverage import Point
 from tuning.landscape import Landscape
 from tuning.measurement import MeasurementError, Timing
-from tuning.problems import GRADIENTS, PLAIN, Problem, problem_at
+from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PLAIN, Problem, problem_at
 from tuning.rules import Entry
 from tuning.space import SWEEPS, knob_values
 from tuning.tuner import EFFORTS, NOISE
@@ -138,6 +138,7 @@ def test_what_the_compiler_does_otherwise_is_shown_and_is_no_fault(
     out = re.sub(r"[^\w.\[\] ]", "", lines(capsys))
     assert re.search(r"rules\[0\] +registers +90 +100", out)
     assert re.search(r"rules\[0\] +spills +0 +8", out)
+    assert re.search(r"rules\[0\] +programs a multiprocessor +5 +4", out)
     assert "8192" not in out
 
 
@@ -146,8 +147,9 @@ def test_what_the_compiler_does_otherwise_is_shown_and_is_no_fault(
     [
         ("TimeoutError: compiling took more than 20 s", "does not compile: TimeoutError"),
         (replace(NEEDS, shared=300_000), "needs 300000 bytes of shared memory; sm90 has 232448"),
+        (replace(NEEDS, tensor_memory=600), "needs 600 columns of tensor memory; sm90 has 512"),
     ],
-    ids=["no code", "too large"],
+    ids=["no code", "too large", "too wide"],
 )
 def test_rules_that_no_gpu_could_launch_are_faults(
     file: Path,
@@ -217,6 +219,19 @@ def test_what_stays_in_use_within_the_noise_of_the_default_is_right(
     assert chosen == "parallel"
     file.write_text(file.read_text().replace("ms: 0.5, default_ms: 1.0", "ms: 1.01, default_ms: 1.0"))
     assert main(["check", str(file)]) == 0
+
+
+@pytest.mark.parametrize(("kernel", "choice"), [(FORM_KERNEL, SWEEPS), (GRADIENTS_FORM_KERNEL, space.GRADIENTS)])
+def test_a_form_that_is_no_choice_is_a_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kernel: str, choice: space.Choice
+) -> None:
+    path = tmp_path / "a.yaml"
+    for form in choice.values:
+        chosen = replace(entry(), kernel=kernel, use={choice.name: form})
+        rules.write(path, rules.document([chosen], {"arch": "sm90"}, None))
+        assert main(["check", "--no-compile", str(path)]) == 0
+    out = check_changed(path, f"form: {choice.values[-1]}", "form: diagonal", capsys)
+    assert f"kernels.{kernel}.rules[0].use is {{'form': 'diagonal'}}: form is 'diagonal'; it must be" in out
 
 
 def test_rules_may_overlap_that_say_the_same(

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from generated.retention import auto
-from tuning.compilation import ARCHS, compile_launch, offline, read_cubin
+from tuning.compilation import ARCHS, Resources, compile_launch, offline, read_cubin
 from tuning.known_bad import known_bad
 from tuning.problems import FORMS, Problem
 from tuning.space import BT, GRADIENTS, SPACES, SWEEPS, WHOLE, L, Place, Sifted, knob_values, launched
@@ -159,6 +159,11 @@ def test_a_cubin_is_read_as_nvidias_own_tool_reads_it(arch: str, tmp_path: Path)
         assert (code.registers, code.stack) == (usage["REG"], usage["STACK"] + usage.get("LOCAL", 0))
         digests.add(code.digest)
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize(("registers", "blocks"), [(128, 4), (129, 3), (168, 3), (169, 2), (255, 2)])
+def test_registers_are_given_out_eight_at_a_time(registers: int, blocks: int) -> None:
+    assert Resources(registers, spills=0, shared=0, warps=4).blocks_per_sm(SM90) == blocks
 
 
 def test_a_launch_is_told_by_its_tiles_and_its_code() -> None:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from generated import configuration
 from generated.configuration import kernel_problem, kernel_registry
 from generated.configuration_file import ConfigurationError, KernelRules, Rule, parse_file
 from tuning import rules
-from tuning.compilation import ARCHS, Resources
+from tuning.compilation import ARCHS, Arch, Resources
 from tuning.compile_pool import CompilePool, compile_key
 from tuning.coverage import AXES, Point, beyond, overlap
 from tuning.known_bad import known_bad
@@ -68,7 +68,7 @@ class Compiled:
 
 def check(options: argparse.Namespace, console: Console) -> int:
     """Check the files that are given, or all that imports read; 1 if anything is wrong with one."""
-    paths = [Path(name) for name in options.file] or _all_files()
+    paths = [Path(name) for name in options.file] or configuration.config_files()
     if not paths:
         console.print("no configuration file is in any of the places where imports look")
         return 0
@@ -86,16 +86,6 @@ def check(options: argparse.Namespace, console: Console) -> int:
         console.print(escape(f"{path}: {checked}, {verdict}"), soft_wrap=True, highlight=False)
         wrong += len(faults)
     return int(wrong > 0)
-
-
-def _all_files() -> list[Path]:
-    return [
-        path
-        for directory in configuration.config_directories()
-        for pattern in ("*.yaml", "*.yml")
-        for path in sorted(directory.glob(pattern))
-        if not path.name.startswith(".")
-    ]
 
 
 def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tuple[list[str], Table, str]:
@@ -126,7 +116,7 @@ def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tu
         results = list(_compile(pool, launches, console))
     for result in results:
         faults += [f"{result.launch}: {reason}" for reason in [_compile_fault(result, file.device.arch)] if reason]
-        for name, then, now in changed_figures(result):
+        for name, then, now in changed_figures(result, ARCHS[file.device.arch]):
             changes.add_row(str(result.launch.place), name, str(then), str(now))
     compiled = len({str(result.launch.place) for result in results})
     return faults, changes, f"{checked}, {compiled} of them compiled for {file.device.arch} in {len(results)} launches"
@@ -217,14 +207,19 @@ def bad_faults(launches: list[Launch], arch: str) -> list[str]:
 def _compile_fault(result: Compiled, arch: str) -> str | None:
     if isinstance(result.needs, str):
         return f"does not compile: {result.needs}"
-    if not result.needs.fits(ARCHS[arch]):
-        return f"needs {result.needs.shared} bytes of shared memory; {arch} has {ARCHS[arch].shared}"
-    return None
+    excess = result.needs.excess(ARCHS[arch])
+    return f"needs {excess}" if excess else None
 
 
-def changed_figures(result: Compiled) -> list[tuple[str, Any, Any]]:
-    """Name, value in the file and value now, of the figures of the timed kernel that the file has otherwise."""
+def changed_figures(result: Compiled, arch: Arch) -> list[tuple[str, Any, Any]]:
+    """Name, value in the file and value now, of the figures of the timed kernel that the file has otherwise.
+
+    Where one has changed, also how many programs a multiprocessor holds, by them.
+    """
     if isinstance(result.needs, str) or result.launch.variant != PLAIN:
         return []
-    pairs = [(name, result.launch.figures.get(name), getattr(result.needs, name)) for name in rules.NEEDS]
-    return [pair for pair in pairs if pair[1] is not None and pair[1] != pair[2]]
+    figures = {name: result.launch.figures.get(name, getattr(result.needs, name)) for name in rules.NEEDS}
+    pairs = [(name, then, getattr(result.needs, name)) for name, then in figures.items()]
+    changed = [pair for pair in pairs if pair[1] != pair[2]]
+    then, now = (needs.blocks_per_sm(arch) for needs in (replace(result.needs, **figures), result.needs))
+    return [*changed, ("programs a multiprocessor", then, now)] if changed else []
