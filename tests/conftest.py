@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from oracle import poisoned_memory as poison
+
+from generated import configuration
 
 # Triton reads TRITON_INTERPRET where it decorates a kernel: those tests have processes of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
@@ -37,3 +40,15 @@ def poisoned_memory() -> Iterator[None]:
     """Fill what is allocated without a value with NaN during a test."""
     with poison():
         yield
+
+
+@pytest.fixture
+def only_this_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Configurations come from an empty directory, for a GPU that is pretended."""
+    with monkeypatch.context() as patch:
+        patch.setenv("RETGEN_CONFIG_DIR", str(tmp_path))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+        patch.setattr(configuration, "packaged_directory", lambda: tmp_path / "no package")
+        patch.setattr(configuration, "identify", lambda device: configuration.Gpu("Pretended", "sm90"))
+        yield tmp_path
+    configuration.reload()

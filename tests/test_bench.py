@@ -59,6 +59,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # Errors
 
 
+@pytest.mark.parametrize("fault", [2e-5, 1.0, float("nan")])
+def test_wrong_results_of_our_own_are_a_failure_and_a_peers_are_shown(calls: list[int], fault: float) -> None:
+    def wrong(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        return generated.chunk_retention(q, k, v)[0] * (1 + fault), None
+
+    ours, peer = (Contender(variant, wrong, INPUTS, EXPECTED) for variant in ("tuned", "fla"))
+    bench.race([ours, peer])
+    assert ours.failure.startswith("ArithmeticError: wrong result: relative errors o ")
+    assert isinstance(ours.row(WORKLOAD, "chunk", peer), Failure)
+    assert isinstance(peer.row(WORKLOAD, "chunk", None), Row)
+
+
 def test_reference_is_the_oracles_for_the_first_row_and_three_heads() -> None:
     q, k, v, do = INPUTS
     expected = oracle.solve(oracle.Problem(q, k, v, do).part([0], [0, 2, 4]))

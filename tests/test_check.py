@@ -17,23 +17,23 @@ from fakes import Judge, Pool, timing, tune
 from generated import configuration
 from generated.configuration_file import When
 from tuning import check as checking
-from tuning import coverage, landscape, precompile, rules
+from tuning import coverage, landscape, precompile, rules, space
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
 from tuning.coverage import Point
 from tuning.landscape import Landscape
 from tuning.measurement import MeasurementError, Timing
-from tuning.problems import GRADIENTS, PLAIN, Problem, problem_at
+from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PLAIN, Problem, problem_at
 from tuning.rules import Entry
-from tuning.space import knob_values
-from tuning.tuner import EFFORTS
+from tuning.space import SWEEPS, knob_values
+from tuning.tuner import EFFORTS, NOISE
 
 ROOT = Path(__file__).resolve().parent.parent
 SM90 = ARCHS["sm90"]
 NEEDS = Resources(registers=100, spills=8, shared=8192, warps=4)
 KERNEL = "retention_fused_chunk"
 USE = {"BT": 16, "BV": 16, "num_warps": 4, "num_stages": 2}
-WHEN = When("bfloat16", (9, 16), (9, 16), (32, 128), (512, 2048))
+WHEN = When("bfloat16", (1, 16), (1, 16), (32, 128), (512, 2048))
 POINT = Point("bfloat16", 16, 16, 64, 1024)
 
 
@@ -138,6 +138,7 @@ def test_what_the_compiler_does_otherwise_is_shown_and_is_no_fault(
     out = re.sub(r"[^\w.\[\] ]", "", lines(capsys))
     assert re.search(r"rules\[0\] +registers +90 +100", out)
     assert re.search(r"rules\[0\] +spills +0 +8", out)
+    assert re.search(r"rules\[0\] +programs a multiprocessor +5 +4", out)
     assert "8192" not in out
 
 
@@ -146,8 +147,9 @@ def test_what_the_compiler_does_otherwise_is_shown_and_is_no_fault(
     [
         ("TimeoutError: compiling took more than 20 s", "does not compile: TimeoutError"),
         (replace(NEEDS, shared=300_000), "needs 300000 bytes of shared memory; sm90 has 232448"),
+        (replace(NEEDS, tensor_memory=600), "needs 600 columns of tensor memory; sm90 has 512"),
     ],
-    ids=["no code", "too large"],
+    ids=["no code", "too large", "too wide"],
 )
 def test_rules_that_no_gpu_could_launch_are_faults(
     file: Path,
@@ -170,9 +172,9 @@ def test_rules_that_no_gpu_could_launch_are_faults(
         ("BT: 16", "BT: 17", "a power of two"),
         (f"  {KERNEL}:", "  unheard_of:", "kernels.unheard_of is no kernel"),
         ("format: 1", "format: 2", "format is 2"),
-        ("T: [512, 2048]", "T: [512, 5000]", "rules[1].when covers shapes that kernels.retention_fused_chunk.rules[0]"),
-        ("T: [512, 2048]", "T: [511, 2048]", "rules[0].when.T reaches beyond [512, 2048]"),
-        ("K: [9, 16]", "K: [9, 17]", "rules[0].when.K reaches beyond [9, 16]"),
+        ("T: [512, 2048]", "T: [512, 5000]", "rules[0].when covers K=1 V=1 BH=32 T=2049, which is beyond the reach"),
+        ("T: [512, 2048]", "T: [511, 2048]", "rules[0].when covers K=1 V=1 BH=32 T=511, which is beyond the reach"),
+        ("K: [1, 16]", "K: [1, 17]", "rules[0].when covers K=17 V=1 BH=32 T=512, which is beyond the reach"),
     ],
 )
 def test_faults_are_named_without_the_compiler(
@@ -195,6 +197,7 @@ def test_a_rule_of_a_users_own_compiles_at_its_upper_bounds_and_may_reach_as_far
     ("old", "new", "said"),
     [
         ("ms: 0.5", "ms: 1.5", "its 1.5 ms are more than the default's 1.0"),
+        ("ms: 0.5", "ms: 1.012", "its 1.012 ms are more than the default's 1.0"),
         ("ms: 0.5, default_ms: 1.0", "ms: 0.5, default_ms: 1.0, best_ms: 0.47", "over 5% more than the 0.47"),
         ("error: 0.001", "error: 0.9", "its error is 0.9, over the 1e-02"),
         ("T: [512, 2048]", "T: [1500, 2048]", "does not hold the point"),
@@ -206,6 +209,43 @@ def test_figures_that_speak_against_their_rule_are_faults(
     out = check_changed(file, old, new, capsys)
     assert said in out
     assert "1 wrong" in out
+
+
+def test_what_stays_in_use_within_the_noise_of_the_default_is_right(
+    file: Path, compiler: Callable[[Any], list[Any]]
+) -> None:
+    compiler(NEEDS)
+    chosen = SWEEPS.choose({"chunk": 1.0, "parallel": 1.01}, "parallel", NOISE)
+    assert chosen == "parallel"
+    file.write_text(file.read_text().replace("ms: 0.5, default_ms: 1.0", "ms: 1.01, default_ms: 1.0"))
+    assert main(["check", str(file)]) == 0
+
+
+@pytest.mark.parametrize(("kernel", "choice"), [(FORM_KERNEL, SWEEPS), (GRADIENTS_FORM_KERNEL, space.GRADIENTS)])
+def test_a_form_that_is_no_choice_is_a_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kernel: str, choice: space.Choice
+) -> None:
+    path = tmp_path / "a.yaml"
+    for form in choice.values:
+        chosen = replace(entry(), kernel=kernel, use={choice.name: form})
+        rules.write(path, rules.document([chosen], {"arch": "sm90"}, None))
+        assert main(["check", "--no-compile", str(path)]) == 0
+    out = check_changed(path, f"form: {choice.values[-1]}", "form: diagonal", capsys)
+    assert f"kernels.{kernel}.rules[0].use is {{'form': 'diagonal'}}: form is 'diagonal'; it must be" in out
+
+
+def test_rules_may_overlap_that_say_the_same(
+    tmp_path: Path, compiler: Callable[[Any], list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, beside = tmp_path / "a.yaml", {"K": 16, "V": 16, "BH": 96, "T": 2000}
+    other = replace(entry(), point=Point("bfloat16", **beside))
+    other.figures["point"] = rules.point_text(other.point)
+    rules.write(path, rules.document([entry(), other], {"arch": "sm90"}, None))
+    compiler(NEEDS)
+    assert main(["check", str(path)]) == 0
+    assert "2 rules" in lines(capsys)
+    out = check_changed(path, "BT: 16", "BT: 32", capsys)
+    assert "rules[1].when covers shapes that kernels.retention_fused_chunk.rules[0] covers already" in out
 
 
 def test_a_rule_of_several_points_is_as_its_worst_and_right(
@@ -232,9 +272,9 @@ def test_a_rule_of_several_points_is_as_its_worst_and_right(
         ),
         ("best_ms: 0.77", "best_ms: 0.7", "rules[0]: its 0.8 ms are over 5% more than the 0.7 of the fastest"),
         ("T=1024", "T=16384", "does not hold the point K=16 V=16 BH=64 T=16384"),
-        ("T=1024", "T=16384", "rules[0].when.T reaches beyond [1024, 4096] and [8192, 32768]"),
+        ("T=1024", "T=16384", "rules[0].when covers K=1 V=1 BH=32 T=512, which is beyond the reach of all its points"),
         ("point: K=16 V=16 BH=64 T=1024", "point: here", "must name each, and its point is 'here'"),
-        ("T: [512, 4096]", "T: [511, 4096]", "rules[0].when.T reaches beyond [512, 4096]"),
+        ("T: [512, 4096]", "T: [511, 4096]", "rules[0].when covers K=1 V=1 BH=32 T=511, which is beyond the reach"),
         ("also:", "also: []\n        x:", "unknown key 'x'"),
         ("{ms: 0.5, default", "{default", "rules[0].also[0]: missing key ms"),
     ],
@@ -276,7 +316,7 @@ def test_no_file_is_no_fault(
         ({"T": (2049, 4096)}, True),
         ({"T": (2048, 4096)}, False),
         ({"dtype": "float16"}, True),
-        ({"K": (1, 8)}, True),
+        ({"K": (17, 32)}, True),
         ({"BH": (1, 32), "V": (1, 9)}, False),
     ],
 )
@@ -285,17 +325,21 @@ def test_rules_overlap_where_a_shape_is_in_both(change: dict[str, Any], apart: b
     assert coverage.overlap(replace(WHEN, **change), WHEN) is not apart
 
 
-def test_a_rule_written_by_the_tuner_never_stretches() -> None:
-    assert coverage.stretches(WHEN, [POINT]) == {}
-    assert coverage.stretches(replace(WHEN, BH=(31, 129), T=(1024, 1024)), [POINT]) == {"BH": [(32, 128)]}
-
-
-def test_a_rule_of_several_points_reaches_as_far_as_one_of_them_and_over_no_gap() -> None:
+def test_a_rule_reaches_as_far_as_its_points_and_over_no_gap() -> None:
+    assert coverage.beyond(WHEN, [POINT]) is None
+    assert coverage.beyond(replace(WHEN, BH=(31, 129), T=(1024, 1024)), [POINT]) == Point("bfloat16", 1, 1, 31, 1024)
     longer = [replace(POINT, T=T) for T in (1024, 4096, 65536)]
-    assert coverage.stretches(replace(WHEN, T=(512, 8192)), longer[:2]) == {}
-    assert coverage.stretches(replace(WHEN, T=(512, 16384)), longer) == {"T": [(512, 8192), (32768, 131072)]}
-    wider = replace(POINT, K=32)
-    assert coverage.stretches(replace(WHEN, K=(9, 32)), [POINT, wider]) == {"K": [(9, 16), (17, 32)]}
+    assert coverage.beyond(replace(WHEN, T=(512, 8192)), longer[:2]) is None
+    assert coverage.beyond(replace(WHEN, T=(512, 131072)), longer) == Point("bfloat16", 1, 1, 32, 8193)
+
+
+def test_points_on_a_diagonal_hold_no_corner_beside_it() -> None:
+    diagonal = [replace(POINT, BH=BH, T=T) for BH, T in ((2, 65536), (8, 16384), (32, 4096), (128, 1024))]
+    hull = replace(WHEN, BH=(1, 256), T=(512, 131072))
+    assert coverage.beyond(hull, diagonal) == Point("bfloat16", 1, 1, 1, 512)
+    assert [region.points for region in coverage.regions(dict.fromkeys(diagonal, "same"))] == [
+        (point,) for point in diagonal
+    ]
 
 
 # compile

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import timeit
 import warnings
 from collections.abc import Callable, Iterator
@@ -218,6 +219,16 @@ def test_rule_holds_for_its_dtype_and_float16_goes_by_bfloat16s_without_its_own(
     assert select(dtype=torch.bfloat16) == DEFAULT
 
 
+def test_bfloat16_rule_that_was_measured_here_beats_float16_rules_of_models_and_other_gpus(
+    directories: Directories,
+) -> None:
+    half = WHEN.replace("bfloat16", "float16")
+    (directories.named / "a.yaml").write_text(document(kernel(rule(32, MODELLED, half), rule(64))))
+    (directories.named / "b.yaml").write_text(document(kernel(rule(128, when=half)), gpu=H200))
+    configuration.reload()
+    assert select(dtype=torch.float16).BT == 64
+
+
 def test_shape_outside_all_rules_is_only_logged(directories: Directories, caplog: pytest.LogCaptureFixture) -> None:
     (directories.named / "a.yaml").write_text(GOOD)
     configuration.reload()
@@ -414,6 +425,45 @@ def test_kernel_that_is_not_registered_is_a_mistake_of_the_caller(directories: D
         select(kernel="sample_dv", device=CPU)
 
 
+# What changes while it is used
+
+
+def test_without_rules_every_kernel_has_its_default_and_nothing_is_warned_of_or_lost(directories: Directories) -> None:
+    (directories.packaged / "h100.yaml").write_text(GOOD)
+    configuration.reload()
+    with configuration.defaults_only():
+        assert select() == DEFAULT
+        configuration.reload()
+        with configuration.defaults_only():
+            pass
+        assert select() == DEFAULT
+    assert select().BT == 64
+    assert len(configuration.active_rules(H100.name, H100.arch)) == 1
+
+
+def test_answer_from_before_a_reload_is_not_remembered_after_it(directories: Directories) -> None:
+    asked, reloaded = threading.Event(), threading.Event()
+
+    def default(*_: object) -> Knobs:
+        asked.set()
+        reloaded.wait(0.2)  # the other thread does not come so far before this one is done
+        return DEFAULT
+
+    def reload() -> None:
+        asked.wait(9)
+        (directories.packaged / "h100.yaml").write_text(GOOD)
+        configuration.reload()
+        reloaded.set()
+
+    (directories.packaged / "h100.yaml").write_text(document(kernel(rule(64), name=OTHER)))
+    configuration.reload()
+    thread = threading.Thread(target=reload)
+    thread.start()
+    select_config(KERNEL, Knobs, default, device=CUDA, dtype=torch.bfloat16, **SHAPE)
+    thread.join()
+    assert select().BT == 64
+
+
 # What is not used
 
 
@@ -448,6 +498,10 @@ VIOLATIONS = {
     "no other point": (MEASURED, f"{MEASURED}\n        also: []", [f"{RULE}.also is []"]),
     "point without figures": (MEASURED, f"{MEASURED}\n        also: [{{ms: 1}}]", [f"{RULE}.also[0]: missing key"]),
     "best a text": ("ms: 0.430,", "ms: 0.430, best_ms: x,", [f"{RULE}.measured.best_ms is 'x'"]),
+    "modelled in words": (MEASURED, "modelled: {ms: fast}", [f"{RULE}.modelled.ms is 'fast'", "a finite number"]),
+    "registers in words": ("spills: 0", "spills: 0, registers: few", [f"{RULE}.measured.registers is 'few'"]),
+    "half a batch": ("spills: 0", "spills: 0, B: 0.5", [f"{RULE}.measured.B is 0.5"]),
+    "origin a number": ("spills: 0", "spills: 0, triton: 3.5", [f"{RULE}.measured.triton is 3.5", "quote"]),
     "sms a float": ("sms: 132", "sms: 132.0", ["device.sms is 132.0"]),
     "memory text": ("memory_gb: 80", "memory_gb: 80GB", ["device.memory_gb is '80GB'"]),
     "software missing": ("triton: 3.6.0, ", "", ["software: missing key triton"]),

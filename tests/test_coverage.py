@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from generated import configuration
 from generated.configuration_file import When, parse_file
 from tuning import landscape, rules
 from tuning.compilation import ARCHS
-from tuning.coverage import AXES, TOLERANCE, Point, assign, regions, stretches
+from tuning.coverage import AXES, Point, assign, beyond, regions
 from tuning.model import predict
 from tuning.problems import Problem
 from tuning.rules import Entry, point_of
@@ -30,6 +29,7 @@ CONFIGS = [
     CONFIG_TYPE(BT=BT, BV=BV, num_warps=warps, num_stages=stages)
     for BT, BV, warps, stages in itertools.product((16, 32, 64), (16, 32, 64), (4, 8), (1, 2))
 ]
+TOLERANCE = 0.05
 POINT = Point("bfloat16", 128, 128, 64, 1024)
 Times = dict[Point, dict[Any, float]]
 
@@ -74,7 +74,7 @@ def defaults(times: Times) -> dict[Point, Any]:
 @every_seed
 def test_no_point_is_over_the_tolerance_slower_than_its_best_or_slower_than_the_default(seed: int) -> None:
     times = random_times(random_points(seed), seed)
-    found = assign(times, defaults(times))
+    found = assign(times, defaults(times), tolerance=TOLERANCE)
     assert found.keys() == times.keys()
     for point, config in found.items():
         assert times[point][config] <= (1 + TOLERANCE) * min(times[point].values())
@@ -84,7 +84,7 @@ def test_no_point_is_over_the_tolerance_slower_than_its_best_or_slower_than_the_
 @every_seed
 def test_fewer_configurations_are_used_than_win_and_none_without_need(seed: int) -> None:
     times = random_times(random_points(seed), seed)
-    found = set(assign(times, defaults(times)).values())
+    found = set(assign(times, defaults(times), tolerance=TOLERANCE).values())
     winners = {min(own, key=own.__getitem__) for own in times.values()}
     exact = set(assign(times, defaults(times), tolerance=0.0).values())
     assert len(found) <= len(winners)
@@ -97,23 +97,23 @@ def test_one_that_is_good_everywhere_is_used_everywhere() -> None:
     one, two, both, bad = CONFIGS[:4]
     short, long = POINT, replace(POINT, T=4096)
     times = {short: {one: 1.0, two: 9.0, both: 1.04, bad: 1.06}, long: {one: 9.0, two: 4.0, both: 4.1, bad: 4.0}}
-    assert assign(times, {}) == {short: both, long: both}
+    assert assign(times, {}, tolerance=TOLERANCE) == {short: both, long: both}
     assert assign(times, {}, tolerance=0.03) == {short: one, long: two}
 
 
 def test_among_equals_the_one_nearest_to_the_best_is_used() -> None:
     one, two, three = CONFIGS[:3]
     times = {replace(POINT, T=T): {one: 1.04, two: 1.02, three: 1.0 if T == 1 else 2.0} for T in (1, 2)}
-    assert set(assign(times, {}).values()) == {two}
+    assert set(assign(times, {}, tolerance=TOLERANCE).values()) == {two}
 
 
 def test_default_is_a_bound_also_within_the_tolerance() -> None:
     one, two, default = CONFIGS[:3]
     times = {replace(POINT, T=T): {one: 1.04, two: 1.0 + T, default: 1.0} for T in (1, 2)}
-    assert set(assign(times, dict.fromkeys(times, default)).values()) == {default}
-    assert set(assign(times, {}).values()) == {default}
+    assert set(assign(times, dict.fromkeys(times, default), tolerance=TOLERANCE).values()) == {default}
+    assert set(assign(times, {}, tolerance=TOLERANCE).values()) == {default}
     without = {point: {one: own[one], two: own[two]} for point, own in times.items()}
-    assert set(assign(without, dict.fromkeys(times, default)).values()) == {one}
+    assert set(assign(without, dict.fromkeys(times, default), tolerance=TOLERANCE).values()) == {one}
 
 
 def test_what_is_in_use_stays_while_it_keeps_the_promises() -> None:
@@ -121,19 +121,19 @@ def test_what_is_in_use_stays_while_it_keeps_the_promises() -> None:
     long = replace(POINT, T=4096)
     times = {POINT: {one: 1.0, two: 1.03, three: 1.2}, long: {one: 1.0, two: 1.03, three: 1.0}}
     for in_use, expected in [({}, one), ({POINT: two, long: two}, two), ({POINT: two}, one)]:
-        assert assign(times, {}, in_use=in_use) == {POINT: expected, long: expected}
-    assert assign(times, {}, in_use={POINT: three, long: three}) == {POINT: one, long: one}
-    assert assign(times, {}, in_use={POINT: two, long: three}) == {POINT: one, long: one}
+        assert assign(times, {}, tolerance=TOLERANCE, in_use=in_use) == {POINT: expected, long: expected}
+    assert assign(times, {}, tolerance=TOLERANCE, in_use={POINT: three, long: three}) == {POINT: one, long: one}
+    assert assign(times, {}, tolerance=TOLERANCE, in_use={POINT: two, long: three}) == {POINT: one, long: one}
 
 
 def test_a_point_where_nothing_ran_gets_nothing() -> None:
-    assert assign({POINT: {}, replace(POINT, T=1): {CONFIGS[0]: math.inf}}, {}) == {}
+    assert assign({POINT: {}, replace(POINT, T=1): {CONFIGS[0]: math.inf}}, {}, tolerance=TOLERANCE) == {}
 
 
 def test_measured_landscapes_need_fewer_configurations_than_they_have_points() -> None:
     found = [each for each in landscape.shipped() if each.problem.form == "fused_chunk"]
     times: Times = {point_of(each.problem): {c.config: c.ms for c in each.candidates if c.ms} for each in found}
-    chosen = assign(times, {point_of(each.problem): each.problem.default() for each in found})
+    chosen = assign(times, {point_of(each.problem): each.problem.default() for each in found}, tolerance=TOLERANCE)
     assert len(times) >= 6
     assert len(set(chosen.values())) < len(times)
     for each in found:
@@ -151,7 +151,9 @@ def random_uses(seed: int) -> dict[Point, Any]:
 
 
 @every_seed
-def test_regions_hold_their_points_overlap_no_other_and_stretch_no_farther_than_their_points(seed: int) -> None:
+def test_regions_hold_their_points_overlap_none_of_another_use_and_reach_no_farther_than_their_points(
+    seed: int,
+) -> None:
     uses = random_uses(seed)
     found = regions(uses)
     assert sorted(point for region in found for point in region.points) == sorted(uses)
@@ -159,14 +161,12 @@ def test_regions_hold_their_points_overlap_no_other_and_stretch_no_farther_than_
         assert len({(point.dtype, uses[point]) for point in region.points}) == 1
         when = When(region.points[0].dtype, **region.box)
         assert all(when.matches(p.dtype, p.K, p.V, p.BH, p.T) for p in region.points)
-        assert stretches(when, region.points) == {}
+        assert beyond(when, region.points) is None
     for one, other in itertools.combinations(found, 2):
         apart = any(max(one.box[a][0], other.box[a][0]) > min(one.box[a][1], other.box[a][1]) for a in AXES)
-        assert apart or one.points[0].dtype != other.points[0].dtype, (one, other)
-    if seed % 5:
-        assert len(found) < len(uses), "some neighbours share a rule"
-    else:
-        assert len(found) == len(uses)
+        same = uses[one.points[0]] == uses[other.points[0]]
+        assert apart or same or one.points[0].dtype != other.points[0].dtype, (one, other)
+    assert len(found) <= len(uses) if seed % 5 else len(found) == len(uses)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,10 @@ def test_regions_hold_their_points_overlap_no_other_and_stretch_no_farther_than_
         ([{"T": 2048}, {"T": 4096}], [(512, 8192)]),
         ([{"T": 4096}], [(512, 8192)]),
         ([{"T": 8192}], [(512, 2048), (4096, 16384)]),
-        ([{"T": 2048, "BH": 256}], [(512, 4096)]),
-        ([{"T": 2048, "BH": 512}], [(512, 2048), (1024, 4096)]),
+        ([{"T": 2048, "BH": 128}], [(512, 2048), (1024, 4096)]),
+        ([{"T": 2048, "BH": 128}, {"T": 2048}, {"BH": 128}], [(512, 4096)]),
+        ([{"BH": 256}], [(512, 2048)]),
+        ([{"BH": 512}], [(512, 2048), (512, 2048)]),
         ([{"T": 2048, "K": 100}], [(512, 4096)]),
         ([{"T": 2048, "K": 64}], [(512, 2048), (1024, 4096)]),
         ([{"T": 2048, "V": 256}], [(512, 2048), (1024, 4096)]),
@@ -211,15 +213,9 @@ def entry(point: Point, config: Any, **figures: float) -> Entry:
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The only file that is read, for a GPU that is pretended and has its name."""
-    with monkeypatch.context() as patch:
-        patch.setenv("RETGEN_CONFIG_DIR", str(tmp_path))
-        patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
-        patch.setattr(configuration, "packaged_directory", lambda: tmp_path / "no package")
-        patch.setattr(configuration, "identify", lambda device: configuration.Gpu("Pretended", "sm90"))
-        yield tmp_path / "a.yaml"
-    configuration.reload()
+def path(only_this_directory: Path) -> Path:
+    """The only file that is read."""
+    return only_this_directory / "a.yaml"
 
 
 def update(path: Path, entries: list[Entry]) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from fakes import Pool, timing
 
 from tuning import landscape, simulate
 from tuning.__main__ import main
 from tuning.landscape import Landscape
+from tuning.measurement import Gpu, MeasurementError, Timing
+from tuning.problems import Problem
 from tuning.samplers import INFORMED
 from tuning.tuner import EFFORTS
 
@@ -81,6 +87,83 @@ def test_a_landscape_of_another_kernel_is_a_note(tmp_path: Path, capsys: pytest.
 def test_a_landscape_is_read_as_it_was_written(tmp_path: Path) -> None:
     one = shipped()[0]
     assert landscape.read(landscape.write(tmp_path, one)) == one
+
+
+def test_landscapes_of_two_gpus_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = (one for one in shipped() if one.name == SMALL)
+    monkeypatch.setattr(landscape, "DIRECTORY", tmp_path)
+    for gpu in ("one", "other"):
+        landscape.write(tmp_path / gpu, replace(one, gpu=replace(one.gpu, name=gpu, uuid="secret")))
+    assert [found.gpu.name for found in simulate._selected([SMALL])] == ["one", "other"]
+    assert [found.gpu.name for found in simulate._selected(["other/*"])] == ["other"]
+    assert landscape.shipped() == simulate._selected([])
+    assert not any("uuid" in path.read_text() for path in landscape.paths().values())
+
+
+def test_no_shipped_landscape_tells_which_machine_it_was() -> None:
+    assert [name for name, path in landscape.paths().items() if "uuid" in path.read_text(encoding="utf-8")] == []
+
+
+def test_a_search_that_never_comes_near_counts_as_such() -> None:
+    far, soon, late = [False] * 4, [False, True, True, True], [False, False, False, True]
+    assert simulate._reached(np.array([[soon], [late], [far]])) == ("4", "67%")
+    assert simulate._reached(np.array([[soon], [far], [far]])) == ("never", "33%")
+
+
+class Measurer:
+    """Measures what a test says."""
+
+    gpu = Gpu("Pretended", "sm90", 132, 80, "580.1")
+
+    def __init__(self, answer: Callable[[Any], float | str], compares: str = "") -> None:
+        self.answer, self.compares = answer, compares
+
+    def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
+        if isinstance(found := self.answer(config), str):
+            raise MeasurementError(found)
+        return timing(found)
+
+    def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+        if self.compares:
+            raise MeasurementError(self.compares)
+        return [self.measure(problem, config, 0.0, extra) for config in configs]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("answer", "compares", "said"),
+    [
+        (lambda config: "the kernel crashed", "", "candidates ran"),
+        (lambda config: 1.0, "the kernel hangs", "nothing is written: the kernel hangs"),
+        (lambda config: 1.0 if config.num_warps == 4 else "no answer: it does not start", "", "it does not start"),
+    ],
+)
+def test_a_search_that_cannot_be_measured_writes_nothing_and_the_next_goes_on(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Callable[[Any], float | str],
+    compares: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(landscape, "gpu_present", lambda: True)
+    monkeypatch.setattr(landscape, "Measurer", lambda: Measurer(answer, compares))
+    monkeypatch.setattr(landscape, "CompilePool", lambda *given: Pool())
+    command = ["landscape", "--form", "fused_recurrent", "--workload", "B=1,T=64,H=1,K=16,V=32", "--out", str(tmp_path)]
+    assert main(command) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count(said) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_always_runs_the_defaults_has_no_landscape(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(landscape, "gpu_present", lambda: True)
+    assert main(["landscape", "--workload", "B=1,T=64,H=1,K=15,V=16"]) == 1
+    assert "an odd K or V" in capsys.readouterr().err
 
 
 def test_what_cannot_be_simulated_is_refused_with_a_reason(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import subprocess
 from dataclasses import fields, replace
@@ -13,7 +14,7 @@ import torch
 import triton
 
 from generated.retention import auto
-from tuning.compilation import ARCHS, compile_launch, offline, read_cubin
+from tuning.compilation import ARCHS, Resources, compile_launch, offline, read_cubin
 from tuning.known_bad import known_bad
 from tuning.problems import FORMS, Problem
 from tuning.space import BT, GRADIENTS, SPACES, SWEEPS, WHOLE, L, Place, Sifted, knob_values, launched
@@ -23,7 +24,8 @@ PROBLEM = Problem("fused_chunk", "bfloat16", 1, 2048, 4, 128, 256)
 LOW = 64  # a limit on registers below what kernels take, and above the 58 that a product of Hopper's must have
 
 # How many candidates there were, and a hash of their knobs, before spaces were tables and had maxnreg; for chunk
-# without the segment lengths that are no shorter than T but one, which are all the same launch.
+# without the segment lengths that are no shorter than T but one, which are all the same launch. Where there were
+# none (chunk_states and parallel at T=16), what there is since.
 BEFORE = {
     "fused_chunk bfloat16 T=2048 K=128 V=256 sm90": (85, "67309a25e2f9dd1d"),
     "fused_chunk bfloat16 T=2048 K=256 V=512 sm90": (65, "d1003dfc7642ca1d"),
@@ -39,7 +41,7 @@ BEFORE = {
     "chunk_states bfloat16 T=2048 K=256 V=512 sm90": (189, "1133d76ef2642a9e"),
     "chunk_states float32 T=1024 K=64 V=64 sm89": (106, "1945f3b776de3353"),
     "chunk_states bfloat16 T=100 K=40 V=24 sm80": (72, "f209fb6a3334034b"),
-    "chunk_states float16 T=16 K=512 V=512 sm100": (0, "e3b0c44298fc1c14"),
+    "chunk_states float16 T=16 K=512 V=512 sm100": (72, "fd2c465b48e57e8b"),
     "chunk bfloat16 T=2048 K=128 V=256 sm90": (425, "48ee628f96a4dcaf"),
     "chunk bfloat16 T=2048 K=256 V=512 sm90": (325, "917e8d09c61a3e8f"),
     "chunk float32 T=1024 K=64 V=64 sm89": (240, "a2f464d07e5560a0"),
@@ -49,7 +51,7 @@ BEFORE = {
     "parallel bfloat16 T=2048 K=256 V=512 sm90": (93, "0c8718c1c9bef650"),
     "parallel float32 T=1024 K=64 V=64 sm89": (54, "a7f49178b21eb786"),
     "parallel bfloat16 T=100 K=40 V=24 sm80": (30, "cb1ef182ebb3ad0b"),
-    "parallel float16 T=16 K=512 V=512 sm100": (0, "e3b0c44298fc1c14"),
+    "parallel float16 T=16 K=512 V=512 sm100": (24, "59202e846234f308"),
     "fused_recurrent bfloat16 T=2048 K=128 V=256 sm90": (19, "e12468456cf1fddd"),
     "fused_recurrent bfloat16 T=2048 K=256 V=512 sm90": (17, "f82af063bed23035"),
     "fused_recurrent float32 T=1024 K=64 V=64 sm89": (20, "665e700da3d7eb8e"),
@@ -74,14 +76,13 @@ def test_without_a_limit_on_registers_the_candidates_are_those_that_there_were_b
 @pytest.mark.parametrize("key", BEFORE)
 def test_no_candidate_comes_twice_and_limits_on_registers_do_not_double_the_space(key: str) -> None:
     candidates = sifted(key).candidates
-    assert len(set(candidates)) == len(candidates) < max(1, 2 * BEFORE[key][0])
+    assert len(set(candidates)) == len(candidates) < 2 * BEFORE[key][0]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_space_names_every_knob_of_its_kernel_once_and_says_what_it_is(form: str) -> None:
+def test_a_space_names_every_knob_of_its_kernel_once(form: str) -> None:
     knobs = SPACES[form].knobs
     assert sorted(knob.name for knob in knobs) == sorted(field.name for field in fields(FORMS[form].config_type))
-    assert all(len(knob.meaning) > 10 for knob in knobs)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -98,6 +99,22 @@ def test_what_each_filter_dropped_is_counted() -> None:
     assert set(found.dropped) == {"known bad", "registers", "shared memory"}
     assert found.enumerated == len(found.candidates) + sum(found.dropped.values())
     assert not any(known_bad("fused_chunk", config, "sm90") for config in found.candidates)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_shape_has_something_to_search(form: str, arch: str) -> None:
+    shapes = itertools.product(("bfloat16", "float32"), (1, 32, 1024), (1, 17, 64, 256, 512), (1, 16, 64, 512))
+    problems = [Problem(form, dtype, 1, T, 1, K, V) for dtype, T, K, V in shapes]
+    assert [problem for problem in problems if not problem.sift(ARCHS[arch]).candidates] == []
+
+
+@pytest.mark.parametrize(("form", "T"), [("chunk_states", 16), ("parallel", 32)])
+def test_tiles_that_are_smaller_than_a_space_begins_with_compile(form: str, T: int) -> None:
+    problem = Problem(form, "bfloat16", 1, T, 1, 16, 16)
+    config = min(problem.sift(SM90).candidates, key=lambda config: tuple(knob_values(config).values()))
+    assert (config.BT, config.BV) == (T, 16)
+    assert compile_launch(lambda: problem.run(problem.inputs("meta"), config), SM90)
 
 
 def test_segments_cut_the_sequence_or_hold_all_of_it_and_chunks_divide_them() -> None:
@@ -142,6 +159,11 @@ def test_a_cubin_is_read_as_nvidias_own_tool_reads_it(arch: str, tmp_path: Path)
         assert (code.registers, code.stack) == (usage["REG"], usage["STACK"] + usage.get("LOCAL", 0))
         digests.add(code.digest)
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize(("registers", "blocks"), [(128, 4), (129, 3), (168, 3), (169, 2), (255, 2)])
+def test_registers_are_given_out_eight_at_a_time(registers: int, blocks: int) -> None:
+    assert Resources(registers, spills=0, shared=0, warps=4).blocks_per_sm(SM90) == blocks
 
 
 def test_a_launch_is_told_by_its_tiles_and_its_code() -> None:

@@ -334,18 +334,6 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
-def only_this_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Configurations come from an empty directory, for a GPU that is pretended."""
-    with monkeypatch.context() as patch:
-        patch.setenv("RETGEN_CONFIG_DIR", str(tmp_path))
-        patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
-        patch.setattr(configuration, "packaged_directory", lambda: tmp_path / "no package")
-        patch.setattr(configuration, "identify", lambda device: configuration.Gpu("Pretended", "sm90"))
-        yield tmp_path
-    configuration.reload()
-
-
 def chosen(T: int = 1024) -> Any:
     configuration.reload()
     shape = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "K": 16, "V": 16, "BH": 64, "T": T}
@@ -863,24 +851,6 @@ def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path, capsys: pytest
     assert main(["run", "--workload", "small", "--out", str(tmp_path / "rules.txt")]) != 0
     assert "only files that end in .yaml or .yml are read" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_that_cannot_be_read_is_kept_under_another_name(tmp_path: Path) -> None:
-    path = tmp_path / "sm90.yaml"
-    path.write_text("not yaml: [", encoding="utf-8")
-    kept = rules.set_aside(path)
-    assert kept is not None
-    assert kept.name.startswith("sm90.yaml.broken-")
-    assert kept.read_text(encoding="utf-8") == "not yaml: ["
-    assert not path.exists()
-    assert rules.set_aside(path) is None  # nothing there
-
-
-def test_a_file_that_can_be_read_stays(tmp_path: Path) -> None:
-    path = tmp_path / "sm90.yaml"
-    rules.write(path, rules.document([], {"arch": "sm90"}, None))
-    assert rules.set_aside(path) is None
-    assert path.is_file()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,9 @@ Answer = Callable[[Callable[[Problem, bool], float | str]], Measurer]
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def path(only_this_directory: Path) -> Path:
     """The only file that is read."""
-    with monkeypatch.context() as patch:
-        patch.setenv("RETGEN_CONFIG_DIR", str(tmp_path))
-        patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
-        patch.setattr(configuration, "packaged_directory", lambda: tmp_path / "no package")
-        yield tmp_path / "a.yaml"
-    configuration.reload()
+    return only_this_directory / "a.yaml"
 
 
 @pytest.fixture
@@ -145,6 +140,20 @@ def test_a_default_that_does_not_run_is_not_held_against_a_rule(
     measurer = measuring(lambda problem, default: "OutOfResources: shared memory" if default else 1.0)
     assert run(capsys)[0] == 0
     assert all(len(configs) == 1 for _, configs in measurer.compared)
+
+
+def test_what_is_known_bad_is_named_and_never_launched(
+    measuring: Answer, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {"BT": 64, "BV": 16, "num_warps": 4, "num_stages": 1}
+    measurer = measuring(slow_at(0, 1.0))
+    measurer.measure = None  # type: ignore[method-assign, assignment]
+    write(path, replace(entry(1024), use=bad))
+    code, out = run(capsys)
+    assert code == 1
+    assert "1 known bad" in out
+    assert "reads of memory that is not the program's own" in out
+    assert "--workload B=1,T=1024" in out
 
 
 def test_timings_that_overlap_are_no_proof_that_the_default_is_faster(

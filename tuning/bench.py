@@ -24,12 +24,14 @@ import generated
 from generated.configuration import ConfigurationWarning, active_rules, defaults_only
 from tuning.measurement import describe_gpu, gpu_present
 from tuning.oracle import gradients_reference, relative_error, retnet_rates, sweep_reference
+from tuning.proof import ERROR_LIMITS
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
 from tuning.timing import time_calls
 from tuning.workloads import Workload, parse
 
 FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto")
+PEER = "fla"
 DEVICE = "cuda"
 BUDGET_MS = 300.0
 ROUNDS = 5
@@ -143,9 +145,9 @@ def _measure(
         if with_default and form not in ("naive", "auto"):
             contenders.append(Contender("default", own, inputs, expected, defaults_only))
         if form in peers:
-            contenders.append(Contender("fla", peers[form], inputs, expected))
+            contenders.append(Contender(PEER, peers[form], inputs, expected))
         race(contenders)
-        peer = next((c for c in contenders if c.variant == "fla" and not c.failure), None)
+        peer = next((c for c in contenders if c.variant == PEER and not c.failure), None)
         yield [c.row(workload, form, peer if c.variant == "tuned" else None) for c in contenders]
 
 
@@ -202,10 +204,17 @@ class Contender:
         self._extra_mib = 0.0
 
     def prepare(self) -> None:
-        """Compile, hold the results against the reference, and decide how many calls a turn has."""
+        """Compile, hold the results against the reference, and decide how many calls a turn has.
+
+        ArithmeticError where a result of our own is wrong: a peer's error is printed beside its times.
+        """
         results = dict(zip(("o", "dq", "dk", "dv"), self._both(), strict=True))
         self._errors = errors_of(results, self._expected)
         del results
+        limit = ERROR_LIMITS[str(self._inputs[0].dtype).removeprefix("torch.")]
+        if self.variant != PEER and not all(error <= limit for error in self._errors.values()):
+            shown = ", ".join(f"{name} {error:.1e}" for name, error in self._errors.items())
+            raise ArithmeticError(f"wrong result: relative errors {shown}; allowed: {limit:.1e}")
         estimates = [time_calls(call, 2)[1] for call in self._calls]
         self._samples = [max(1, min(50, int(BUDGET_MS / (ms + 0.05))) // ROUNDS) for ms in estimates]
         self._extra_mib = _extra_mib(self._both)
@@ -248,7 +257,7 @@ def race(contenders: list[Contender]) -> None:
             if contender.failure:
                 continue
             try:
-                # Which rules are in use is said above the rows; `defaults_only` forgets what has been warned of.
+                # Which rules are in use is said above the rows.
                 with warnings.catch_warnings(), contender.context():
                     warnings.simplefilter("ignore", ConfigurationWarning)
                     contender.turn() if number else contender.prepare()

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from generated import configuration
 from generated.configuration import kernel_problem, kernel_registry
 from generated.configuration_file import ConfigurationError, KernelRules, Rule, parse_file
 from tuning import rules
-from tuning.compilation import ARCHS, Resources
+from tuning.compilation import ARCHS, Arch, Resources
 from tuning.compile_pool import CompilePool, compile_key
-from tuning.coverage import AXES, TOLERANCE, Point, overlap, stretches
+from tuning.coverage import AXES, Point, beyond, overlap
 from tuning.known_bad import known_bad
 from tuning.problems import FORMS, PLAIN, Problem, problem_at
 from tuning.proof import ERROR_LIMITS
 from tuning.tuner import NOISE
 
 ROUNDING = 1e-3  # figures are written with four digits
+TOLERANCE = 0.05  # what a rule may lose against the fastest at a point: what a tuner lets it, and some noise
 TUNED = {Problem(form, "bfloat16", 1, 1, 1, 1, 1).kernel for form in FORMS}  # the kernels that rules are compiled for
 
 
@@ -67,7 +68,7 @@ class Compiled:
 
 def check(options: argparse.Namespace, console: Console) -> int:
     """Check the files that are given, or all that imports read; 1 if anything is wrong with one."""
-    paths = [Path(name) for name in options.file] or _all_files()
+    paths = [Path(name) for name in options.file] or configuration.config_files()
     if not paths:
         console.print("no configuration file is in any of the places where imports look")
         return 0
@@ -85,16 +86,6 @@ def check(options: argparse.Namespace, console: Console) -> int:
         console.print(escape(f"{path}: {checked}, {verdict}"), soft_wrap=True, highlight=False)
         wrong += len(faults)
     return int(wrong > 0)
-
-
-def _all_files() -> list[Path]:
-    return [
-        path
-        for directory in configuration.config_directories()
-        for pattern in ("*.yaml", "*.yml")
-        for path in sorted(directory.glob(pattern))
-        if not path.name.startswith(".")
-    ]
 
 
 def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tuple[list[str], Table, str]:
@@ -125,7 +116,7 @@ def _check_file(path: Path, options: argparse.Namespace, console: Console) -> tu
         results = list(_compile(pool, launches, console))
     for result in results:
         faults += [f"{result.launch}: {reason}" for reason in [_compile_fault(result, file.device.arch)] if reason]
-        for name, then, now in changed_figures(result):
+        for name, then, now in changed_figures(result, ARCHS[file.device.arch]):
             changes.add_row(str(result.launch.place), name, str(then), str(now))
     compiled = len({str(result.launch.place) for result in results})
     return faults, changes, f"{checked}, {compiled} of them compiled for {file.device.arch} in {len(results)} launches"
@@ -136,17 +127,17 @@ def _places(kernel: str, entry: KernelRules) -> list[Place]:
 
 
 def interval_faults(places: list[Place]) -> list[str]:
-    """Rules of one kernel that cover a shape twice, or that reach farther from their points than a tuner lets them."""
+    """Rules of one kernel that say two things of a shape, or reach farther from their points than a tuner lets them."""
     faults = []
     for one, other in itertools.combinations(places, 2):
         tuned = rules.points_of(one.rule) and rules.points_of(other.rule)  # who writes by hand may rely on the order
-        if tuned and one.rule.proof == other.rule.proof and overlap(one.rule.when, other.rule.when):
+        differ = one.rule.proof == other.rule.proof and one.rule.use != other.rule.use
+        if tuned and differ and overlap(one.rule.when, other.rule.when):
             faults.append(f"{other}.when covers shapes that {one} covers already; the first one wins")
     for place in places:
         when, points = place.rule.when, rules.points_of(place.rule)
-        for axis, allowed in stretches(when, points).items() if points else ():
-            reach = " and ".join(f"[{low}, {high}]" for low, high in allowed)
-            faults.append(f"{place}.when.{axis} reaches beyond {reach}, as far as its points' figures hold")
+        if points and (shape := beyond(when, points)):
+            faults.append(f"{place}.when covers {rules.point_text(shape)}, which is beyond the reach of all its points")
         faults += [
             f"{place}.when does not hold the point {rules.point_text(point)}, at which its figures were found"
             for point in points
@@ -173,7 +164,7 @@ def figures_by_place(rule: Rule) -> list[tuple[str, Mapping[str, Any]]]:
 def _faults_of(figures: Mapping[str, Any], rule: Rule) -> Iterator[str]:
     if (error := figures.get("error", 0.0)) > (limit := ERROR_LIMITS[rule.when.dtype]):
         yield f"its error is {error}, over the {limit:.0e} that is taken for rounding"
-    if (ms := figures.get("ms", 0.0)) > (1 + NOISE) * (default := figures.get("default_ms", ms)):
+    if (ms := figures.get("ms", 0.0)) > (1 + NOISE) * (1 + ROUNDING) * (default := figures.get("default_ms", ms)):
         yield f"its {ms} ms are more than the default's {default}"
     if rules.slowness(figures) > (1 + TOLERANCE) * (1 + ROUNDING):
         yield f"its {ms} ms are over {TOLERANCE:.0%} more than the {figures['best_ms']} of the fastest there"
@@ -216,14 +207,19 @@ def bad_faults(launches: list[Launch], arch: str) -> list[str]:
 def _compile_fault(result: Compiled, arch: str) -> str | None:
     if isinstance(result.needs, str):
         return f"does not compile: {result.needs}"
-    if not result.needs.fits(ARCHS[arch]):
-        return f"needs {result.needs.shared} bytes of shared memory; {arch} has {ARCHS[arch].shared}"
-    return None
+    excess = result.needs.excess(ARCHS[arch])
+    return f"needs {excess}" if excess else None
 
 
-def changed_figures(result: Compiled) -> list[tuple[str, Any, Any]]:
-    """Name, value in the file and value now, of the figures of the timed kernel that the file has otherwise."""
+def changed_figures(result: Compiled, arch: Arch) -> list[tuple[str, Any, Any]]:
+    """Name, value in the file and value now, of the figures of the timed kernel that the file has otherwise.
+
+    Where one has changed, also how many programs a multiprocessor holds, by them.
+    """
     if isinstance(result.needs, str) or result.launch.variant != PLAIN:
         return []
-    pairs = [(name, result.launch.figures.get(name), getattr(result.needs, name)) for name in rules.NEEDS]
-    return [pair for pair in pairs if pair[1] is not None and pair[1] != pair[2]]
+    figures = {name: result.launch.figures.get(name, getattr(result.needs, name)) for name in rules.NEEDS}
+    pairs = [(name, then, getattr(result.needs, name)) for name, then in figures.items()]
+    changed = [pair for pair in pairs if pair[1] != pair[2]]
+    then, now = (needs.blocks_per_sm(arch) for needs in (replace(result.needs, **figures), result.needs))
+    return [*changed, ("programs a multiprocessor", then, now)] if changed else []

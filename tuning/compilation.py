@@ -46,6 +46,7 @@ ARCHS = {
 }
 
 TENSOR_MEMORY = 512  # columns, where there is any
+REGISTER_UNIT = 8  # a thread is given a multiple of so many registers: a warp 256 at a time
 SIZED, REGISTERS, FRAME = 4, 0x2F, 0x11  # in .nv.info: a format with a size, and two kinds, a number for each function
 
 
@@ -65,14 +66,23 @@ class Resources:
 
     def fits(self, arch: Arch) -> bool:
         """Whether a multiprocessor can hold a program; where not, Triton compiles the kernel and fails to launch it."""
-        return self.shared <= arch.shared and self.tensor_memory <= TENSOR_MEMORY
+        return self.excess(arch) is None
+
+    def excess(self, arch: Arch) -> str | None:
+        """What a program needs more of than a multiprocessor has, with both figures; None where it fits."""
+        if self.shared > arch.shared:
+            return f"{self.shared} bytes of shared memory; {arch.name} has {arch.shared}"
+        if self.tensor_memory > TENSOR_MEMORY:
+            return f"{self.tensor_memory} columns of tensor memory; {arch.name} has {TENSOR_MEMORY}"
+        return None
 
     def blocks_per_sm(self, arch: Arch) -> int:
         """How many programs a multiprocessor holds at once; 0 if one is too much for it."""
         if not self.fits(arch):
             return 0
         by_shared = arch.shared_per_sm // (self.shared + 1024)  # the driver keeps 1 KiB of each block's
-        by_registers = 65536 // (max(self.registers, 16) * 32 * self.warps)
+        registers = -(-max(self.registers, 16) // REGISTER_UNIT) * REGISTER_UNIT
+        by_registers = 65536 // (registers * 32 * self.warps)
         return min(32, by_shared, by_registers, arch.warps_per_sm // self.warps)
 
 

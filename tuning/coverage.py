@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from generated.configuration_file import When
+from generated.launch import padded
 
-TOLERANCE = 0.05  # what a point may lose against its own fastest, so that it can share a configuration
 REACH = 2.0  # a rule holds from half to twice the measured B * H and T
 WIDTHS, AMOUNTS = ("K", "V"), ("BH", "T")
 AXES = (*WIDTHS, *AMOUNTS)
@@ -51,7 +51,7 @@ def assign(
     times: Mapping[P, Mapping[C, float]],
     default: Mapping[P, C],
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float,
     in_use: Mapping[P, C] | None = None,
 ) -> dict[P, C]:
     """Choose a configuration for each point of one kernel, with few different ones in all.
@@ -97,10 +97,10 @@ def regions(uses: Mapping[Point, Hashable]) -> list[Region]:
     """Share out the shapes around the points of one kernel, of which each is used as the mapping says.
 
     A point's own box is the head sizes that pad to the same tile, and half to twice its B * H and T. Points of one use
-    share a region, the hull of their boxes, if they are neighbours (the boxes meet), pad to the same tiles (what fits
-    one tile may spill or not fit in another) and no other point lies between them. So no bound is farther from a point
-    of its region than that point's own box. Where two regions would overlap they are cut halfway between their points,
-    on the axis where these are farthest apart.
+    share a region, the hull of their boxes, if they pad to the same tiles (what fits one tile may spill or not fit in
+    another), their boxes leave no part of the hull to itself and no other point lies between them. So every shape of a
+    region is in some point's own box. Where regions of different uses would overlap they are cut halfway between their
+    points, on the axis where these are farthest apart; those of one use may overlap.
     """
     groups: list[Group] = [(point,) for point in sorted(uses)]
     while pair := _nearest_pair(groups, uses):
@@ -108,7 +108,8 @@ def regions(uses: Mapping[Point, Hashable]) -> list[Region]:
     groups.sort()
     boxes = [_hull(map(box, group)) for group in groups]
     for i, j in itertools.combinations(range(len(groups)), 2):
-        if groups[i][0].dtype == groups[j][0].dtype and _meet(boxes[i], boxes[j]):
+        one, other = groups[i][0], groups[j][0]
+        if one.dtype == other.dtype and uses[one] != uses[other] and _meet(boxes[i], boxes[j]):
             boxes[i], boxes[j] = _cut(groups[i], groups[j], boxes[i], boxes[j])
     return [Region(group, own) for group, own in zip(groups, boxes, strict=True)]
 
@@ -124,16 +125,23 @@ def overlap(one: When, other: When) -> bool:
     return one.dtype == other.dtype and _meet(_box_of(one), _box_of(other))
 
 
-def stretches(when: When, points: Iterable[Point]) -> dict[str, list[tuple[int, int]]]:
-    """By axis, as far as a rule's figures hold, where it reaches farther than around its points or into a gap."""
-    own = [box(point) for point in points]
-    allowed = {axis: sorted({each[axis] for each in own}) for axis in AXES}
-    allowed |= {axis: _joined(allowed[axis]) for axis in AMOUNTS}
-    return {
-        axis: allowed[axis]
-        for axis, (low, high) in _box_of(when).items()
-        if not any(first <= low and high <= last for first, last in allowed[axis])
-    }
+def beyond(when: When, points: Iterable[Point]) -> Point | None:
+    """A shape that the rule covers and no point's own box holds, if there is one."""
+    found = _gap(_box_of(when), [box(point) for point in points])
+    return None if found is None else Point(when.dtype, *found)
+
+
+def _gap(whole: Box, parts: list[Box]) -> tuple[int, ...] | None:
+    """The first place of a box that is in none of its parts; what begins there begins at an edge on every axis."""
+    edges = [
+        sorted({low, *(edge for part in parts for edge in (part[axis][0], part[axis][1] + 1) if low < edge <= high)})
+        for axis, (low, high) in whole.items()
+    ]
+    return next((place for place in itertools.product(*edges) if not any(_holds(part, place) for part in parts)), None)
+
+
+def _holds(own: Box, place: tuple[int, ...]) -> bool:
+    return all(own[axis][0] <= at <= own[axis][1] for axis, at in zip(AXES, place, strict=True))
 
 
 def _nearest_pair(groups: list[Group], uses: Mapping[Point, Hashable]) -> tuple[Group, Group] | None:
@@ -141,15 +149,15 @@ def _nearest_pair(groups: list[Group], uses: Mapping[Point, Hashable]) -> tuple[
     pairs = [
         (one, other)
         for one, other in itertools.combinations(groups, 2)
-        if uses[one[0]] == uses[other[0]] and _neighbours(one, other) and _alone(one + other, groups)
+        if uses[one[0]] == uses[other[0]] and _may_join(one, other, groups)
     ]
     return min(pairs, key=lambda pair: (_size(pair[0] + pair[1]), pair), default=None)
 
 
-def _neighbours(one: Group, other: Group) -> bool:
-    first, second = (_hull(map(box, group)) for group in (one, other))
-    alike = one[0].dtype == other[0].dtype and all(first[axis] == second[axis] for axis in WIDTHS)
-    return alike and _meet(first, second, gap=1)
+def _may_join(one: Group, other: Group, groups: list[Group]) -> bool:
+    own = [box(point) for point in one + other]
+    alike = one[0].dtype == other[0].dtype and all(own[0][axis] == own[-1][axis] for axis in WIDTHS)
+    return alike and _gap(_hull(own), own) is None and _alone(one + other, groups)
 
 
 def _alone(points: Group, groups: list[Group]) -> bool:
@@ -184,8 +192,8 @@ def _hull(boxes: Iterable[Box]) -> Box:
     return {axis: (min(b[axis][0] for b in every), max(b[axis][1] for b in every)) for axis in AXES}
 
 
-def _meet(one: Box, other: Box, gap: int = 0) -> bool:
-    return all(max(one[axis][0], other[axis][0]) <= min(one[axis][1], other[axis][1]) + gap for axis in AXES)
+def _meet(one: Box, other: Box) -> bool:
+    return all(max(one[axis][0], other[axis][0]) <= min(one[axis][1], other[axis][1]) for axis in AXES)
 
 
 def _size(points: Group) -> float:
@@ -201,20 +209,9 @@ def _box_of(when: When) -> Box:
 
 
 def _padding_alike(size: int) -> tuple[int, int]:
-    top = 1 << (size - 1).bit_length()
-    return top // 2 + 1, top
+    top = padded(size)
+    return 1 if padded(1) == top else top // 2 + 1, top
 
 
 def _around(size: int) -> tuple[int, int]:
     return max(1, math.ceil(size / REACH)), int(size * REACH)
-
-
-def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted intervals, those that meet made one."""
-    joined = intervals[:1]
-    for low, high in intervals[1:]:
-        if low <= joined[-1][1] + 1:
-            joined[-1] = joined[-1][0], max(joined[-1][1], high)
-        else:
-            joined.append((low, high))
-    return joined

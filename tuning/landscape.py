@@ -12,7 +12,6 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.markup import escape
 
 from generated import configuration
 from generated.configuration import kernel_registry
+from generated.launch import has_aligned_rows
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
 from tuning.measurement import Gpu, MeasurementError, Measurer, gpu_present
@@ -36,6 +36,7 @@ from tuning.workloads import parse
 DIRECTORY = Path(__file__).parent / "landscapes"
 NEAR_BEST = 1.2  # what is at most so much slower than the fastest is timed again, in turns
 AGAIN = 24
+NOT_STARTED = "it does not start"  # says the measurer of its process
 NEEDS = ("registers", "spills", "shared", "warps")
 
 
@@ -77,8 +78,12 @@ def landscape(options: argparse.Namespace, console: Console) -> int:
             "a landscape is measured, and there is no GPU here; `python -m tuning simulate` reads the shipped"
         )
     deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
-    problems = problems_for(parse(options.workload), options.form)
-    measurer = Measurer()
+    workloads = parse(options.workload)
+    for workload in workloads:
+        if not has_aligned_rows(workload.torch_dtype, workload.K, workload.V):
+            raise RunError(f"{workload.name}: an odd K or V in {workload.dtype} always runs the defaults: no search is")
+    problems = problems_for(workloads, options.form)
+    measurer, failed = Measurer(), 0
     with contextlib.closing(measurer), contextlib.closing(CompilePool(measurer.gpu.arch, options.workers)) as pool:
         directory = Path(options.out) if options.out else DIRECTORY / configuration.slug(measurer.gpu.name)
         arch = ARCHS[measurer.gpu.arch]
@@ -89,19 +94,27 @@ def landscape(options: argparse.Namespace, console: Console) -> int:
                 pool.submit(problem, config)
         with SearchProgress(console) as progress:
             for problem, configs in searches.items():
-                found = _measure(problem, configs, measurer, pool, deadline, progress)
+                try:
+                    found = _measure(problem, configs, measurer, pool, deadline, progress)
+                except MeasurementError as error:
+                    failed += 1
+                    console.print(escape(f"{problem}: nothing is written: {error}"), soft_wrap=True)
+                    continue
                 if found is None:
                     console.print(f"the budget of {options.budget:g} s is spent")
                     return 1
                 path = write(directory, found)
                 console.print(escape(f"{path}: {len(found.candidates)} candidates, best {found.best_ms:.4g} ms"))
-    return 0
+    return int(failed > 0)
 
 
 def _measure(
     problem: Problem, configs: list[Any], measurer: Measurer, pool: CompilePool, deadline: float, progress: Any
 ) -> Landscape | None:
-    """Each candidate alone, then the fastest against each other; None at the deadline."""
+    """Each candidate alone, then the fastest against each other; None at the deadline.
+
+    MeasurementError where that cannot be done: where no candidate ran, or their process does not.
+    """
     found: dict[Any, Candidate] = {}
     for number, config in enumerate(configs, 1):
         if time.monotonic() > deadline:
@@ -110,11 +123,10 @@ def _measure(
         progress(number, len(configs), problem)
         if isinstance(needs, str) or not needs.fits(ARCHS[measurer.gpu.arch]):
             continue
-        ms = None
-        with contextlib.suppress(MeasurementError):
-            ms = measurer.measure(problem, config, float("inf"), {}).ms
-        found[config] = Candidate(config, needs, ms)
+        found[config] = Candidate(config, needs, _alone(problem, config, measurer))
     times = {config: candidate.ms for config, candidate in found.items() if candidate.ms is not None}
+    if not times:
+        raise MeasurementError(f"none of {len(found)} candidates ran")
     limit = NEAR_BEST * min(times.values())
     fastest = [config for config in sorted(times, key=times.__getitem__) if times[config] <= limit]
     again = measurer.compare(problem, fastest[:AGAIN], {})
@@ -125,10 +137,21 @@ def _measure(
     return Landscape(problem, measurer.gpu, software, source, list(found.values()))
 
 
+def _alone(problem: Problem, config: Any, measurer: Measurer) -> float | None:
+    """The milliseconds of a candidate, None where it fails."""
+    try:
+        return measurer.measure(problem, config, float("inf"), {}).ms
+    except MeasurementError as error:
+        if NOT_STARTED in str(error):  # which is no fault of the candidate
+            raise
+        return None
+
+
 def write(directory: Path, found: Landscape) -> Path:
     """Write a landscape's file, whole or not at all."""
     knobs = list(knob_values(found.candidates[0].config))
-    head = {name: value for name, value in asdict(replace(found, candidates=[])).items() if name != "candidates"}
+    head = asdict(replace(found, candidates=[]))
+    del head["candidates"], head["gpu"]["uuid"]  # of which machine it was is nobody's concern
     text = io.StringIO()
     text.write(f"# {json.dumps(head)}\n")
     rows = csv.writer(text, lineterminator="\n")
@@ -160,6 +183,12 @@ def read(path: Path) -> Landscape:
     return Landscape(problem, Gpu(**about["gpu"]), about["software"], about["source"], candidates)
 
 
-def shipped(directories: Iterable[Path] = (DIRECTORY,)) -> list[Landscape]:
+def paths() -> dict[str, Path]:
+    """The files that come with the package, by their paths below `DIRECTORY` without the ending."""
+    found = sorted(DIRECTORY.rglob("*.csv"))
+    return {path.relative_to(DIRECTORY).with_suffix("").as_posix(): path for path in found}
+
+
+def shipped() -> list[Landscape]:
     """Those that come with the package."""
-    return [read(path) for directory in directories for path in sorted(directory.rglob("*.csv"))]
+    return [read(path) for path in paths().values()]

@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import errno
 import fcntl
+import math
 import os
 import re
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from generated.configuration import ActiveRule, kernel_problem, kernel_registry
-from generated.configuration_file import ConfigurationError, Rule, parse_file
+from generated.configuration_file import ConfigurationError, File, Rule, parse_file
 from tuning import space
 from tuning.coverage import AXES, Point, Region, regions
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
@@ -72,19 +73,21 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
     """
     rules = {(entry.kernel, entry.point): entry for entry in known if "form" in entry.use}
     held = {place: str(entry.use["form"]) for place, entry in rules.items()}
-    points: dict[Point, dict[str, Winner]] = {}
-    gradients: dict[Point, Winner] = {}
+    shapes: dict[Problem, dict[str, Winner]] = {}
+    gradients: dict[Problem, Winner] = {}
     for winner in (winner for winner in winners if not winner.modelled):
+        shape = replace(winner.problem, form="")
         if winner.problem.form == GRADIENTS:
-            gradients[point_of(winner.problem)] = winner
+            gradients[shape] = winner
         elif winner.problem.form not in PASSES:
-            points.setdefault(point_of(winner.problem), {})[winner.problem.form] = winner
+            shapes.setdefault(shape, {})[winner.problem.form] = winner
     entries = []
-    for point, forms in points.items():
+    for shape, forms in shapes.items():
+        point = point_of(shape)
         if len(forms) > 1 and not _was_faster(rules.get((FORM_KERNEL, point)), forms):
             chosen = _form_entry(FORM_KERNEL, space.SWEEPS, forms, held.get((FORM_KERNEL, point)))
             entries.append(chosen)
-            if together := gradients.get(point):
+            if together := gradients.get(shape):
                 sweep = forms[chosen.use["form"]]
                 apart = replace(sweep, timing=replace(sweep.timing, ms=3 * sweep.ms))
                 ways = {"sweeps": apart, "fused_chunk": together}
@@ -97,7 +100,7 @@ def _was_faster(rule: Entry | None, forms: dict[str, Winner]) -> bool:
     """Whether a rule names a form that did not run now, and was faster than all that did."""
     if rule is None or rule.use["form"] in forms:
         return False
-    return float(rule.figures["ms"]) * (1 - NOISE) <= min(winner.ms for winner in forms.values())
+    return float(rule.figures.get("ms", math.inf)) * (1 - NOISE) <= min(winner.ms for winner in forms.values())
 
 
 def _form_entry(kernel: str, choice: space.Choice, ways: dict[str, Winner], held: str | None) -> Entry:
@@ -110,13 +113,15 @@ def _form_entry(kernel: str, choice: space.Choice, ways: dict[str, Winner], held
 
 def existing_entries(path: Path) -> list[Entry]:
     """The rules of a file that hold for the kernels as they are now; none where there is no file or it is broken."""
-    try:
-        file = parse_file(path)
-    except ConfigurationError:
-        return []
+    with contextlib.suppress(ConfigurationError):
+        return _entries(_stored(path))
+    return []
+
+
+def _entries(file: File | None) -> list[Entry]:
     return [
         Entry(kernel, point, dict(rule.use), rule.proof, dict(figures))
-        for kernel, found in file.kernels.items()
+        for kernel, found in (file.kernels.items() if file else ())
         if kernel_problem(kernel, found) is None
         for rule in found.rules
         for point, figures in points_of(rule).items()
@@ -125,34 +130,59 @@ def existing_entries(path: Path) -> list[Entry]:
 
 def owner(path: Path) -> str | None:
     """The GPU or, in a modelled file, the architecture whose rules a file holds; None where there is none to read."""
-    try:
-        device = parse_file(path).device
-    except ConfigurationError:
-        return None
-    return device.name or device.arch
-
-
-def set_aside(path: Path) -> Path | None:
-    """Rename a file that is there and cannot be read, so that nothing in it is lost; return its new name."""
-    try:
-        parse_file(path)
-    except ConfigurationError:
-        if path.is_file():
-            broken = path.with_name(f"{path.name}.broken-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}")
-            return path.rename(broken)
+    with contextlib.suppress(ConfigurationError):
+        return _owner(_stored(path))
     return None
 
 
+def _owner(file: File | None) -> str | None:
+    return (file.device.name or file.device.arch) if file else None
+
+
+def _stored(path: Path) -> File | None:
+    """A file, None where there is none; OSError where it cannot be read, ConfigurationError where it is broken."""
+    try:
+        path.stat()
+        return parse_file(path)
+    except FileNotFoundError:
+        return None
+    except ConfigurationError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Rename what is broken, so that nothing in it is lost; a link to it stays."""
+    path = path.resolve()
+    if not path.is_file():
+        return None
+    return path.rename(path.with_name(f"{path.name}.broken-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}"))
+
+
 def merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
-    """The new entries, and the old ones at other points."""
+    """The new entries, and the old ones at other points.
+
+    A point knows B * H alone. Of new entries of several workloads at one point, that is used whose choice loses least
+    against its fastest and, among equals, gains most over its default; then that of the smallest B.
+    """
     merged = {(entry.kernel, entry.point): entry for entry in old}
-    merged.update({(entry.kernel, entry.point): entry for entry in new})
+    best_last = sorted(new, key=lambda entry: _worth(entry.figures), reverse=True)
+    merged.update({(entry.kernel, entry.point): entry for entry in best_last})
     return sorted(merged.values(), key=lambda entry: (entry.kernel, entry.point.dtype, _position(entry.point)))
 
 
+def _worth(figures: Mapping[str, Any]) -> tuple[float, float, int]:
+    ms = figures.get("ms", 0.0)
+    return slowness(figures), ms / (figures.get("default_ms") or ms or 1.0), figures.get("B", 0)
+
+
 def document(entries: list[Entry], device: dict[str, Any], driver: str | None) -> dict[str, Any]:
-    """The configuration file as plain data."""
+    """The configuration file as plain data; of an entry's origin its figures tell what the file's head does not."""
     registry = kernel_registry()
+    software = {"triton": version("triton"), "torch": version("torch")} | ({"driver": driver} if driver else {})
+    today = dt.datetime.now().astimezone().date()
+    entries = [_without(entry, software | {"tuned": str(today)}) for entry in entries]
     kernels = {
         name: {
             "source": registry[name].source,
@@ -160,14 +190,18 @@ def document(entries: list[Entry], device: dict[str, Any], driver: str | None) -
         }
         for name in sorted({entry.kernel for entry in entries})
     }
-    software = {"triton": version("triton"), "torch": version("torch")}
-    return {
-        "format": 1,
-        "device": _Flow(device),
-        "software": _Flow(software | ({"driver": driver} if driver else {})),
-        "tuned": dt.datetime.now().astimezone().date(),
-        "kernels": kernels,
-    }
+    return {"format": 1, "device": _Flow(device), "software": _Flow(software), "tuned": today, "kernels": kernels}
+
+
+def _without(entry: Entry, head: Mapping[str, str]) -> Entry:
+    own = {name: value for name, value in entry.figures.items() if head.get(name) != value}
+    return replace(entry, figures=own)
+
+
+def _with_origin(file: File | None) -> list[Entry]:
+    """A file's entries, whose figures say when and with what each was tuned."""
+    origin = {**file.software, "tuned": file.tuned} if file else {}
+    return [replace(entry, figures={**origin, **entry.figures}) for entry in _entries(file)]
 
 
 def _rules(entries: Mapping[Point, Entry]) -> list[dict[str, Any]]:
@@ -193,13 +227,16 @@ def slowness(figures: Mapping[str, Any]) -> float:
 
 
 def update(path: Path, entries: Iterable[Entry], device: dict[str, Any], driver: str | None) -> Path | None:
-    """Merge the entries into the file, whoever else does so at the same time; say where an unreadable one went."""
+    """Merge the entries into the file, whoever else does so at the same time; say where a broken one went."""
     with _alone(path.resolve().parent):
-        if owner(path) not in (None, device.get("name") or device["arch"]):
+        file = aside = None
+        try:
+            file = _stored(path)
+        except ConfigurationError:
+            aside = _set_aside(path)
+        if _owner(file) not in (None, device.get("name") or device["arch"]):
             raise FileExistsError(errno.EEXIST, "holds another GPU's rules since this run began", str(path))
-        merged = merge(existing_entries(path), entries)
-        aside = set_aside(path)
-        write(path, document(merged, device, driver))
+        write(path, document(merge(_with_origin(file), entries), device, driver))
     return aside
 
 

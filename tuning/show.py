@@ -30,5 +30,5 @@ def show(options: argparse.Namespace, console: Console) -> int:
     console.print(table)
     files = sorted({str(rule.path) for rule in found})
     console.print(escape(f"{len(found)} rules from {', '.join(files) or 'no file'}"))
-    console.print("float16 without rules of its own goes by bfloat16's; any other shape uses the default")
+    console.print("float16 goes by bfloat16's rules too; any other shape uses the default")
     return 0

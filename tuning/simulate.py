@@ -57,8 +57,7 @@ class Replay:
         for ms in self.times[:measurements]:
             least = min(least, float("inf") if ms is None else ms)
             found.append(least / best - 1)
-        exhausted = len(self.times) >= len(self.landscape.candidates)
-        return found + [0.0 if exhausted else found[-1]] * (measurements - len(found))
+        return found + found[-1:] * (measurements - len(found))
 
 
 def replay(known: Landscape, sampler: str, effort: Effort, seed: int = 0) -> Replay:
@@ -137,14 +136,14 @@ def check_plot(path: Path) -> None:
 
 
 def _selected(wanted: Sequence[str]) -> list[Landscape]:
-    """The landscapes of files, or of the shipped those whose names match; all shipped by default."""
-    shipped = {path.stem: path for path in sorted(landscape.DIRECTORY.rglob("*.csv"))}
+    """The landscapes of files, or of the shipped those whose names (or GPU/names) match; all shipped by default."""
+    shipped = landscape.paths()
     paths: list[Path] = []
     for pattern in wanted or ["*"]:
         if Path(pattern).is_file():
             paths.append(Path(pattern))
             continue
-        found = [path for name, path in shipped.items() if fnmatch.fnmatch(name, pattern)]
+        found = [path for name, path in shipped.items() if fnmatch.filter((name, path.stem), pattern)]
         if not found:
             raise RunError(
                 f"--landscape {pattern}: neither a file nor a pattern that one of the shipped matches: "
@@ -173,13 +172,22 @@ def _table(known: list[Landscape], curves: dict[str, Any], thinking: dict[str, f
     measurements = next(iter(curves.values())).shape[-1]
     marks = [*[mark for mark in MARKS if mark < measurements], measurements]
     large = np.array([len(one.candidates) > LARGE for one in known])
-    table = Table("sampler", *(f"after {mark}" for mark in marks), f"over {LARGE} candidates", "to 2 %", "s a search")
+    table = Table(
+        "sampler", *(f"after {mark}" for mark in marks), f"over {LARGE} candidates", "to 2 %", "of all", "s a search"
+    )
     for name, curve in curves.items():
         cells = [f"{100 * curve[..., mark - 1].mean():.2f}" for mark in marks]
         cells.append(f"{100 * curve[large][..., -1].mean():.2f}" if large.any() else "")
-        reached = np.where((curve <= WITHIN).any(-1), (curve <= WITHIN).argmax(-1) + 1, measurements)
-        table.add_row(name, *cells, f"{reached.mean():.1f}", f"{thinking[name]:.2f}")
+        table.add_row(name, *cells, *_reached(curve <= WITHIN), f"{thinking[name]:.2f}")
     return table
+
+
+def _reached(within: Any) -> tuple[str, str]:
+    """After how many measurements half of the searches are within 2 %, if they ever are; and the share that ends so."""
+    ever = within.any(-1)
+    first = np.where(ever, within.argmax(-1) + 1.0, np.inf)
+    middle = float(np.quantile(first, 0.5, method="lower"))
+    return f"{middle:.0f}" if np.isfinite(middle) else "never", f"{ever.mean():.0%}"
 
 
 def _efforts_table(known: list[Landscape]) -> Table:

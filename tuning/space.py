@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from generated.launch import padded
 from tuning.compilation import Arch, Resources
 from tuning.known_bad import known_bad
 
@@ -23,7 +24,6 @@ MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over th
 BASE_REGISTERS = 40  # of a thread, for addresses and loops
 WHOLE = 1 << 20  # a segment that holds every sequence
 IN_THE_CODE = ("num_warps", "num_stages", "maxnreg")  # knobs that a launch shows nowhere else
-LEAST_TILE = 16  # that tl.dot takes, and so the least size that a tile is fitted to
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,7 @@ class Place:
     @property
     def width(self) -> int:
         """K as a tile holds it."""
-        return power_of_two(self.K)
-
-
-def power_of_two(size: int) -> int:
-    """The least power of two that holds the size."""
-    return 1 << (size - 1).bit_length()
+        return padded(self.K)
 
 
 def knob_values(config: Any) -> dict[str, int]:
@@ -115,11 +110,9 @@ RECURRENT = Needs(_recurrent_registers, lambda K, itemsize, c: 0)
 
 @dataclass(frozen=True)
 class Knob:
-    """A field of a configuration. `structural`: it changes what is computed when; else only how it is launched."""
+    """A field of a configuration."""
 
     name: ClassVar[str]
-    meaning: ClassVar[str]
-    structural: ClassVar[bool] = False
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """The values worth trying at a place, after the knobs before this one were `chosen` (its attributes)."""
@@ -136,23 +129,28 @@ class Powers(Knob):
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """All of them up to the knob's limit."""
         limit = min(self.high, self.limit(place, chosen))
-        return [1 << bit for bit in range(self.low.bit_length() - 1, limit.bit_length())]
+        least = min(self.least(place), limit)  # what is smaller than the least still has a tile that fits it
+        return [1 << bit for bit in range(least.bit_length() - 1, limit.bit_length())]
+
+    def least(self, place: Place) -> int:
+        """The least that makes sense at a place, unless the limit is less."""
+        return self.low
 
     def limit(self, place: Place, chosen: Any) -> int:
         """The most that makes sense at a place, after what was chosen."""
         return self.high
 
 
-def _fitted(size: int) -> int:
-    """The widest tile that is not mostly padding."""
-    return max(LEAST_TILE, power_of_two(size))
+def _roomy(low: int, place: Place) -> int:
+    """As many rows of K as fit twice into shared memory, where those are fewer than `low`."""
+    rows = place.arch.shared // (2 * place.width * place.itemsize)
+    return min(low, 1 << (rows.bit_length() - 1))
 
 
 class L(Powers):
-    """Segment length: the states at the segments' starts are saved, so that all segments can run at once."""
+    """Tokens a segment: the states at their starts are saved, so that all segments can run at once."""
 
-    name, structural = "L", True
-    meaning = "tokens a segment, of which the states are saved; one that holds every sequence saves none"
+    name = "L"
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """Those that cut the sequence, and one that does not: all that don't are the same launch."""
@@ -160,59 +158,69 @@ class L(Powers):
 
 
 class BT(Powers):
-    """Tokens a chunk."""
+    """Tokens a chunk, a divisor of the segment."""
 
-    name, structural = "BT", True
-    meaning = "tokens a chunk (parallel: queries a program), a divisor of the segment"
+    name = "BT"
 
     def limit(self, place: Place, chosen: Any) -> int:
         """No more than the sequence, and than the segment where there are any."""
-        return min(_fitted(place.T), getattr(chosen, "L", WHOLE))
+        return min(padded(place.T), getattr(chosen, "L", WHOLE))
+
+
+class Queries(BT):
+    """Queries a program, which holds their whole rows."""
+
+    def least(self, place: Place) -> int:
+        """So few that the keys of a step find room beside them."""
+        return _roomy(self.low, place)
 
 
 class BS(Powers):
-    """Keys a step."""
+    """Keys a step, a divisor of BT."""
 
-    name, structural = "BS", True
-    meaning = "keys a step, a divisor of BT"
+    name = "BS"
 
     def limit(self, place: Place, chosen: Any) -> int:
         """No more than the queries."""
         return int(chosen.BT)
 
+    def least(self, place: Place) -> int:
+        """So few that they find room beside the queries."""
+        return _roomy(self.low, place)
+
 
 class BK(Powers):
     """Rows of the state a program."""
 
-    name, meaning = "BK", "rows of the state a program"
+    name = "BK"
 
     def limit(self, place: Place, chosen: Any) -> int:
         """No more than there are."""
-        return _fitted(place.K)
+        return padded(place.K)
 
 
 class BV(Powers):
-    """Columns a program."""
+    """Columns of the state, or of v, a program."""
 
-    name, meaning = "BV", "columns of the state, or of v, a program"
+    name = "BV"
 
     def limit(self, place: Place, chosen: Any) -> int:
         """No more than there are."""
-        return _fitted(place.V)
+        return padded(place.V)
 
 
 class Warps(Powers):
     """Warps a program."""
 
-    name, meaning = "num_warps", "warps a program"
+    name = "num_warps"
 
 
 @dataclass(frozen=True)
 class Stages(Knob):
-    """Loads ahead of the products."""
+    """Steps whose loads are in flight at once."""
 
     most: int
-    name, meaning = "num_stages", "steps whose loads are in flight at once"
+    name = "num_stages"
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """From one, no load ahead, on."""
@@ -221,10 +229,10 @@ class Stages(Knob):
 
 @dataclass(frozen=True)
 class RegisterLimit(Knob):
-    """A limit on registers, which lets more programs share a multiprocessor and may spill."""
+    """The most registers a thread may have (0: no limit): lets more programs share a multiprocessor, and may spill."""
 
     needs: Needs
-    name, meaning = "maxnreg", "the most registers a thread may have; 0: as many as the assembler likes"
+    name = "maxnreg"
     LIMITS = (168, 128)  # of 65,536 registers: three or four programs of 4 warps; of 8 warps the second lets in two
     LEAST_SHARE = 0.6  # of what is needed: with less, spills cost more than company gains
 
@@ -303,7 +311,7 @@ SPACES = {
         (BT(32, 128), BK(32, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(STATES)), STATES
     ),
     "parallel": Space(
-        (BT(64, 128), BS(32, 128), BV(32, 256), Warps(4, 8), Stages(3), RegisterLimit(PARALLEL)), PARALLEL
+        (Queries(64, 128), BS(32, 128), BV(32, 256), Warps(4, 8), Stages(3), RegisterLimit(PARALLEL)), PARALLEL
     ),
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
 }
@@ -314,25 +322,22 @@ SPACES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A structural knob between kernels: which of them do a job is chosen when each has been tuned.
+    """A knob between kernels: which of them do a job is chosen when each has been tuned.
 
     `values` are the ways, the first of them the default.
     """
 
     name: str
-    meaning: str
     values: tuple[str, ...]
 
     def choose(self, ms: Mapping[str, float], held: str | None, noise: float) -> str:
         """The fastest way; but what is `held` now, or else the default, unless that is slower beyond the noise."""
         fastest = min(ms, key=ms.__getitem__)
         holder = held if held is not None and held in ms else self.values[0]
-        return holder if holder in ms and ms[fastest] >= (1 - noise) * ms[holder] else fastest
+        return holder if holder in ms and ms[holder] <= (1 + noise) * ms[fastest] else fastest
 
 
-SWEEPS = Choice(
-    "form",
-    "which kernel does a sweep: segments that run at once, one pass, token by token, or all pairs",
-    ("chunk", "fused_chunk", "fused_recurrent", "parallel"),
-)
-GRADIENTS = Choice("form", "whether each gradient has a sweep or all three share a launch", ("sweeps", "fused_chunk"))
+# A sweep in segments that run at once, one pass, token by token, or of all pairs.
+SWEEPS = Choice("form", ("chunk", "fused_chunk", "fused_recurrent", "parallel"))
+# Each gradient has a sweep, or all three share a launch.
+GRADIENTS = Choice("form", ("sweeps", "fused_chunk"))

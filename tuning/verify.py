@@ -21,6 +21,7 @@ from generated.configuration import ActiveRule, active_rules, kernel_registry
 from tuning import rules
 from tuning.check import TUNED
 from tuning.coverage import Point
+from tuning.known_bad import known_bad
 from tuning.measurement import Gpu, MeasurementError, Measurer, Timing, gpu_present
 from tuning.problems import GRADIENTS, Problem, problem_at
 from tuning.run import FOREVER, RunError
@@ -91,14 +92,14 @@ def verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def claims_of(found: list[ActiveRule]) -> list[Claim]:
-    """The points of active rules at which no earlier rule is used; in the order in which rules are tried."""
+    """The points of active rules at which no other is used; in the order in which rules are tried."""
     active = [rule for rule in found if rule.status == "active"]
     first: dict[tuple[str, Point], Claim] = {}
     for claim in itertools.chain.from_iterable(map(_points, active)):
         p = claim.point
         shape = (p.dtype, p.K, p.V, p.BH, p.T)
         user = next(rule for rule in active if rule.kernel == claim.rule.kernel and rule.when.matches(*shape))
-        if user is claim.rule:
+        if (user.path, user.use) == (claim.rule.path, claim.rule.use):  # rules of one use may overlap
             first.setdefault((user.kernel, p), claim)
     return list(first.values())
 
@@ -110,9 +111,11 @@ def draw(claims: list[Claim], count: int, seed: int) -> list[Claim]:
 
 
 def look(claim: Claim, measurer: Measurer, tolerance: float) -> Finding:
-    """Check a claim's numerics and time it beside the default, in interleaved rounds."""
+    """Check a claim's numerics and time it beside the default, in interleaved rounds; nothing that is known bad."""
     problem, config, default = claim.problem, claim.config, claim.problem.default()
     then = claim.figures.get("ms") if _is_of(claim.rule, measurer.gpu) else None
+    if evidence := known_bad(problem.form, config, measurer.gpu.arch):
+        return Finding(claim, then, None, None, "known bad", evidence)
     try:
         measurer.measure(problem, config, 0.0, {})
         raced = [config, default] if config != default and _runs(problem, default, measurer) else [config]
