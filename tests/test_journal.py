@@ -336,6 +336,9 @@ def test_the_command_goes_on_where_it_was_and_begins_again_where_it_is_told_to(
         def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float:
             return 0.001
 
+        def renew(self) -> None:
+            pass
+
         def close(self) -> None:
             pass
 

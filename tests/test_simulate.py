@@ -17,7 +17,7 @@ from fakes import Pool, timing
 from tuning import landscape, simulate
 from tuning.__main__ import main
 from tuning.landscape import Landscape
-from tuning.measurement import Gpu, MeasurementError, Timing
+from tuning.measurement import Gpu, MeasurementError, StartError, Timing
 from tuning.problems import Problem
 from tuning.samplers import INFORMED
 from tuning.tuner import EFFORTS
@@ -120,7 +120,7 @@ class Measurer:
 
     def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
         if isinstance(found := self.answer(config), str):
-            raise MeasurementError(found)
+            raise (StartError if "start" in found else MeasurementError)(found)
         return timing(found)
 
     def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:

@@ -389,9 +389,32 @@ def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # A worker a GPU
 
 
+@pytest.mark.parametrize("command", ["run", "report"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "postgresql:/me:hunter2@host/db",
+        "me:hunter2@host/db",
+        "postgresql+psycopg:me:hunter2@h",
+        "host=h password=hunter2",
+    ],
+)
+def test_a_url_gone_wrong_is_no_file_and_its_password_is_nowhere(
+    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "gpu_present", lambda: True)
+    monkeypatch.setattr(workers_module, "visible", lambda: ["0"])
+    assert main([command, "--storage", place]) == 1
+    said = "".join(capsys.readouterr())
+    assert "looks like a URL" in said
+    assert "hunter2" not in said
+    assert not any("hunter2" in str(path) for path in tmp_path.rglob("*"))
+
+
 def test_a_gpu_is_one_tuners_at_a_time() -> None:
     name = f"GPU-test-{os.getpid()}"
-    with gpu_alone(name), pytest.raises(GpuBusyError, match="another tuner"), gpu_alone(name):
+    with gpu_alone(name), pytest.raises(GpuBusyError, match="another process"), gpu_alone(name):
         pass
     with gpu_alone(name):
         pass

@@ -23,7 +23,7 @@ from tuning.compilation import Resources
 from tuning.journal import CRASHED, counts_since
 from tuning.problems import Problem
 from tuning.run import RunError
-from tuning.storage import connected, is_url, masked
+from tuning.storage import check_place, connected, is_url, masked
 
 RUNS = "runs; "
 TRIED = (TrialState.COMPLETE, TrialState.FAIL)  # a pruned trial was not launched, a running one has not ended
@@ -184,6 +184,7 @@ class History:
 
 def open_storage(place: str) -> BaseStorage:
     """The storage at a path or a database's URL; RunError where there is none or it cannot be read."""
+    check_place(place)
     try:
         if is_url(place):
             return connected(place)

@@ -25,10 +25,11 @@ from generated.configuration import kernel_registry
 from generated.launch import has_aligned_rows
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
-from tuning.measurement import Gpu, MeasurementError, Measurer, gpu_present
+from tuning.measurement import Gpu, MeasurementError, Measurer, StartError, gpu_present
 from tuning.problems import FORMS, Problem
+from tuning.progress import SearchProgress
 from tuning.rules import write_whole
-from tuning.run import FOREVER, RunError, SearchProgress, problems_for
+from tuning.run import FOREVER, RunError, problems_for
 from tuning.space import knob_values
 from tuning.tuner import likely_first
 from tuning.workloads import parse
@@ -36,7 +37,6 @@ from tuning.workloads import parse
 DIRECTORY = Path(__file__).parent / "landscapes"
 NEAR_BEST = 1.2  # what is at most so much slower than the fastest is timed again, in turns
 AGAIN = 24
-NOT_STARTED = "it does not start"  # says the measurer of its process
 NEEDS = ("registers", "spills", "shared", "warps")
 
 
@@ -141,9 +141,9 @@ def _alone(problem: Problem, config: Any, measurer: Measurer) -> float | None:
     """The milliseconds of a candidate, None where it fails."""
     try:
         return measurer.measure(problem, config, float("inf"), {}).ms
-    except MeasurementError as error:
-        if NOT_STARTED in str(error):  # which is no fault of the candidate
-            raise
+    except StartError:  # which is no fault of the candidate
+        raise
+    except MeasurementError:
         return None
 
 

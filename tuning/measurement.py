@@ -15,19 +15,26 @@ from tuning import device, forkserver
 from tuning.device import Gpu, describe_gpu
 from tuning.problems import Problem
 from tuning.timing import Timing
+from tuning.workers import GpuBusyError, gpu_alone
 
 # Seconds after which a job counts as hung: a candidate is timed in a fraction of one, a proof takes a few.
 DEADLINES = {"start": 180.0, "measure": 30.0, "compare": 60.0, "prove": 120.0}
 
-__all__ = ["Gpu", "MeasurementError", "Measurer", "Timing", "describe_gpu", "gpu_fields", "gpu_present"]
+__all__ = ["Gpu", "MeasurementError", "Measurer", "StartError", "Timing", "describe_gpu", "gpu_fields", "gpu_present"]
 
 
 class MeasurementError(Exception):
     """A configuration that could not be measured: it crashed, hung, gave wrong results or did not launch."""
 
 
+class StartError(MeasurementError):
+    """A measuring process that does not start, which is no candidate's fault."""
+
+
 class Measurer:
     """A child process that owns the GPU; the parent never touches CUDA.
+
+    Until it is closed, no other measures there: GpuBusyError where one does.
 
     `busy` is how many seconds the process was at jobs, `starts` how often it was started.
     """
@@ -38,7 +45,14 @@ class Measurer:
         self._pipe: Connection | None = None
         self._job, self._sent = "", 0.0  # the last, and when that was
         self.busy, self.starts = 0.0, 0
+        self._lock = contextlib.ExitStack()
         self.gpu = self._start()
+        try:
+            if self.gpu.uuid:
+                self._lock.enter_context(gpu_alone(self.gpu.uuid))
+        except GpuBusyError:
+            self.renew()
+            raise
 
     def begin(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Callable[[], Timing]:
         """Check, then time, while the caller goes on; what is returned waits for the times, or raises.
@@ -63,6 +77,11 @@ class Measurer:
         return error
 
     def close(self) -> None:
+        """End the child, and let others measure."""
+        self.renew()
+        self._lock.close()
+
+    def renew(self) -> None:
         """End the child, whatever it is at; the next call starts another."""
         if self._process is not None:
             self._process.kill()
@@ -79,9 +98,9 @@ class Measurer:
         self._job, self._sent = "start", time.monotonic()
         try:
             gpu: Gpu = self._receive()
-        except MeasurementError:
-            self.close()
-            raise
+        except MeasurementError as error:
+            self.renew()
+            raise StartError(str(error)) from None
         return gpu
 
     def _call(self, job: tuple[Any, ...]) -> Any:
@@ -92,7 +111,7 @@ class Measurer:
         if self._process is None:
             try:
                 self._start()
-            except MeasurementError:
+            except StartError:
                 self._start()  # once more: the GPU may just have been reset
         assert self._pipe is not None
         self._job, self._sent = job[0], time.monotonic()
@@ -106,22 +125,22 @@ class Measurer:
         answer = None
         try:
             if not self._pipe.poll(max(0.0, self._sent + seconds - time.monotonic())):
-                self.close()
+                self.renew()
                 raise MeasurementError(f"no answer from the measuring process within {seconds:.0f} s: {silence}")
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
-            self.close()
+            self.renew()
             cause = "while it started" if self._job == "start" else "the kernel crashed"
             raise MeasurementError(f"the measuring process died: {cause}") from None
         except KeyboardInterrupt:
-            self.close()  # its answer to this job must not be taken for the next one's
+            self.renew()  # its answer to this job must not be taken for the next one's
             raise
         finally:
             # What has answered says for how long it was at it: the answer may have lain here for a while.
             if self._job != "start":
                 self.busy += answer.seconds if answer else time.monotonic() - self._sent
         if answer.status == "sticky":
-            self.close()
+            self.renew()
         if answer.status != "ok":
             raise MeasurementError(answer.value)
         return answer.value

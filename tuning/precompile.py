@@ -122,7 +122,7 @@ def _borrowed(tuner: Tuner, problem: Problem) -> list[Any]:
 
 def known_entries(arch: Arch) -> list[rules.Entry]:
     """What the files that imports read hold for GPUs of an architecture: what a run starts from."""
-    paths = [path for directory in configuration.config_directories() for path in sorted(directory.glob("*.y*ml"))]
+    paths = configuration.config_files()
     return [entry for path in paths if _is_for(path, arch) for entry in rules.existing_entries(path)]
 
 

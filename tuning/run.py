@@ -36,12 +36,10 @@ from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, Probl
 from tuning.progress import SearchProgress
 from tuning.samplers import check_available
 from tuning.space import knob_values
-from tuning.storage import VARIABLE, Database, is_url, masked
+from tuning.storage import VARIABLE, Database, check_place, is_url, masked
 from tuning.tuner import EFFORTS, Funnel, GpuJudge, Judge, ModelJudge, Tuner, Winner
-from tuning.workers import SESSION, chosen, gpu_alone, run_all, without
+from tuning.workers import SESSION, chosen, run_all, without
 from tuning.workloads import Workload, parse
-
-__all__ = ["SearchProgress", "run"]  # landscape.py takes the display from here
 
 FOREVER = 10 * 365 * 86400.0
 RULES = re.compile(r"\A# Written by `python -m tuning run`|^kernels:", re.MULTILINE)  # also in a damaged file
@@ -67,8 +65,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return _run_workers(options, console, devices, store)
     measurer = None if options.arch or not gpu_present() else Measurer()
     try:
-        with gpu_alone(measurer.gpu.uuid) if measurer and measurer.gpu.uuid else contextlib.nullcontext():
-            return _run(options, console, workloads, measurer, store, started)
+        return _run(options, console, workloads, measurer, store, started)
     finally:
         if measurer:
             measurer.close()
@@ -142,6 +139,7 @@ def _store(options: argparse.Namespace, console: Console) -> Database | Path | N
         )
     if options.arch or not place:
         return None
+    check_place(place)
     return Database(place) if is_url(place) else Path(place)
 
 

@@ -80,10 +80,11 @@ def is_url(place: str | Path) -> bool:
 
 
 def check_place(place: str) -> None:
-    """Raise StorageError for what is neither a file's path nor a URL but may hold a password."""
-    if not is_url(place) and (masked(place) != place or re.match(r"[A-Za-z][\w+.-]+:", place) or "@" in place):
+    """Raise StorageError for what would be a file's path but looks like a URL gone wrong: it may hold a password."""
+    if not is_url(place) and (masked(place) != place or re.search(r"^[A-Za-z][\w+.-]+:|:.*@", place)):
         raise StorageError(
-            "--storage is a file's path, or a URL of the form dialect://user:password@host:port/database"
+            "the storage that was given looks like a URL and is none (dialect://user:password@host:port/database); "
+            "a file's path may be written ./..."
         )
 
 

@@ -158,7 +158,7 @@ class GpuJudge:
 
     def renew(self) -> None:
         """End the measuring process: the next call starts another."""
-        self._measurer.close()
+        self._measurer.renew()
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
         """The error against float64 at the full shape."""
@@ -596,11 +596,13 @@ class Tuner:
 
     def _proven(self, ranked: list[Winner]) -> Winner | None:
         """The first that passes its proof, with the error that this found."""
-        for winner in ranked:
+        for number, winner in enumerate(ranked):
             reason = self.crashes(winner.problem).get(winner.config) or self._unfit(winner)
             proof = Outcome(None, reason) if reason else self._proof(winner)
             if not proof.reason:
-                return replace(winner, error=proof.ms)
+                # What failed in its proof is no time to be held against.
+                best_ms = min(one.ms for one in ranked[number:]) if number else winner.best_ms
+                return replace(winner, error=proof.ms, best_ms=best_ms)
             self.funnel.reject(winner.problem, winner.config, proof.reason)
         return None
 
@@ -632,8 +634,8 @@ class Tuner:
             needs = self.pool.result(winner.problem, winner.config, variant=variant)
             if isinstance(needs, str):
                 return f"{variant}: {needs}"
-            if not needs.fits(self.arch):
-                return f"{variant}: {needs.shared} bytes of shared memory"
+            if excess := needs.excess(self.arch):
+                return f"{variant}: {excess}"
         return None
 
     def neighbours(self, problem: Problem) -> list[Any]:

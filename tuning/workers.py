@@ -29,7 +29,7 @@ class GpuBusyError(Exception):
 
 @contextlib.contextmanager
 def gpu_alone(name: str) -> Iterator[None]:
-    """Be the only tuner on a GPU, by its UUID or, where that is not known, its index; GpuBusyError where one is there.
+    """Be the only one to measure on a GPU, by its UUID; GpuBusyError where another does.
 
     The lock is a file in the temporary directory, for all users of the host, and ends with the process that holds it.
     """
@@ -41,7 +41,7 @@ def gpu_alone(name: str) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise GpuBusyError(f"another tuner measures on {name} ({path}): wait for it, or choose --devices") from None
+        raise GpuBusyError(f"another process measures on {name} ({path}): wait for it, or choose --devices") from None
     finally:
         os.close(handle)
 
