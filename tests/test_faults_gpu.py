@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import math
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import triton
 import triton.language as tl
 from fakes import Pool
 
+from generated.retention import fused_chunk
 from tuning import measurement
 from tuning.compilation import ARCHS
 from tuning.journal import Journal
@@ -111,3 +115,81 @@ def test_what_broke_the_gpu_once_is_never_launched_again(measurer: Measurer, tmp
     again, tried = tune()
     assert {config.BT for config in tried} <= {128}  # to be out of memory is not the candidate's fault
     assert again.winners[PLANTED].config.BT == 16
+
+
+# Faults in a kernel's text, as in interpreted/test_proof.py, compiled for the GPU
+
+
+@dataclass(frozen=True)
+class Mutant(Problem):
+    """A problem whose sweep is that of a file with another text of fused_chunk."""
+
+    path: str = ""
+
+    def run(self, inputs: tuple[torch.Tensor, ...], config: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
+        given |= {"adjoint": False, "reverse": False} | options
+        return (mutant_module(self.path).fused_chunk_sweep(*inputs, self.K**-0.5, config=config, **given),)
+
+
+@functools.cache
+def mutant_module(path: str) -> Any:
+    """The module in a file."""
+    name = "generated.retention.mutant"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+OUTPUT, MASK = "o + i_r * H * V + p_v", "mask=m_t[:, None] & m_v[None, :]"
+UPDATE = "b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)"
+ADDED = ("(b_o * scale)", f"(b_o * scale + tl.load({OUTPUT}, {MASK}, other=0.0).to(tl.float32))")
+# What is wrong: what stands in the text and what instead, as often as needed, and what the proof says.
+MUTANTS: dict[str, tuple[list[tuple[str, str]], str]] = {
+    # Two programs share the rows of each state, and add to the output what their rows give: right, one after the other.
+    "race": (
+        [
+            ("i_p = tl.program_id(0)", "i_p = tl.program_id(0) // 2"),
+            ("m_k = o_k < K", "m_k = (o_k < K) & (o_k % 2 == tl.program_id(0) % 2)"),
+            ADDED,
+            ("        blocks(V, config.BV) * sequences * H,", "        2 * blocks(V, config.BV) * sequences * H,"),
+            ("o = torch.empty_like(v)", "o = torch.zeros_like(v)"),
+        ],
+        "wrong result|two runs",
+    ),
+    "sum added to what nobody cleared": ([ADDED], "wrong result"),
+    "state summed in 16 bits": (
+        [(UPDATE, f"{UPDATE}\n        b_h = b_h.to(b_q.dtype).to(tl.float32)")],
+        "states: wrong result",
+    ),
+    "store before the output": (
+        [(UPDATE, f"{UPDATE}\n        tl.store(o - 1, 0.0, mask=i_p == 0)")],
+        "beside a tensor",
+    ),
+    "rows after the second never written": ([("bos = i_n * T", "bos = i_n % 2 * T")], "wrong result at the full shape"),
+}
+
+
+def mutant(folder: Path, edits: list[tuple[str, str]]) -> Mutant:
+    """A problem with more rows than a draw has, run by what the edits make of fused_chunk."""
+    text = Path(fused_chunk.__file__).read_text(encoding="utf-8").partition("\nregister_kernel(")[0]
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new, 1)
+    path = folder / "mutant.py"
+    path.write_text(text, encoding="utf-8")
+    return Mutant("fused_chunk", "bfloat16", 4, 256, 8, 32, 32, str(path))
+
+
+def test_text_without_a_fault_is_proven(measurer: Measurer, tmp_path: Path) -> None:
+    assert 0 < measurer.prove(mutant(tmp_path, []), SOUND, {}) < 1e-2
+
+
+@pytest.mark.parametrize("fault", MUTANTS)
+def test_proof_finds_on_the_gpu(measurer: Measurer, tmp_path: Path, fault: str) -> None:
+    edits, said = MUTANTS[fault]
+    with pytest.raises(MeasurementError, match=said):
+        measurer.prove(mutant(tmp_path, edits), SOUND, {})

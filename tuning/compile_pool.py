@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -195,16 +194,8 @@ def _quiet() -> None:
 
     The compiler's remarks stay unsaid.
     """
-    os.setsid()
     os.nice(10)  # whoever measures must not wait for those who compile
+    forkserver.end_with_parent()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)

@@ -6,9 +6,11 @@ It answers one job after another, until the process that started it is gone. A j
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,9 +22,10 @@ import torch
 from torch import Tensor
 
 from generated.configuration import memory_bandwidth
-from tuning.oracle import gradients_reference, relative_error, segment_states, sweep_reference
-from tuning.problems import GRADIENTS, STATES_SEGMENT, Problem
-from tuning.proof import ERROR_LIMITS, Guard, prove
+from tuning import forkserver
+from tuning.oracle import relative_error
+from tuning.problems import Problem
+from tuning.proof import ERROR_LIMITS, guarded_runs, prove, prove_whole, reference, same_bits
 from tuning.timing import Replay, Timing, interleaved, race, timing_of, warm_up
 
 CHECK_TOKENS = 333  # ragged for every chunk and segment
@@ -79,14 +82,11 @@ def _driver_version() -> str:
 
 def serve(pipe: Connection) -> None:
     """Answer jobs until the parent is gone, to which Ctrl-C is left."""
+    forkserver.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        pipe.send(Answer("ok", describe_gpu()))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
-        pipe.send(Answer("error", _in_a_line(error)))
-        return
-    _answer(_measure, [FIRST, FIRST.default(), math.inf, {}])
-    while True:
+    started = _start()
+    pipe.send(started)
+    while started.status == "ok":
         try:
             name, *arguments = pipe.recv()
         except EOFError:
@@ -97,15 +97,28 @@ def serve(pipe: Connection) -> None:
             os._exit(1)
 
 
+def _start() -> Answer:
+    """The GPU, once a kernel has run on it; where none does, no candidate is to be blamed."""
+    gpu = _answer(describe_gpu, [])
+    if gpu.status != "ok":
+        return gpu
+    first = _answer(_measure, [FIRST, FIRST.default(), math.inf, {}])
+    if first.status == "ok":
+        return gpu
+    sys.stderr.write(f"{first.value}\n")  # in the answer it would read like a candidate's
+    return Answer("error", "the measuring process does not start: its first kernel, which is no candidate's, fails")
+
+
 def _answer(job: Callable[..., Any], arguments: list[Any]) -> Answer:
     started = time.monotonic()
     try:
         status, value = "ok", job(*arguments)
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
         sticky = isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in STICKY)
         status, value = "sticky" if sticky else "error", _in_a_line(error)
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, (torch.OutOfMemoryError, ArithmeticError)):  # what is wrong may have written to them
             _inputs.cache_clear()
+        if isinstance(error, torch.OutOfMemoryError):
             Replay.release()
     return Answer(status, value, time.monotonic() - started)
 
@@ -132,34 +145,18 @@ def _inputs(problem: Problem) -> _Inputs:
     return _Inputs(problem.inputs("cuda", seed=1), small, expected)
 
 
-def reference(problem: Problem, inputs: tuple[Tensor, ...], *, reverse: bool = False) -> tuple[Tensor, ...]:
-    """What float64 makes of a problem's inputs."""
-    q, k, v, *do, g_gamma = inputs
-    if problem.form == "chunk_states":
-        return (segment_states(k, v, g_gamma, STATES_SEGMENT, reverse=reverse),)
-    if problem.form == GRADIENTS:
-        return gradients_reference(q, k, v, do[0], g_gamma, problem.K**-0.5, reverse=reverse)
-    return (sweep_reference(q, k, v, g_gamma, problem.K**-0.5, reverse=reverse)[0],)
-
-
 def _check(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
     """Compare both directions with float64 in guarded memory, and a second run to the bit with the first."""
     inputs = _inputs(problem)
-    with Guard() as guard:
-        runs = [problem.run(inputs.small, config, reverse=reverse, **extra) for reverse in (False, True, False)]
-    errors = [e for got, expected in zip(runs[:2], inputs.expected, strict=True) for e in _errors(got, expected)]
-    limit = ERROR_LIMITS[problem.dtype]
+    orders = [{"reverse": reverse, **extra} for reverse in (False, True, False)]
+    forwards, backwards, again = guarded_runs(problem, config, inputs.small, orders)
+    results = zip((*forwards, *backwards), itertools.chain(*inputs.expected), strict=True)
+    errors, limit = [relative_error(got, expected) for got, expected in results], ERROR_LIMITS[problem.dtype]
     if not all(error < limit for error in errors):
         raise ArithmeticError(f"wrong result: relative errors {errors}, allowed {limit:.0e}")
-    if not all(torch.equal(one, other) for one, other in zip(runs[0], runs[2], strict=True)):
+    if not same_bits(forwards, again):
         raise ArithmeticError("two runs on the same inputs differ")
-    guard.check()
     return max(errors)
-
-
-def _errors(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:
-    """The relative errors of results, of as many rows as are expected."""
-    return [relative_error(x[: len(y)], y) for x, y in zip(got, expected, strict=True)]
 
 
 def _replay(problem: Problem, config: Any, extra: dict[str, Any]) -> Replay:
@@ -180,14 +177,17 @@ def _compare(problem: Problem, configs: list[Any], extra: dict[str, Any]) -> lis
 
 
 def _prove(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
-    """The largest error at the problem's own shape (its first row), and of the draws that a proof consists of."""
-    full = _inputs(problem).full
-    row = (*(x[:1] for x in full[:-1]), full[-1])
-    errors = _errors(problem.run(full, config, **extra), reference(problem, row))
-    worst = max(errors, key=lambda error: float("inf") if math.isnan(error) else error)
-    if not worst < ERROR_LIMITS[problem.dtype]:
-        raise ArithmeticError(f"wrong result at the full shape: relative error {worst:.2e}")
-    return max(worst, prove(problem, config, extra, "cuda"))
+    """The largest error at the problem's own shape, and of the draws that a proof consists of."""
+    return max(_prove_whole(problem, config, extra), prove(problem, config, extra, "cuda"))
+
+
+def _prove_whole(problem: Problem, config: Any, extra: dict[str, Any]) -> float:
+    try:
+        return prove_whole(problem, config, extra, _inputs(problem).full)
+    except torch.OutOfMemoryError:
+        Replay.release()
+    # Of a shape that fills the memory only what the kernel makes is guarded: its inputs have no room between margins.
+    return prove_whole(problem, config, extra, _inputs(problem).full, apart=False)
 
 
 JOBS: dict[str, Callable[..., Any]] = {"measure": _measure, "compare": _compare, "prove": _prove}

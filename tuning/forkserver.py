@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,19 @@ def context() -> Any:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return forkserver
+
+
+def end_with_parent() -> None:
+    """Have this process, and what it starts, ended when the one that asked for it is gone, whatever it is at then."""
+    os.setsid()
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 @contextlib.contextmanager

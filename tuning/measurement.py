@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -85,6 +87,8 @@ class Measurer:
         """End the child, whatever it is at; the next call starts another."""
         if self._process is not None:
             self._process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it has not come so far as to have a group
+                os.killpg(self._process.pid, signal.SIGKILL)  # an assembler too
             self._process.join()
             self._process = None
 

@@ -22,13 +22,14 @@ def sweep_reference(
 
     o_t = scale * q_t S_t and S_t = gamma S_{t-1} + k_t v_t^T, from the last token to the first with `reverse`.
     """
-    q, k, v = (x.double().flip(1) if reverse else x.double() for x in (q, k, v))
+    q, k, v = (x.flip(1) if reverse else x for x in (q, k, v))
     rate = g_gamma.double()[:, None]
     B, T, H, K = q.shape
-    state = q.new_zeros(B, H, K, v.shape[3]) if initial_state is None else initial_state.double()
+    zeros = q.new_zeros(B, H, K, v.shape[3], dtype=torch.float64)
+    state = zeros if initial_state is None else initial_state.double()
     outputs = []
     for begin in range(0, T, BLOCK):
-        bq, bk, bv = (x[:, begin : begin + BLOCK].transpose(1, 2) for x in (q, k, v))
+        bq, bk, bv = (x[:, begin : begin + BLOCK].transpose(1, 2).double() for x in (q, k, v))
         n = torch.arange(bq.shape[2], device=q.device, dtype=torch.float64)
         gap = n[:, None] - n
         scores = (bq @ bk.mT) * torch.where(gap >= 0, torch.exp(gap.clamp(min=0) * rate[..., None]), 0.0)

@@ -1,14 +1,15 @@
 """What a configuration must pass before a rule names it: draws that each look for a way in which kernels go wrong.
 
-Every draw holds outputs and states against float64, head by head, and asks for the same bits twice. It runs in memory
-full of NaN: an element that nobody wrote is one, and so is what comes of reading beside a tensor. Writes there
-are seen.
+Every draw holds outputs and states against float64, head by head, and asks for the same bits twice; so does the
+problem's own shape, of which float64 sees two rows. All runs in memory full of NaN: an element that nobody wrote is
+one, and so is what comes of reading beside a tensor. Writes there are seen.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from tuning.problems import GRADIENTS, STATES_SEGMENT, WITH_STATES, Problem
 ERROR_LIMITS = {"bfloat16": 1e-2, "float16": 1.3e-3, "float32": 1e-5}
 # Of a state that only grows: the inputs' roundings cancel out in it, and those of a sum in 16 bits do not.
 STEADY_LIMITS = {"bfloat16": 1e-3, "float16": 2e-4, "float32": 5e-6}
+DECAY_ROUNDING = 2.0**-28  # a token; of float32, once a chunk: by so much a head may be off that forgets nothing
+LEAST_OUTPUT = 0.1  # of what a token adds to its own output: what a head's elements count at least
 SIZES = {"bfloat16": 20, "float16": 2, "float32": 20}  # how many powers of two up and down the inputs may be
 RATES = (math.log1p(-(2.0**-5)), 0.0, -3.0)  # a slow decay, none, and one that forgets within a chunk
 MARGIN = 2048  # bytes on either side of a tensor; a multiple of what tensors are aligned at
@@ -75,34 +78,73 @@ def prove(problem: Problem, config: Any, extra: dict[str, Any], device: str) -> 
     return worst
 
 
+def prove_whole(
+    problem: Problem, config: Any, extra: dict[str, Any], full: tuple[Tensor, ...], *, apart: bool = True
+) -> float:
+    """The largest error at the problem's own shape, of the first row of the batch and of the last; or ArithmeticError.
+
+    Programs of different rows do the same work, so each row must give the same bits in the next one's place: what is
+    wrong in one alone is found without float64. `apart`: see `guarded_runs`.
+    """
+    *tensors, rates = full
+    once, again = guarded_runs(problem, config, full, [extra, extra], apart=apart)
+    if not same_bits(once, again):
+        raise ArithmeticError("two runs on the same inputs differ at the full shape")
+    ends = [0, -1][: problem.B]
+    expected = reference(problem, (*(x[ends] for x in tensors), rates))
+    got = [x.view(problem.B, -1, *x.shape[1:])[ends].flatten(0, 1) for x in once]
+    errors, limit = _errors(problem, got, expected), ERROR_LIMITS[problem.dtype] + problem.T * DECAY_ROUNDING
+    if not all(error < limit for error in errors):
+        raise ArithmeticError(f"wrong result at the full shape: relative errors {errors}, allowed {limit:.1e}")
+    if problem.B > 1:
+        (moved,) = guarded_runs(problem, config, (*(x.roll(1, 0) for x in tensors), rates), [extra], apart=apart)
+        if not same_bits(moved, [x.roll(len(x) // problem.B, 0) for x in once]):
+            raise ArithmeticError("wrong result at the full shape: a row of the batch differs in the next one's place")
+    return max(errors)
+
+
+def guarded_runs(
+    problem: Problem,
+    config: Any,
+    inputs: Sequence[Tensor],
+    orders: Sequence[dict[str, Any]],
+    *,
+    initial: Tensor | None = None,
+    apart: bool = True,
+) -> list[list[Tensor]]:
+    """The results of a run with each of some options, the final state the last where there is an initial one.
+
+    ArithmeticError if an input was written to, or what lies beside a tensor. Without `apart` the inputs are not copied
+    to where this is seen, which saves their memory.
+    """
+    guard, runs = Guard(), []
+    originals = [*inputs, *([] if initial is None else [initial])]
+    given = [guard.copy(x) for x in originals] if apart else originals
+    for options in orders:
+        final = [] if initial is None else [guard.copy(torch.full_like(initial, math.nan))]
+        states = {"initial_state": given[-1], "final_state": final[0]} if final else {}
+        with guard:
+            results = problem.run(tuple(given[: len(inputs)]), config, **states, **options)
+        runs.append([*results, *final])
+    if not same_bits(given, originals):
+        raise ArithmeticError("an input was written to")
+    guard.check()
+    return runs
+
+
 def _examine(problem: Problem, config: Any, extra: dict[str, Any], draw: Draw, generator: torch.Generator) -> float:
-    guard = Guard()
     inputs, offsets, initial = _inputs(problem, draw, generator)
-    guarded = [guard.copy(x) for x in inputs]
-    state = None if initial is None else guard.copy(initial)
-
-    def run() -> list[Tensor]:
-        final = None if initial is None else guard.copy(torch.full_like(initial, math.nan))
-        options = {"initial_state": state, "final_state": final} if final is not None else {}
-        order = {"cu_seqlens": offsets, "reverse": draw.reverse, "adjoint": draw.adjoint}
-        results = problem.run(tuple(guarded), config, **order, **options, **extra)
-        return [*results, *([] if final is None else [final])]
-
-    with guard:
-        once, again = run(), run()
-    expected = _expected(problem, draw, inputs, offsets, initial)
+    order = {"cu_seqlens": offsets, "reverse": draw.reverse, "adjoint": draw.adjoint, **extra}
+    once, again = guarded_runs(problem, config, inputs, [order, order], initial=initial)
     limits = [ERROR_LIMITS[problem.dtype]] * len(once)
     if draw.steady:
         limits[-1] = STEADY_LIMITS[problem.dtype]
-    errors = [_error(got, want) for got, want in zip(once, expected, strict=True)]
+    errors = _errors(problem, once, _expected(problem, draw, inputs, offsets, initial), 2.0 ** (3 * draw.log2_size))
     if not all(error < limit for error, limit in zip(errors, limits, strict=True)):
         shown = ", ".join(f"{error:.1e} of {limit:.1e}" for error, limit in zip(errors, limits, strict=True))
         raise ArithmeticError(f"wrong result: relative errors {shown} allowed")
-    if not all(torch.equal(_bytes(x), _bytes(y)) for x, y in zip(once, again, strict=True)):
+    if not same_bits(once, again):
         raise ArithmeticError("two runs on the same inputs differ")
-    if not all(torch.equal(_bytes(x), _bytes(y)) for x, y in zip(guarded, inputs, strict=True)):
-        raise ArithmeticError("an input was written to")
-    guard.check()
     return max(errors)
 
 
@@ -152,30 +194,56 @@ def _expected(
 def _reference(
     problem: Problem, draw: Draw, tensors: list[Tensor], rates: Tensor, initial: Tensor | None
 ) -> list[Tensor]:
-    scale, q, k, v = problem.K**-0.5, *tensors[:3]
-    if problem.form == "chunk_states":
-        return [segment_states(k, v, rates, STATES_SEGMENT, reverse=draw.reverse)]
-    if problem.form == GRADIENTS:
-        return list(gradients_reference(q, k, v, tensors[3], rates, scale, reverse=draw.reverse))
+    if initial is None:
+        return list(reference(problem, (*tensors, rates), reverse=draw.reverse))
+    q, k, v = tensors
+    scale = problem.K**-0.5
     # A gradient's state has undergone the decay of the token that it arrives at, and the scale.
     factor = scale * torch.exp(rates.double())[:, None, None] if draw.adjoint else 1.0
-    start = None if initial is None else initial.double() / factor
+    start = initial.double() / factor
     o, final = sweep_reference(q, k, v, rates, scale, reverse=draw.reverse, initial_state=start)
-    return [o, final * factor] if draw.states else [o]
+    return [o, final * factor]
 
 
-def _error(got: Tensor, expected: Tensor) -> float:
-    """The largest relative error of a head of outputs [B, T, H, V] or states [N, H, K, V]; NaN if there is one."""
+def reference(problem: Problem, inputs: tuple[Tensor, ...], *, reverse: bool = False) -> tuple[Tensor, ...]:
+    """What float64 makes of a problem's inputs."""
+    q, k, v, *do, g_gamma = inputs
+    if problem.form == "chunk_states":
+        return (segment_states(k, v, g_gamma, STATES_SEGMENT, reverse=reverse),)
+    if problem.form == GRADIENTS:
+        return gradients_reference(q, k, v, do[0], g_gamma, problem.K**-0.5, reverse=reverse)
+    return (sweep_reference(q, k, v, g_gamma, problem.K**-0.5, reverse=reverse)[0],)
+
+
+def _errors(problem: Problem, got: Sequence[Tensor], expected: Sequence[Tensor], unit: float = 1.0) -> list[float]:
+    """Of each result the largest relative error of a head; `unit`: the size of what a token adds to its own output."""
+    outputs = {"chunk_states": 0, GRADIENTS: 3}.get(problem.form, 1)  # [B, T, H, V]; the others are states [N, H, K, V]
+    return [
+        head_error(x, y, 2, LEAST_OUTPUT * unit) if number < outputs else head_error(x, y, 1)
+        for number, (x, y) in enumerate(zip(got, expected, strict=True))
+    ]
+
+
+def head_error(got: Tensor, expected: Tensor, axis: int, least: float = 0.0) -> float:
+    """The largest relative error of a head (of which `axis` counts) by its own norm; NaN if there is one.
+
+    A head's elements count as no smaller than `least`, in the mean: the output of a few tokens may be near 0 by chance.
+    """
     if got.shape != expected.shape:
         raise ArithmeticError(f"wrong result: shape {list(got.shape)}, not {list(expected.shape)}")
-    axis = 2 if expected.shape[2] == len(RATES) else 1
-    difference, size = ((x.double().movedim(axis, 0).flatten(1).norm(dim=1)) for x in (got - expected, expected))
-    errors = difference / size.clamp(min=1e-300)
-    return float(errors.max() if not errors.isnan().any() else math.nan)
+    others = [dim for dim in range(expected.dim()) if dim != axis]
+    difference, size = (torch.linalg.vector_norm(x, dim=others) for x in (got - expected, expected))
+    floor = least * math.sqrt(expected.numel() // expected.shape[axis])
+    return float((difference / size.clamp(min=max(floor, 1e-300))).max())
 
 
-def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
+def same_bits(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether tensors are the same, NaN included."""
+    return all(torch.equal(_bits(x), _bits(y)) for x, y in zip(some, others, strict=True))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int16)
 
 
 class Guard(TorchFunctionMode):
@@ -202,7 +270,7 @@ class Guard(TorchFunctionMode):
     def check(self) -> None:
         """Raise ArithmeticError if anything beside a tensor has changed."""
         sides = [side for buffer, margin in self._buffers for side in (buffer[:margin], buffer[-margin:])]
-        changed = [(_bytes(side) != _bytes(torch.full_like(side, math.nan))).any() for side in sides]
+        changed = [(_bits(side) != _bits(torch.full_like(side, math.nan))).any() for side in sides]
         if torch.stack(changed).any():
             raise ArithmeticError("memory beside a tensor was written to")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
 
-from generated.retention import fused_chunk
+from generated.retention import chunk, fused_chunk, fused_recurrent, parallel
 from tuning import problems, proof
 from tuning.problems import FORMS, GRADIENTS, Problem
 
@@ -24,11 +26,27 @@ pytestmark = [  # NumPy speaks up where a kernel computes infinities that it the
     pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning"),
 ]
 
-SMALL = Problem("fused_chunk", "float16", 2, 1024, 3, 16, 24)
-CONFIG = fused_chunk.FusedChunkConfig(BT=16, BV=16, num_warps=4, num_stages=1)
+LARGE = Problem("fused_chunk", "float16", 4, 20, 6, 16, 24)  # more rows and heads than a draw has
+TILES = {"num_warps": 4, "num_stages": 1}
+CONFIG = fused_chunk.FusedChunkConfig(BT=16, BV=16, **TILES)
+# The kernel of each part, where its text is, and small tiles.
+KERNELS: dict[str, tuple[str, ModuleType, Any]] = {
+    "fused_chunk": ("fused_chunk_kernel", fused_chunk, CONFIG),
+    GRADIENTS: ("fused_chunk_gradients_kernel", fused_chunk, CONFIG),
+    "chunk_states": ("chunk_states_kernel", chunk, chunk.ChunkStatesConfig(BT=64, BK=16, BV=32, **TILES)),
+    "chunk": ("chunk_outputs_kernel", chunk, chunk.ChunkConfig(L=32, BT=16, BV=32, **TILES)),
+    "parallel": ("parallel_kernel", parallel, parallel.ParallelConfig(BT=32, BS=16, BV=32, **TILES)),
+    "fused_recurrent": ("fused_recurrent_kernel", fused_recurrent, fused_recurrent.FusedRecurrentConfig(32, 1)),
+}
+EXTRA = {"chunk": {"states_config": KERNELS["chunk_states"][2]}}
 PARTS = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk")}
 STORE = "(b_o * scale).to(o.dtype.element_ty), mask=m_t[:, None] & m_v[None, :])"
 UPDATE = "b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)"
+START = "b_h = tl.zeros([BK, BV], dtype=tl.float32)"
+LOADED = "b_h += tl.load(p_h0, mask=m_h, other=0.0).to(tl.float32)"
+COLUMNS = "o_v = i_v * BV + tl.arange(0, BV)"
+# The last tile ends where the columns do, as is done to save a mask; each program rounds in its own way.
+OVERLAP = "o_v = tl.minimum(i_v * BV, V - BV) + tl.arange(0, BV)\n    scale *= 1 + i_v * 6e-4"
 # What is wrong: the kernel's text, what stands there instead, and what the proof must say.
 WRONG = "wrong result"
 FAULTS = {
@@ -43,42 +61,117 @@ FAULTS = {
     "wrong factor of dh0": ("b_h *= scale", "b_h *= 1.0", WRONG),
     "wrong factor of dht": ("b_h /= scale", "b_h /= 1.0", WRONG),
     "last chunk stored without a mask": (STORE, STORE.replace("m_t[:, None] & ", ""), ""),
-    "race of two sequences": ("(i_nh // H).to(tl.int64), i_nh % H", "(i_nh // H * 0).to(tl.int64), i_nh % H", WRONG),
+    "rows of the batch taken for one": (
+        "(i_nh // H).to(tl.int64)",
+        "(i_nh // H * 0).to(tl.int64)",
+        WRONG,
+    ),
     "store before the output": (UPDATE, f"{UPDATE}\n        tl.store(o - 1, 0.0, mask=i_p == 0)", "beside a tensor"),
     "store behind the state": ("tl.store(p_ht, b_h, mask=m_h)", "tl.store(p_ht, b_h, mask=m_h | (o_v >= V))", ""),
     "read beyond the sequence": ("m_t = i_t * BT + o_t < T", "m_t = i_t * BT + o_t < T + 1", ""),
     "last chunk never written": ("range(tl.cdiv(T, BT))", "range(T // BT)", WRONG),
     "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
-    "initial state left out": ("b_h += tl.load(p_h0, mask=m_h, other=0.0).to(tl.float32)", "b_h += 0.0", WRONG),
+    "initial state left out": (LOADED, "b_h += 0.0", WRONG),
     "swapped heads": ("i_h * V + o_v[None, :]", "(H - 1 - i_h) * V + o_v[None, :]", WRONG),
     "state summed in 16 bits": (
         UPDATE,
         f"{UPDATE}\n        b_h = b_h.to(b_q.dtype).to(tl.float32)",
         "states: " + WRONG,
     ),
-    "input written to": (UPDATE, f"{UPDATE}\n        tl.store(q, 1.0, mask=i_p == 0)", ""),
-    "not the same twice": ("    return o\n", "    return o * (1 + 1e-3 * torch.rand(())).to(o.dtype)\n", "two runs"),
+    "input written to": (UPDATE, f"{UPDATE}\n        tl.store(q, 1.0, mask=i_p == 0)", "an input was written to"),
+    "sum added to what nobody cleared": ("(b_o * scale)", "(b_o * scale + tl.load(o + i_r * H * V + p_v))", WRONG),
+    "race of two programs": (COLUMNS, OVERLAP, "two runs"),
 }
+GRADIENTS_FAULTS = {
+    "dq without scale": ("(b_o * scale)", "(b_o * tl.where(i_g == 0, 1.0, scale))", WRONG),
+    "dk in the direction of dq": (
+        "tl.where(i_g == 0, direction, -direction)",
+        "tl.where(i_g == 2, -direction, direction)",
+        WRONG,
+    ),
+    "last chunk stored without a mask": (STORE, STORE.replace("m_t[:, None] & ", ""), ""),
+}
+STATES_FAULTS = {
+    "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
+    "state stored before its decay": (
+        "b_h.to(hs.dtype.element_ty)",
+        "(b_h * tl.exp2(-b_g)).to(hs.dtype.element_ty)",
+        WRONG,
+    ),
+    "state of the segment's last chunk": ("i_t * BT % L == 0", "(i_t + 1) * BT % L == 0", WRONG),
+}
+OUTPUTS_FAULTS = {
+    "carried state left out": (
+        "tl.load(p_hs, mask=m_k[:, None] & m_v[None, :], other=0.0).to(tl.float32)",
+        "tl.zeros([BK, BV], dtype=tl.float32)",
+        WRONG,
+    ),
+    "state of the segment before": ("(i_slot.to(tl.int64) * H", "(tl.maximum(i_slot - 1, 0).to(tl.int64) * H", WRONG),
+}
+PARALLEL_FAULTS = {
+    "window cut too short": ("-32.0 / b_g", "-1.0 / b_g", WRONG),
+    "mask of one token too few": ("o_d >= 0", "o_d > 0", WRONG),
+}
+RECURRENT_FAULTS = {
+    "decay after the addition": ("b_k[:, None] * b_v[None, :]", "b_k[:, None] * b_v[None, :] * b_d", WRONG),
+}
+WHOLE_FAULTS = {  # what two rows and three heads do not show
+    "rows after the second never written": ("bos = i_n * T", "bos = i_n % 2 * T", WRONG),
+    "one row that is neither first nor last": (START, START + " + tl.where(i_n == 1, 1e-2, 0.0)", "next one's place"),
+    "one head of many": ("(b_o * scale)", "(b_o * scale * tl.where(i_h == 5, 1.0025, 1.0))", WRONG),
+    "store before the output": (UPDATE, f"{UPDATE}\n        tl.store(o - 1, 0.0, mask=i_n == 3)", "beside a tensor"),
+    "race of two programs": (COLUMNS, OVERLAP, "two runs"),
+}
+Plant = Callable[[str, str, str], None]
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks a segment where the pass that stores states is alone: the interpreter is slow."""
+    for module in (problems, proof):
+        monkeypatch.setattr(module, "STATES_SEGMENT", 128)
+
+
+def problem_of(part: str, dtype: str = "float16") -> Problem:
+    """A small problem of one part."""
+    return Problem(part, dtype, 2, 1024, 3, 16, 16 if part == GRADIENTS else 24)
+
+
+SMALL = problem_of("fused_chunk")
 
 
 @pytest.fixture
-def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Puts a module with another text in the place of fused_chunk."""
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """Puts a module with another text in its kernel in the place of a part's."""
 
-    def put(old: str, new: str) -> None:
-        text = Path(fused_chunk.__file__).read_text(encoding="utf-8")
-        assert old in text
-        kept = [
-            line for line in text.replace(old, new, 1).splitlines() if not line.startswith(("register_", "OPERATOR"))
-        ]
+    def put(part: str, old: str, new: str) -> None:
+        kernel, module, _ = KERNELS[part]
+        text = Path(str(module.__file__)).read_text(encoding="utf-8").partition("\nregister_kernel(")[0]
+        before, name, after = text.partition(f"def {kernel}(")
+        body, end, rest = after.partition("\n\n\n")
+        assert old in body
         path = tmp_path / "broken.py"
-        path.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        form = FORMS["fused_chunk"]
-        monkeypatch.setitem(
-            problems.FORMS, "fused_chunk", replace(form, run=_module(path, monkeypatch).fused_chunk_sweep)
-        )
+        path.write_text("".join((before, name, body.replace(old, new, 1), end, rest)), encoding="utf-8")
+        broken, form = _module(path, monkeypatch), module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(problems, form, broken)
+        if part == form:
+            monkeypatch.setitem(FORMS, part, replace(FORMS[part], run=getattr(broken, f"{form}_sweep")))
 
     return put
+
+
+@pytest.fixture
+def either_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the programs of every second launch from the last to the first, as a GPU may."""
+    number, begin, go_to = itertools.count(), interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+
+    def set_dim(x: int, y: int, z: int) -> None:
+        begin(x, y, z)
+        turned = next(number) % 2
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda i, *ij: go_to(x - 1 - i if turned else i, *ij))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", go_to)
+    monkeypatch.setattr(interpreter_builder, "set_grid_dim", set_dim)
 
 
 def _module(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -92,36 +185,102 @@ def _module(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def finds(plant: Plant, either_order: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Asserts that a part's proof finds a fault, in a draw that it names."""
+    monkeypatch.setattr(proof, "TOKENS", 77)
+
+    def check(part: str, old: str, new: str, said: str) -> None:
+        plant(part, old, new)
+        problem, config = problem_of(part), KERNELS[part][2]
+        with pytest.raises(ArithmeticError) as caught:
+            proof.prove(problem, config, EXTRA.get(part, {}), "cpu")
+        assert said in str(caught.value)
+        assert str(caught.value).split(":")[0] in {draw.name for draw in proof.draws(problem, config)}
+
+    return check
+
+
 @pytest.mark.forms("fused_chunk")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_is_found(
-    form: str, broken: Callable[[str, str], None], fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(proof, "TOKENS", 141)
-    old, new, said = FAULTS[fault]
-    broken(old, new)
-    with pytest.raises(ArithmeticError) as caught:
-        proof.prove(SMALL, CONFIG, {}, "cpu")
-    assert said in str(caught.value)
-    assert str(caught.value).split(":")[0] in {draw.name for draw in proof.draws(SMALL, CONFIG)}
+def test_every_fault_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
+    finds(form, *FAULTS[fault])
 
 
 @pytest.mark.forms("fused_chunk")
-def test_the_same_module_without_a_fault_passes(form: str, broken: Callable[[str, str], None]) -> None:
-    broken("b_h *= b_dh", "b_h = b_h * b_dh")
-    assert 0 < proof.prove(SMALL, CONFIG, {}, "cpu") < proof.ERROR_LIMITS["float16"]
+@pytest.mark.parametrize("fault", GRADIENTS_FAULTS)
+def test_every_fault_of_gradients_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
+    finds(GRADIENTS, *GRADIENTS_FAULTS[fault])
+
+
+@pytest.mark.forms("chunk")
+@pytest.mark.parametrize("fault", STATES_FAULTS)
+def test_every_fault_of_stored_states_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
+    finds("chunk_states", *STATES_FAULTS[fault])
+
+
+@pytest.mark.forms("chunk")
+@pytest.mark.parametrize("fault", OUTPUTS_FAULTS)
+def test_every_fault_of_outputs_from_states_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
+    finds("chunk", *OUTPUTS_FAULTS[fault])
+
+
+@pytest.mark.forms("parallel")
+@pytest.mark.parametrize("fault", PARALLEL_FAULTS)
+def test_every_fault_of_parallel_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
+    finds("parallel", *PARALLEL_FAULTS[fault])
+
+
+@pytest.mark.forms("fused_recurrent")
+@pytest.mark.parametrize("fault", RECURRENT_FAULTS)
+def test_every_fault_of_fused_recurrent_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
+    finds("fused_recurrent", *RECURRENT_FAULTS[fault])
+
+
+@pytest.mark.forms("fused_chunk")
+@pytest.mark.parametrize("fault", WHOLE_FAULTS)
+def test_what_only_the_full_shape_shows_is_found(form: str, plant: Plant, either_order: None, fault: str) -> None:
+    old, new, said = WHOLE_FAULTS[fault]
+    plant("fused_chunk", old, new)
+    with pytest.raises(ArithmeticError, match=said):
+        proof.prove_whole(LARGE, CONFIG, {}, LARGE.inputs("cpu"))
+
+
+@pytest.mark.forms("fused_chunk")
+def test_planting_alone_breaks_nothing(form: str, plant: Plant, either_order: None) -> None:
+    plant(form, "b_h *= b_dh", "b_h = b_h * b_dh")
+    assert 0 < proof.prove_whole(LARGE, CONFIG, {}, LARGE.inputs("cpu")) < proof.ERROR_LIMITS["float16"]
 
 
 @pytest.mark.forms("parallel", "chunk", "fused_chunk", "fused_recurrent")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_right_kernels_pass(form: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "TOKENS", 70)
+    monkeypatch.setattr(proof, "TOKENS", 40)
     for part in PARTS.get(form, (form,)):
-        problem = Problem(part, dtype, 2, 1024, 3, 16, 16 if part == GRADIENTS else 24)
-        config = problem.default()
-        if part == "chunk":
-            config = replace(config, L=64, BT=16)
-        assert 0 < proof.prove(problem, config, {}, "cpu") < proof.ERROR_LIMITS[dtype]
+        problem, config, limit = problem_of(part, dtype), KERNELS[part][2], proof.ERROR_LIMITS[dtype]
+        if dtype == "float32":
+            config = replace(problem.default(), L=64) if part == "chunk" else problem.default()
+        assert 0 < proof.prove(problem, config, EXTRA.get(part, {}), "cpu") < limit
+        whole = replace(problem, B=3, H=2, T=proof.STATES_SEGMENT + 10 if part == "chunk_states" else 70)
+        assert 0 < proof.prove_whole(whole, config, EXTRA.get(part, {}), whole.inputs("cpu")) < limit
+
+
+@pytest.mark.forms("fused_chunk")
+def test_errors_are_those_of_the_worst_head(form: str) -> None:
+    wrong, right = torch.ones(1, 3, 3, 3), torch.ones(1, 3, 3, 3, dtype=torch.float64)
+    wrong[:, 1] = 1.5
+    assert proof._errors(SMALL, [wrong.mT.transpose(1, 2), wrong], [right, right])[1] == 0.5
+    assert proof._errors(SMALL, [wrong.transpose(1, 2)], [right]) == [0.5]
+    assert proof._errors(replace(SMALL, form="chunk_states"), [wrong], [right]) == [0.5]
+    wrong[0, 0, 0, 0] = torch.nan
+    assert not proof._errors(SMALL, [wrong], [right])[0] < 1
+
+
+@pytest.mark.forms("fused_chunk")
+def test_an_output_that_is_near_zero_by_chance_may_be_off_by_rounding(form: str) -> None:
+    right = torch.full((1, 1, 96, 16), 1e-3, dtype=torch.float64)
+    assert proof._errors(SMALL, [right + 1e-7], [right])[0] < proof.ERROR_LIMITS["float32"]
+    assert proof._errors(SMALL, [right + 1e-7], [right], 2.0**-60)[0] > proof.ERROR_LIMITS["float32"]
 
 
 @pytest.mark.forms("chunk")
