@@ -17,7 +17,7 @@ from fakes import Judge, Pool, timing, tune
 from generated import configuration
 from generated.configuration_file import When
 from tuning import check as checking
-from tuning import coverage, landscape, precompile, rules, space
+from tuning import coverage, landscape, precompile, proof, rules, space
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
 from tuning.coverage import Point
@@ -371,6 +371,12 @@ class Asked(Pool):
     def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Any:
         self.asked.add((problem, config, variant))
         return super().submit(problem, config, variant=variant)
+
+
+def test_the_error_that_is_taken_for_rounding_grows_with_the_sequence() -> None:
+    assert proof.error_limit("chunk", "bfloat16", 4096) < 1.01 * proof.ERROR_LIMITS["bfloat16"]
+    assert proof.error_limit("chunk", "float32", 1 << 17) > 10 * proof.error_limit("chunk", "float32", 333)
+    assert proof.error_limit("fused_recurrent", "float16", 1 << 17) > proof.error_limit("chunk", "float16", 1 << 17)
 
 
 class Measured(Judge):

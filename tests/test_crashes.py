@@ -46,9 +46,15 @@ class Machine:
 
     def start(self, *arguments: str, faults: dict[str, str] | None = None, **variables: str) -> tuple[Any, Path]:
         """Start a tuner; `faults`: what part of a launch's line makes what happen. The process, and its output."""
+        return self.start_command(self.command(*arguments), faults=faults, **variables)
+
+    def start_command(
+        self, command: list[str], *, faults: dict[str, str] | None = None, **variables: str
+    ) -> tuple[Any, Path]:
+        """The same by the whole command."""
         output = self.directory / f"output{len(list(self.directory.glob('output*')))}"
         output.touch()
-        given = (self.environment(faults or {}, variables), self.command(*arguments), str(output))
+        given = (self.environment(faults or {}, variables), command, str(output))
         process = forkserver.context().Process(target=fake_device.run, args=given)
         process.start()
         return process, output
@@ -172,6 +178,15 @@ def test_what_ended_a_measuring_process_is_never_launched_again_at_any_shape(mac
     assert machine.launches()[fatal] == 1
     assert len(machine.launches()) > 20
     assert all(line("", BEST) not in launch for launch in (*machine.launches("compare"), *machine.launches("prove")))
+
+
+def test_what_ended_a_measuring_process_is_not_launched_by_the_runs_other_searches_either(machine: Machine) -> None:
+    fatal, shapes = line("measure", BEST), [SHAPE.replace("T=1024", f"T={T}") for T in (1024, 2048, 4096)]
+    workloads = [argument for shape in shapes for argument in ("--workload", shape)]
+    command = ["run", *workloads, "--out", str(machine.rules), "--form", "fused_chunk"]
+    code, output = ended(*machine.start_command(command, faults={fatal: "illegal access"}))
+    assert code == 0, output
+    assert machine.launches()[fatal] == 1
 
 
 def test_no_memory_for_anything_writes_nothing_and_says_why(machine: Machine) -> None:

@@ -25,7 +25,7 @@ from tuning import run as run_module
 from tuning import storage as storage_module
 from tuning.__main__ import main
 from tuning.history import read
-from tuning.journal import FORGETS, RACE, SUSPECT, Journal, Outcome
+from tuning.journal import FORGETS, PROVE, RACE, SUSPECT, Journal, Outcome
 from tuning.measurement import Gpu, Timing
 from tuning.problems import Problem
 from tuning.space import knob_values
@@ -305,6 +305,23 @@ def test_a_race_that_killed_another_worker_is_not_held_again_by_one_that_waited_
 def race_and_die(path: Path) -> None:
     with open_journal(path).racing(PROBLEM, [FIRST, SECOND], {}, RACE):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_without_a_record_nobody_waits_for_another_worker(path: Path) -> None:
+    said = Said()
+    waiting = Journal(path, {"gpu": "H100"}, said)
+    with open_journal(path).measuring(PROBLEM, FIRST, {}):
+        assert waiting.is_measured(PROBLEM, FIRST, {})
+        waiting._lose(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        assert not waiting.is_measured(PROBLEM, FIRST, {})
+        assert waiting.claim(PROBLEM, FIRST, {}) is not None
+
+
+def test_a_proof_that_takes_too_long_is_held_against_its_shape_alone(path: Path) -> None:
+    journal = open_journal(path)
+    journal.launch(PROBLEM, FIRST, {}, lambda: Outcome(None, "no answer within 120 s: the kernel hangs"), step=PROVE)
+    journal.launch(PROBLEM, SECOND, {}, lambda: Outcome(None, "the kernel crashed"), step=PROVE)
+    assert set(journal.crashes(PROBLEM)) == {SECOND}
 
 
 def test_a_run_that_ended_measures_nothing_again(path: Path) -> None:

@@ -539,6 +539,35 @@ def test_interrupted_job_leaves_no_answer_for_the_next(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("moment", ["_start", "_send"])
+def test_an_answer_that_an_interrupt_left_behind_is_nobodys(
+    measurer_of: Callable[[Any], Measurer], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    measurer, config = measurer_of(echo_child), PROBLEM.default()
+    with monkeypatch.context() as patch:
+        if moment == "_start":
+            measurer.renew()
+            patch.setattr(measurer, "_receive", interrupted)
+        else:
+            send = measurer._pipe.send
+            patch.setattr(measurer._pipe, "send", lambda job: (send(job), interrupted()))
+        with pytest.raises(KeyboardInterrupt):
+            measurer.begin(PROBLEM, replace(config, BT=128), math.inf, {})
+    assert measurer.measure(PROBLEM, replace(config, BT=64), math.inf, {}) == 64
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def echo_child(pipe: Connection) -> None:
+    """Answers with a candidate's BT."""
+    pipe.send(device.Answer("ok", Gpu("Fake GPU", "sm90", 132, 80, "580.1")))
+    while True:
+        _, _, config, *_ = pipe.recv()
+        pipe.send(device.Answer("ok", config.BT))
+
+
 def test_child_without_a_gpu_says_so(measurer_of: Callable[[Any], Measurer]) -> None:
     with pytest.raises(MeasurementError, match=r"CUDA|NVIDIA"):
         measurer_of(device.serve)

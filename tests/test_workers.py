@@ -405,6 +405,7 @@ def test_a_url_gone_wrong_is_no_file_and_its_password_is_nowhere(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_module, "gpu_present", lambda: True)
     monkeypatch.setattr(workers_module, "visible", lambda: ["0"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which the command sets; the next tests shall not see it
     assert main([command, "--storage", place]) == 1
     said = "".join(capsys.readouterr())
     assert "looks like a URL" in said

@@ -24,7 +24,7 @@ import generated
 from generated.configuration import ConfigurationWarning, active_rules, defaults_only
 from tuning.measurement import describe_gpu, gpu_present
 from tuning.oracle import gradients_reference, relative_error, retnet_rates, sweep_reference
-from tuning.proof import ERROR_LIMITS
+from tuning.proof import error_limit
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
 from tuning.timing import time_calls
@@ -141,9 +141,9 @@ def _measure(
         return
     for form in forms:
         own = generated.retention if form == "auto" else getattr(generated, f"{form}_retention")
-        contenders = [Contender("tuned", own, inputs, expected)]
+        contenders = [Contender("tuned", own, inputs, expected, form=form)]
         if with_default and form not in ("naive", "auto"):
-            contenders.append(Contender("default", own, inputs, expected, defaults_only))
+            contenders.append(Contender("default", own, inputs, expected, defaults_only, form))
         if form in peers:
             contenders.append(Contender(PEER, peers[form], inputs, expected))
         race(contenders)
@@ -193,8 +193,9 @@ class Contender:
         inputs: tuple[Tensor, ...],
         expected: dict[str, Tensor],
         context: Context = contextlib.nullcontext,
+        form: str = "",
     ) -> None:
-        self.variant, self.context, self.failure = variant, context, ""
+        self.variant, self.form, self.context, self.failure = variant, form, context, ""
         self._function, self._inputs, self._expected = function, inputs, expected
         self._leaves = [x.detach().requires_grad_() for x in inputs[:3]]
         self._calls: tuple[Callable[[], object], ...] = (self._forward, self._both)
@@ -211,7 +212,8 @@ class Contender:
         results = dict(zip(("o", "dq", "dk", "dv"), self._both(), strict=True))
         self._errors = errors_of(results, self._expected)
         del results
-        limit = ERROR_LIMITS[str(self._inputs[0].dtype).removeprefix("torch.")]
+        q = self._inputs[0]
+        limit = error_limit(self.form, str(q.dtype).removeprefix("torch."), q.shape[1])
         if self.variant != PEER and not all(error <= limit for error in self._errors.values()):
             shown = ", ".join(f"{name} {error:.1e}" for name, error in self._errors.items())
             raise ArithmeticError(f"wrong result: relative errors {shown}; allowed: {limit:.1e}")

@@ -24,7 +24,7 @@ from tuning.compile_pool import CompilePool, compile_key
 from tuning.coverage import AXES, Point, beyond, overlap
 from tuning.known_bad import known_bad
 from tuning.problems import FORMS, PLAIN, Problem, problem_at
-from tuning.proof import ERROR_LIMITS
+from tuning.proof import error_limit
 from tuning.tuner import NOISE
 
 ROUNDING = 1e-3  # figures are written with four digits
@@ -152,7 +152,7 @@ def figure_faults(places: list[Place]) -> list[str]:
         f"{place}{where}: {fault}"
         for place in places
         for where, figures in figures_by_place(place.rule)
-        for fault in _faults_of(figures, place.rule)
+        for fault in _faults_of(figures, place)
     ]
 
 
@@ -161,14 +161,16 @@ def figures_by_place(rule: Rule) -> list[tuple[str, Mapping[str, Any]]]:
     return [("", rule.figures), *((f".also[{index}]", figures) for index, figures in enumerate(rule.also))]
 
 
-def _faults_of(figures: Mapping[str, Any], rule: Rule) -> Iterator[str]:
-    if (error := figures.get("error", 0.0)) > (limit := ERROR_LIMITS[rule.when.dtype]):
+def _faults_of(figures: Mapping[str, Any], place: Place) -> Iterator[str]:
+    rule, point = place.rule, rules.point_in(figures, place.rule.when.dtype)
+    limit = error_limit(place.kernel.removeprefix("retention_"), rule.when.dtype, point.T if point else 0)
+    if (error := figures.get("error", 0.0)) > limit:
         yield f"its error is {error}, over the {limit:.0e} that is taken for rounding"
     if (ms := figures.get("ms", 0.0)) > (1 + NOISE) * (1 + ROUNDING) * (default := figures.get("default_ms", ms)):
         yield f"its {ms} ms are more than the default's {default}"
     if rules.slowness(figures) > (1 + TOLERANCE) * (1 + ROUNDING):
         yield f"its {ms} ms are over {TOLERANCE:.0%} more than the {figures['best_ms']} of the fastest there"
-    if rule.also and rules.point_in(figures, rule.when.dtype) is None:
+    if rule.also and point is None:
         yield f"a rule of several points must name each, and its point is {figures.get('point')!r}"
 
 

@@ -48,9 +48,10 @@ MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
 RACES = (RACE, FRESH)
 POLL_SECONDS = 0.05  # between two looks at what another worker is at
 # What a candidate does, and neither the machine nor whoever uses it too; other failures are not remembered.
+HANGS = "the kernel hangs"
 VERDICTS = (
     "ArithmeticError",
-    "the kernel hangs",
+    HANGS,
     "the kernel crashed",
     "illegal memory access",
     "misaligned address",
@@ -128,6 +129,7 @@ class Journal:
         self._studies: dict[str, _Study] = {}
         self._ended: set[str] = set()  # workers whose races and proofs do not hold
         self._store: Store | None = None
+        self._about: dict[str, Any] = {}  # what was written of this run
         self._crashes: list[FrozenTrial] = []
         self._run = self._runs = self._crashed = -1  # trial of this run, the study that holds it, and that of crashes
         self.rank, self.shared = 0, False
@@ -316,12 +318,12 @@ class Journal:
 
     def _begin(self, store: Store) -> None:
         """Write the run down, and find out which earlier ones came to their end, and how many go on beside it."""
-        storage = store.storage
+        storage, self.rank = store.storage, 0
         self._runs = _study_number(storage, f"runs; {_text(self._context)}", {"context": self._context, "runs": True})
         compiler = {name: value for name, value in self._context.items() if name in ("gpu", "triton")}
         self._crashed = _study_number(storage, CRASHED + _text(compiler), {"context": compiler})
         earlier = storage.get_all_trials(self._runs, deepcopy=False)
-        attributes = {"worker": store.worker, "session": self._session, "effort": self._effort}
+        attributes = {"worker": store.worker, "session": self._session, "effort": self._effort, **self._about}
         trial = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
         self._run = storage.create_new_trial(self._runs, trial)
         store.begin(self._runs, self._run)
@@ -386,7 +388,9 @@ class Journal:
             _take(study, step, config, kept, alone=False)
         if trial is not None:
             self._try(lambda storage: _finish(storage, trial, step, kept), None)
-        if kept is not None and step not in RACES and any(text in kept.reason for text in CRASHES):
+        # A proof that takes too long may be float64's doing.
+        crashed = kept is not None and any(text in kept.reason for text in CRASHES if step == MEASURE or text != HANGS)
+        if kept is not None and crashed and step not in RACES:
             self._write_crash(study.kernel, config, kept.reason)
 
     def _write_crash(self, kernel: str, config: Any, reason: str) -> None:
@@ -494,6 +498,8 @@ class Journal:
 
     def _lose(self, error: Exception) -> None:
         self.close()
+        for study in self._studies.values():
+            study.busy.clear()  # what others are at is not going to be heard of any more
         self._say(f"{self._name}: {reason_of(error)}: what is measured from here on is not remembered")
 
 
@@ -520,8 +526,9 @@ class Run:
 
     def add(self, **attributes: Any) -> None:
         """Write attributes down; passwords in them are masked."""
-        for name, value in attributes.items():
-            self._journal._try(partial(_set, trial=self._journal._run, name=name, value=_masked(value)), None)
+        for name, value in _masked(attributes).items():
+            self._journal._about[name] = value
+            self._journal._try(partial(_set, trial=self._journal._run, name=name, value=value), None)
 
     def finish(self, total: float, /, *, interrupted: bool = False, **attributes: Any) -> None:
         """Write down how the run ended, and how many seconds it took.

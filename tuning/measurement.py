@@ -38,7 +38,7 @@ class Measurer:
 
     Until it is closed, no other measures there: GpuBusyError where one does.
 
-    `busy` is how many seconds the process was at jobs, `starts` how often it was started.
+    `busy` is how many seconds the process was at jobs.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Measurer:
         self._process: Any = None
         self._pipe: Connection | None = None
         self._job, self._sent = "", 0.0  # the last, and when that was
-        self.busy, self.starts = 0.0, 0
+        self.busy = 0.0
         self._lock = contextlib.ExitStack()
         self.gpu = self._start()
         try:
@@ -86,25 +86,28 @@ class Measurer:
     def renew(self) -> None:
         """End the child, whatever it is at; the next call starts another."""
         if self._process is not None:
-            self._process.kill()
+            process, self._process = self._process, None  # first: nothing is asked of one that is being ended
+            process.kill()
             with contextlib.suppress(ProcessLookupError):  # it has not come so far as to have a group
-                os.killpg(self._process.pid, signal.SIGKILL)  # an assembler too
-            self._process.join()
-            self._process = None
+                os.killpg(process.pid, signal.SIGKILL)  # an assembler too
+            process.join()
 
     def _start(self) -> Gpu:
         self._pipe, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=device.serve, args=(theirs,), daemon=True)
-        with forkserver.uninterrupted():
-            self._process.start()
-        theirs.close()
-        self.starts += 1
-        self._job, self._sent = "start", time.monotonic()
+        process = self._context.Process(target=device.serve, args=(theirs,), daemon=True)
         try:
+            with forkserver.uninterrupted():
+                process.start()
+                self._process = process
+            theirs.close()
+            self._job, self._sent = "start", time.monotonic()
             gpu: Gpu = self._receive()
         except MeasurementError as error:
             self.renew()
             raise StartError(str(error)) from None
+        except BaseException:  # an answer that nobody waits for must not be taken for the next one's
+            self.renew()
+            raise
         return gpu
 
     def _call(self, job: tuple[Any, ...]) -> Any:
@@ -119,8 +122,12 @@ class Measurer:
                 self._start()  # once more: the GPU may just have been reset
         assert self._pipe is not None
         self._job, self._sent = job[0], time.monotonic()
-        with contextlib.suppress(ConnectionError):  # whoever waits for the answer finds out
-            self._pipe.send(job)
+        try:
+            with contextlib.suppress(ConnectionError):  # whoever waits for the answer finds out
+                self._pipe.send(job)
+        except BaseException:
+            self.renew()
+            raise
 
     def _receive(self) -> Any:
         """The answer to what was sent last."""

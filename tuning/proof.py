@@ -24,7 +24,8 @@ from tuning.problems import GRADIENTS, STATES_SEGMENT, WITH_STATES, Problem
 ERROR_LIMITS = {"bfloat16": 1e-2, "float16": 1.3e-3, "float32": 1e-5}
 # Of a state that only grows: the inputs' roundings cancel out in it, and those of a sum in 16 bits do not.
 STEADY_LIMITS = {"bfloat16": 1e-3, "float16": 2e-4, "float32": 5e-6}
-DECAY_ROUNDING = 2.0**-28  # a token; of float32, once a chunk: by so much a head may be off that forgets nothing
+# Of the decay in float32, by which a head that forgets nothing may be off, a token: rounded once a chunk, or each time.
+DECAY_ROUNDING, TOKEN_ROUNDING = 2.0**-28, 2.0**-24
 LEAST_OUTPUT = 0.1  # of what a token adds to its own output: what a head's elements count at least
 SIZES = {"bfloat16": 20, "float16": 2, "float32": 20}  # how many powers of two up and down the inputs may be
 RATES = (math.log1p(-(2.0**-5)), 0.0, -3.0)  # a slow decay, none, and one that forgets within a chunk
@@ -93,7 +94,7 @@ def prove_whole(
     ends = [0, -1][: problem.B]
     expected = reference(problem, (*(x[ends] for x in tensors), rates))
     got = [x.view(problem.B, -1, *x.shape[1:])[ends].flatten(0, 1) for x in once]
-    errors, limit = _errors(problem, got, expected), ERROR_LIMITS[problem.dtype] + problem.T * DECAY_ROUNDING
+    errors, limit = _errors(problem, got, expected), error_limit(problem.form, problem.dtype, problem.T)
     if not all(error < limit for error in errors):
         raise ArithmeticError(f"wrong result at the full shape: relative errors {errors}, allowed {limit:.1e}")
     if problem.B > 1:
@@ -101,6 +102,12 @@ def prove_whole(
         if not same_bits(moved, [x.roll(len(x) // problem.B, 0) for x in once]):
             raise ArithmeticError("wrong result at the full shape: a row of the batch differs in the next one's place")
     return max(errors)
+
+
+def error_limit(form: str, dtype: str, tokens: int) -> float:
+    """The largest relative error, of sequences of so many tokens, that is taken for rounding."""
+    by_token = form == "fused_recurrent" and dtype != "float32"  # which keeps it exact there
+    return ERROR_LIMITS[dtype] + tokens * (TOKEN_ROUNDING if by_token else DECAY_ROUNDING)
 
 
 def guarded_runs(

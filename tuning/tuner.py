@@ -17,7 +17,7 @@ from tuning.compile_pool import Compiled, CompilePool
 from tuning.coverage import assign
 from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome
 from tuning.known_bad import known_bad
-from tuning.measurement import MeasurementError, Measurer, Timing
+from tuning.measurement import MeasurementError, Measurer, StartError, Timing
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
 from tuning.samplers import INFORMED
@@ -236,8 +236,8 @@ class Found:
         """One of the configurations as the winner, not proven yet."""
         figures = self.figures
         default_ms = figures[self.default].ms if self.default in figures else None
-        best_ms = min(timing.ms for timing in (self.last or figures).values())
         timing, needs = figures[config], self.needs[config]
+        best_ms = min(known.ms for known in (timing, *(self.last or figures).values()))
         return Winner(self.problem, config, timing, default_ms, None, needs, self.trials, modelled, best_ms)
 
     @property
@@ -328,8 +328,8 @@ class Tuner:
             self._search_began = time.monotonic(), self.judge.busy
             with self._phase("search"):
                 self._search(problems, tasks)
-        except KeyboardInterrupt:
-            self.interrupted = True
+        except (KeyboardInterrupt, StartError) as end:
+            self._interrupt(end)
             for task in tasks:
                 self._keep(task)
         self.unfinished = len(problems) - self._complete
@@ -422,11 +422,14 @@ class Tuner:
         """
         if self.seconds_left() == 0:
             for task in tasks:
-                task.finished = task.cut_short = True
+                task.cut_short = not task.finished  # by others
+                task.finished = True
             return None
         others = [task for task in tasks if not (measuring and task is measuring.task)]
         for spare in (False,) if measuring else (False, True):
             for task in others:
+                if spare and (task.finished or task.awaited is not None):
+                    continue
                 config = task.search.spare() if spare else task.choose()
                 if config is not None:
                     return task, config, spare
@@ -478,9 +481,9 @@ class Tuner:
 
     def _others_last(self, problems: list[Problem], step: str) -> Iterator[Problem]:
         """All of them, those last that other workers race or prove when it is their turn."""
-        left = list(problems)
+        left, extra = list(problems), self._final_extra if step == PROVE else self.extra
         while left:
-            free = (p for p in left if not (self.journal and self.journal.is_held(p, self.extra(p), step)))
+            free = (p for p in left if not (self.journal and self.journal.is_held(p, extra(p), step)))
             problem = next(free, left[0])
             left.remove(problem)
             yield problem
@@ -529,6 +532,8 @@ class Tuner:
                 self.pool.result(found.problem, config)
             try:
                 timings = self.judge.rank(found.problem, configs, extra)
+            except StartError:
+                raise
             except MeasurementError as error:
                 self.funnel.fail(_kind(str(error)))
                 return [Outcome(None, str(error))] * len(configs)
@@ -551,8 +556,8 @@ class Tuner:
 
     def _confirm(self) -> None:
         """Race the best of each problem again in a fresh process; Ctrl-C leaves the rest as it is."""
-        self.judge.renew()
         with self._interruptible(), self._phase("confirm"):
+            self.judge.renew()
             raced = [problem for problem, found in self.found.items() if found.timings]
             for number, problem in enumerate(self._others_last(raced, FRESH), 1):
                 self.funnel.confirmed += self._race(self.found[problem], CONTENDERS, first=False)
@@ -568,11 +573,16 @@ class Tuner:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C ends what is within, and nothing else."""
+        """Ctrl-C, or a GPU that is gone, ends what is within, and nothing else."""
         try:
             yield
-        except KeyboardInterrupt:
-            self.interrupted = True
+        except (KeyboardInterrupt, StartError) as end:
+            self._interrupt(end)
+
+    def _interrupt(self, end: BaseException) -> None:
+        self.interrupted = True
+        if isinstance(end, StartError):
+            self.funnel.fail(str(end))
 
     def _prove_all(self) -> None:
         for ranked in self.ranked.values():
@@ -612,6 +622,8 @@ class Tuner:
         def prove() -> Outcome:
             try:
                 return Outcome(self.judge.prove(problem, winner.config, extra))
+            except StartError:
+                raise
             except MeasurementError as failure:
                 return Outcome(None, str(failure))
 
@@ -745,6 +757,9 @@ class _Task:
         if outcome := self._known(config, extra):
             self.tell(config, outcome)
             return None
+        if reason := self.tuner.crashes(self.problem).get(config):  # of another search, since it was compiled
+            self.tell(config, Outcome(None, reason))
+            return None
         claim = None
         if journal:
             needs = self.found.needs[config]
@@ -758,9 +773,12 @@ class _Task:
             answer = self.tuner.judge.begin(
                 self.problem, config, self.found.needs[config], CLEARLY_SLOWER * best, extra
             )
-        except BaseException:
-            if claim:
-                claim.settle(None)
+        except BaseException:  # it may have been launched
+            try:
+                self.tuner.judge.renew()
+            finally:
+                if claim:
+                    claim.settle(None)
             raise
         return _Measuring(self, config, answer, claim, spare)
 
@@ -882,20 +900,24 @@ class _Measuring:
         try:
             timing = self.answer()
             outcome = Outcome(timing.ms, figures=timing.figures, spare=self.spare)
+        except StartError:
+            raise
         except MeasurementError as error:
             outcome = Outcome(None, str(error), spare=self.spare)
         if self.claim:
             self.claim.settle(outcome)
         funnel = self.task.tuner.funnel
         funnel.timed += outcome.ms is not None
-        funnel.spare += self.spare
+        funnel.spare += self.spare and outcome.ms is not None
         self.task.tell(self.config, outcome)
 
     def abandon(self) -> None:
         """End its process and count it as not tried."""
-        self.task.tuner.judge.renew()
-        if self.claim:
-            self.claim.settle(None)
+        try:
+            self.task.tuner.judge.renew()
+        finally:
+            if self.claim:
+                self.claim.settle(None)
 
 
 def _kind(reason: str) -> str:

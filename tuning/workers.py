@@ -35,7 +35,9 @@ def gpu_alone(name: str) -> Iterator[None]:
     """
     path = Path(tempfile.gettempdir()) / f"retgen-{name.replace('/', '-')}.lock"
     with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o644))
+        made = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o644)
+        os.fchmod(made, 0o644)  # whatever the mask of the first user is
+        os.close(made)
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
