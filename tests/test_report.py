@@ -23,7 +23,7 @@ from tuning import report as reports
 from tuning.__main__ import main
 from tuning.compilation import ARCHS
 from tuning.history import History, PastSearch, PastTrial, open_storage, read
-from tuning.journal import distribution_of
+from tuning.journal import SUSPECT, distribution_of
 from tuning.landscape import DIRECTORY, Landscape
 from tuning.landscape import read as read_landscape
 from tuning.problems import PASSES, Problem
@@ -271,6 +271,16 @@ def test_the_seconds_of_all_trials_are_those_that_passed_though_racers_share_the
     (search,) = read(empty.place).searches
     assert search.seconds == pytest.approx((empty.now - START).total_seconds())
     assert [trial.rivals for trial in search.finals] == [3, 3, 3, 1, 1]
+
+
+def test_the_night_after_a_tuner_was_killed_is_no_time_of_the_gpus(empty: Storage) -> None:
+    found = landscapes()[8]
+    study = empty.study("a search", problem=asdict(found.problem), context=CONTEXT)
+    empty.trial(study, {"BT": 64}, 1.0, 2.0)
+    empty.trial(study, {"BT": 32}, None, 30000.0, reason=SUSPECT)
+    (search,) = read(empty.place).searches
+    assert search.seconds == pytest.approx(2.0)
+    assert len(search.failed) == 1
 
 
 def test_a_trial_that_is_not_understood_is_left_out_and_its_study_stays(empty: Storage) -> None:

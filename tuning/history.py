@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tuning.compilation import Resources
-from tuning.journal import CRASHED, counts_since
+from tuning.journal import CRASHED, SUSPECT, counts_since
 from tuning.problems import Problem
 from tuning.run import RunError
 from tuning.storage import check_place, connected, is_url, masked
@@ -301,7 +301,10 @@ def _needs(found: Mapping[str, Any]) -> Resources:
 
 
 def _duration(trial: FrozenTrial) -> float:
-    return max(0.0, trial.duration.total_seconds()) if trial.duration else 0.0
+    """From beginning to end; none of what a killed tuner was at, whose end is when another noticed."""
+    if trial.user_attrs.get("reason") == SUSPECT or not trial.duration:
+        return 0.0
+    return max(0.0, trial.duration.total_seconds())
 
 
 def _search(about: Mapping[str, Any], trials: Sequence[PastTrial]) -> PastSearch:
