@@ -866,6 +866,12 @@ def test_show_prints_the_rules_and_their_files(
     assert "mine.yaml" in line
     assert "retention_chunk" not in out
     assert f"1 rules from {path}" in out or f"1 rule from {path}" in out
+    assert "is installed" not in out
+    text = path.read_text()
+    path.write_text(re.sub(r"triton: [\d.]+", "triton: 3.0.0", text))
+    configuration.reload()
+    assert main(["show", "--arch", "sm90"]) == 0
+    assert "mine.yaml is of Triton 3.0.0, and " in " ".join(capsys.readouterr().out.split())
     assert main(["show", "--arch", "sm80"]) == 0
     assert "no file" in capsys.readouterr().out
 

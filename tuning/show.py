@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import version
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,7 +29,16 @@ def show(options: argparse.Namespace, console: Console) -> int:
             rule.kernel, when, use, rule.proof, str(rule.figures.get("ms", "")), rule.path.name, escape(rule.status)
         )
     console.print(table)
-    files = sorted({str(rule.path) for rule in found})
-    console.print(escape(f"{len(found)} rules from {', '.join(files) or 'no file'}"))
+    files = sorted({rule.path for rule in found})
+    console.print(escape(f"{len(found)} rules from {', '.join(map(str, files)) or 'no file'}"))
+    for path in files:
+        if (triton := configuration.parse_file(path).software.get("triton")) not in (None, version("triton")):
+            console.print(
+                escape(
+                    f"{path.name} is of Triton {triton}, and {version('triton')} is installed: `python -m tuning check "
+                    f"{path}` says what it compiles differently, `python -m tuning verify` whether it is as fast"
+                ),
+                soft_wrap=True,
+            )
     console.print("float16 goes by bfloat16's rules too; any other shape uses the default")
     return 0
