@@ -467,8 +467,10 @@ class Tuner:
         """Until something more is compiled, or another worker may have ended what is waited for."""
         compiling = [future for task in tasks for future in task.compiling()]
         seconds = POLL_SECONDS if any(task.awaited for task in tasks) or not compiling else LOOK_SECONDS
-        if not wait(compiling, seconds, FIRST_COMPLETED).done:
-            time.sleep(0 if compiling else seconds)
+        if compiling:
+            wait(compiling, seconds, FIRST_COMPLETED)
+        else:
+            time.sleep(seconds)
 
     def _tell_others(self, tasks: list[_Task]) -> None:
         if self.journal:
