@@ -241,6 +241,7 @@ def test_knob_that_has_a_default_may_be_left_out(directories: Directories) -> No
     @dataclass(frozen=True)
     class Limited(Knobs):
         maxnreg: int = 0
+        descriptors: int = 0
 
     configuration.register_kernel(KERNEL, Limited, SOURCE)
     for knob, expected in (("", 0), (", maxnreg: 0", 0), (", maxnreg: 168", 168), (", maxnreg: 256", None)):
@@ -252,6 +253,13 @@ def test_knob_that_has_a_default_may_be_left_out(directories: Directories) -> No
         else:
             assert problem is None
             assert Limited(**entry.rules[0].use).maxnreg == expected
+    for value, allowed in (("0", True), ("1", True), ("2", False), ("true", False)):
+        (directories.named / "a.yaml").write_text(GOOD.replace("num_stages: 3", f"num_stages: 3, descriptors: {value}"))
+        problem = configuration.kernel_problem(KERNEL, parse_file(directories.named / "a.yaml").kernels[KERNEL])
+        assert (problem is None) is allowed
+        assert allowed or f"descriptors is {value.capitalize()}; allowed: 1, by tensor descriptors, or 0" in str(
+            problem
+        )
 
 
 def test_text_knob_is_possible_and_its_type_decides(directories: Directories) -> None:
@@ -905,7 +913,7 @@ def test_rule_that_is_written_is_used_by_the_next_process(tmp_path: Path) -> Non
         (tmp_path / "mine.yaml").write_text(real_document(BT))
         lines, errors = run_new_process(PRETEND, tmp_path)
         assert "mine.yaml" not in errors
-        assert lines == [f"FusedChunkConfig(BT={BT}, BV=32, num_warps=4, num_stages=3, maxnreg=0)"] * 2
+        assert lines == [f"FusedChunkConfig(BT={BT}, BV=32, num_warps=4, num_stages=3, maxnreg=0, descriptors=0)"] * 2
 
 
 @pytest.mark.parametrize(
@@ -953,7 +961,7 @@ def test_operator_launches_with_the_rule_that_was_written(tmp_path: Path) -> Non
     gpu = Gpu(properties.name, f"sm{properties.major}{properties.minor}")
     (tmp_path / "mine.yaml").write_text(real_document(32).replace(H100.name, gpu.name).replace("sm90", gpu.arch))
     lines, _ = run_new_process(LAUNCHED, tmp_path)
-    assert lines == ["FusedChunkConfig(BT=32, BV=32, num_warps=4, num_stages=3, maxnreg=0)"]
+    assert lines == ["FusedChunkConfig(BT=32, BV=32, num_warps=4, num_stages=3, maxnreg=0, descriptors=0)"]
 
 
 @pytest.mark.gpu

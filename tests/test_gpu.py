@@ -127,6 +127,48 @@ def test_packed_sequences_do_not_see_each_other(form: str, dtype: torch.dtype, l
     assert_same(run(public(form), replace(problem, cu_seqlens=problem.cu_seqlens.int())), run(public(form), problem))
 
 
+@pytest.fixture
+def by_descriptors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All that is launched within reads by tensor descriptors."""
+    for name in ("chunk", "fused_chunk", "parallel"):
+        form = importlib.import_module(f"generated.retention.{name}")
+        with_descriptors = lambda *args, choose=form.choose_config: replace(choose(*args), descriptors=1)  # noqa: E731
+        monkeypatch.setattr(form, "choose_config", with_descriptors)
+    configuration.clear_caches()
+    yield
+    configuration.clear_caches()
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunk", "segments", "fused_chunk"])
+@all_dtypes
+def test_descriptors_give_the_oracles_results(form: str, dtype: torch.dtype, by_descriptors: None) -> None:
+    states = has_states(form)
+    for T, K, V in ((1, 64, 64), (65, 64, 64), (300, 40, 24), (300, 256, 128)):
+        check(public(form), on_gpu(2, T, 3, K, V, dtype=dtype, states=states))
+        check(public(form), on_gpu(2, T, 3, K, V, dtype=dtype, states=False))
+    ragged = on_gpu(1, sum(GEOMETRIC), 4, 64, 64, dtype=dtype, lengths=GEOMETRIC, states=states)
+    check(public(form), ragged)
+    # What lies beside a sequence is not seen, whatever it is.
+    alone, last = replace(ragged, q=ragged.q.clone(), k=ragged.k.clone(), v=ragged.v.clone()), GEOMETRIC[0]
+    for x in (alone.q, alone.k, alone.v):
+        x[:, last:] = torch.nan
+    with torch.no_grad():
+        expected, got = (public(form)(p.q, p.k, p.v, cu_seqlens=p.cu_seqlens)[0] for p in (ragged, alone))
+    assert_same({"o": got[:, :last]}, {"o": expected[:, :last]})
+    assert got[:, last:].isnan().all()
+
+
+@pytest.mark.parametrize("form", ["parallel", "segments", "fused_chunk"])
+def test_descriptors_are_made_anew_when_a_graph_is_replayed(form: str, by_descriptors: None) -> None:
+    problem = packed(form)
+    graph, results = captured(lambda: run(public(form), problem))
+    expected = run(public(form), problem)
+    for x in results.values():
+        x.zero_()
+    graph.replay()
+    assert_same(results, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", WORKLOADS)
 @all_forms

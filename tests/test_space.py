@@ -67,16 +67,32 @@ def sifted(key: str) -> Sifted:
 
 
 @pytest.mark.parametrize("key", BEFORE)
-def test_without_a_limit_on_registers_the_candidates_are_those_that_there_were_before(key: str) -> None:
-    free = [knobs for knobs in map(knob_values, sifted(key).candidates) if not knobs.pop("maxnreg", 0)]
-    lines = sorted(",".join(f"{name}={value}" for name, value in knobs.items()) for knobs in free)
+def test_without_later_knobs_the_candidates_are_those_that_there_were_before(key: str) -> None:
+    every = map(knob_values, sifted(key).candidates)
+    plain = [knobs for knobs in every if not knobs.get("maxnreg") and not knobs.get("descriptors")]
+    later = ("maxnreg", "descriptors")
+    lines = sorted(",".join(f"{name}={value}" for name, value in knobs.items() if name not in later) for knobs in plain)
     assert (len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]) == BEFORE[key]
 
 
 @pytest.mark.parametrize("key", BEFORE)
 def test_no_candidate_comes_twice_and_limits_on_registers_do_not_double_the_space(key: str) -> None:
-    candidates = sifted(key).candidates
+    candidates = [config for config in sifted(key).candidates if not getattr(config, "descriptors", 0)]
     assert len(set(candidates)) == len(candidates) < 2 * BEFORE[key][0]
+
+
+@pytest.mark.parametrize("key", BEFORE)
+def test_descriptors_double_the_space_where_there_are_any_and_rows_allow_them(key: str) -> None:
+    candidates = sifted(key).candidates
+    with_descriptors = [config for config in candidates if getattr(config, "descriptors", 0)]
+    possible = key.endswith(("sm90", "sm100")) and not key.startswith("fused_recurrent")
+    assert len(with_descriptors) == (len(candidates) // 2 if possible else 0)
+
+
+def test_descriptors_need_rows_that_begin_at_multiples_of_16_bytes() -> None:
+    for V, possible in ((432, True), (428, False)):
+        candidates = replace(PROBLEM, V=V).sift(SM90).candidates
+        assert any(config.descriptors for config in candidates) is possible
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -42,6 +42,7 @@ from tuning.storage import Database, StorageError, Store, is_url, masked, open_s
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
 LIMIT = IntDistribution(0, 255)  # for maxnreg, which may be none
+SWITCH = IntDistribution(0, 1)
 SUSPECT = "killed: the tuner died while this was measured, so it is not launched again"
 FORGETS = "forgets"  # of a mark among the trials: those before it do not count
 MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
@@ -553,7 +554,7 @@ def counts_since(trials: Sequence[FrozenTrial]) -> int:
 
 def distribution_of(knob: str) -> BaseDistribution:
     """The values that a knob may have in a study, as Optuna is told of them."""
-    return LIMIT if knob == "maxnreg" else KNOB
+    return {"maxnreg": LIMIT, "descriptors": SWITCH}.get(knob, KNOB)
 
 
 def default_path(device: str) -> Path:

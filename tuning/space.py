@@ -16,14 +16,14 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from generated.launch import padded
+from generated.launch import ALIGNMENT, padded
 from tuning.compilation import Arch, Resources
 from tuning.known_bad import known_bad
 
 MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
 BASE_REGISTERS = 40  # of a thread, for addresses and loops
 WHOLE = 1 << 20  # a segment that holds every sequence
-IN_THE_CODE = ("num_warps", "num_stages", "maxnreg")  # knobs that a launch shows nowhere else
+IN_THE_CODE = ("num_warps", "num_stages", "maxnreg", "descriptors")  # knobs that a launch shows nowhere else
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,17 @@ class RegisterLimit(Knob):
         return values
 
 
+class Descriptors(Knob):
+    """Whether tiles are read by tensor descriptors (the TMA unit's) or by pointers."""
+
+    name = "descriptors"
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """Pointers, and from Hopper on descriptors where rows begin at multiples of 16 bytes."""
+        aligned = all(width * place.itemsize % ALIGNMENT == 0 for width in (place.K, place.V))
+        return (0, 1) if aligned and place.arch.target.arch >= 90 else (0,)
+
+
 # The spaces
 
 
@@ -302,16 +313,19 @@ def _nested(knobs: tuple[Knob, ...], place: Place, chosen: dict[str, int]) -> It
         yield from _nested(knobs[1:], place, {**chosen, knobs[0].name: value})
 
 
-FUSED = Space((BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP)), SWEEP)
+FUSED = Space((BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP), Descriptors()), SWEEP)
 SPACES = {
     "fused_chunk": FUSED,
     "fused_chunk_gradients": FUSED,
-    "chunk": Space((L(128, 1024), BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP)), SWEEP),
+    "chunk": Space(
+        (L(128, 1024), BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP), Descriptors()), SWEEP
+    ),
     "chunk_states": Space(
-        (BT(32, 128), BK(32, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(STATES)), STATES
+        (BT(32, 128), BK(32, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(STATES), Descriptors()), STATES
     ),
     "parallel": Space(
-        (Queries(64, 128), BS(32, 128), BV(32, 256), Warps(4, 8), Stages(3), RegisterLimit(PARALLEL)), PARALLEL
+        (Queries(64, 128), BS(32, 128), BV(32, 256), Warps(4, 8), Stages(3), RegisterLimit(PARALLEL), Descriptors()),
+        PARALLEL,
     ),
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
 }

@@ -139,19 +139,20 @@ def test_any_chunk_size_gives_the_same_results(
 
 
 @pytest.mark.forms("chunk")
-@pytest.mark.parametrize("tiles", [{"L": 64, "BT": 16, "BV": 16}, {"L": 32, "BT": 32, "BV": 64}])
+@pytest.mark.parametrize("tiles", [{"L": 64, "BT": 16, "BV": 16}, {"L": 32, "BT": 32, "BV": 64, "descriptors": 1}])
 def test_other_tiles_of_chunk_are_right(
     function: Function, tiles: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk = importlib.import_module("generated.retention.chunk")
     config = chunk.ChunkConfig(**tiles, num_warps=4, num_stages=1)
-    states = chunk.ChunkStatesConfig(BT=16, BK=16, BV=32, num_warps=4, num_stages=1)
+    states = chunk.ChunkStatesConfig(16, 16, 32, num_warps=4, num_stages=1, descriptors=config.descriptors)
     monkeypatch.setattr(chunk, "choose_config", lambda kernel, *_: states if kernel.endswith("_states") else config)
     check(function, make_problem(1, 100, 1, 40, 36))
+    check(function, make_problem(1, 100, 1, 40, 36, lengths=[33, 1, 66]))
 
 
 @pytest.mark.forms("fused_chunk")
-@pytest.mark.parametrize("tiles", [{"BT": 16, "BV": 16}, {"BT": 128, "BV": 64}])
+@pytest.mark.parametrize("tiles", [{"BT": 16, "BV": 16}, {"BT": 128, "BV": 64}, {"BT": 16, "BV": 32, "descriptors": 1}])
 def test_other_tiles_of_fused_chunk_are_right(
     function: Function, tiles: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +160,7 @@ def test_other_tiles_of_fused_chunk_are_right(
     config = fused_chunk.FusedChunkConfig(**tiles, num_warps=4, num_stages=1)
     monkeypatch.setattr(fused_chunk, "choose_config", lambda *_: config)
     check(function, make_problem(1, 100, 1, 40, 36))
+    check(function, make_problem(1, 100, 2, 36, 36, lengths=[33, 1, 66], states=False))
 
 
 @pytest.mark.forms("fused_recurrent")
@@ -171,7 +173,10 @@ def test_other_tiles_of_fused_recurrent_are_right(function: Function, BV: int, m
 
 
 @pytest.mark.forms("parallel")
-@pytest.mark.parametrize("tiles", [{"BT": 64, "BS": 16, "BV": 16}, {"BT": 16, "BS": 16, "BV": 64}])
+@pytest.mark.parametrize(
+    "tiles",
+    [{"BT": 64, "BS": 16, "BV": 16}, {"BT": 16, "BS": 16, "BV": 64}, {"BT": 32, "BS": 16, "BV": 32, "descriptors": 1}],
+)
 def test_other_tiles_of_parallel_are_right(
     function: Function, tiles: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +184,7 @@ def test_other_tiles_of_parallel_are_right(
     config = parallel.ParallelConfig(**tiles, num_warps=4, num_stages=1)
     monkeypatch.setattr(parallel, "choose_config", lambda *_: config)
     check(function, make_problem(1, 100, 2, 40, 36, states=False))
+    check(function, make_problem(1, 100, 1, 40, 36, lengths=[33, 1, 66], states=False))
 
 
 @pytest.mark.forms("parallel")
