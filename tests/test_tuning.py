@@ -150,7 +150,7 @@ def test_deadline_does_not_wait_for_the_compiler() -> None:
     class Stuck(Pool):
         """Only the default comes out of the compiler."""
 
-        def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Any]:
+        def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Any = None) -> Future[Any]:
             return super().submit(problem, config, variant=variant) if config == problem.default() else Future()
 
     pool, started = Stuck(), time.monotonic()
@@ -633,7 +633,7 @@ def like(kind: type[Problem]) -> Problem:
 
 def test_compilation_over_the_limit_gives_a_reason() -> None:
     handler = signal.getsignal(signal.SIGALRM)
-    outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", PLAIN, seconds=1)
+    outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", PLAIN, {}, seconds=1)
     assert outcome.needs == "TimeoutError: compiling took more than 1 s"
     assert signal.getsignal(signal.SIGALRM) == handler
 
