@@ -87,12 +87,14 @@ class Pool:
         self.workers = workers or 4
         self.needs = needs or (lambda problem, config, variant: NEEDS)
 
-    def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Any]:
+    def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Any = None) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_result(self.needs(problem, config, variant))
         return future
 
-    def result(self, problem: Problem, config: Any, *, variant: str = PLAIN, seconds: float | None = None) -> Any:
+    def result(
+        self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Any = None, seconds: float | None = None
+    ) -> Any:
         return self.needs(problem, config, variant)
 
     def outstanding(self) -> int:

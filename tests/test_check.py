@@ -368,7 +368,7 @@ class Asked(Pool):
         super().__init__(needs=lambda problem, config, variant: answers.get((problem, config), NEEDS))
         self.asked: set[tuple[Problem, Any, str]] = set()
 
-    def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Any:
+    def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Any = None) -> Any:
         self.asked.add((problem, config, variant))
         return super().submit(problem, config, variant=variant)
 

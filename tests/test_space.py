@@ -25,15 +25,16 @@ LOW = 64  # a limit on registers below what kernels take, and above the 58 that 
 
 # How many candidates there were, and a hash of their knobs, before spaces were tables and had maxnreg; for chunk
 # without the segment lengths that are no shorter than T but one, which are all the same launch. Where there were
-# none (chunk_states and parallel at T=16), what there is since.
+# none (chunk_states and parallel at T=16), what there is since; and at T=2048 without those that exceed sm90's shared
+# memory, since that is known before compiling.
 BEFORE = {
-    "fused_chunk bfloat16 T=2048 K=128 V=256 sm90": (85, "67309a25e2f9dd1d"),
-    "fused_chunk bfloat16 T=2048 K=256 V=512 sm90": (65, "d1003dfc7642ca1d"),
+    "fused_chunk bfloat16 T=2048 K=128 V=256 sm90": (82, "cd386985e1cd6161"),
+    "fused_chunk bfloat16 T=2048 K=256 V=512 sm90": (57, "06cfb34ee5e67087"),
     "fused_chunk float32 T=1024 K=64 V=64 sm89": (60, "bc009471a2bd8f74"),
     "fused_chunk bfloat16 T=100 K=40 V=24 sm80": (48, "a6e4673dcc700961"),
     "fused_chunk float16 T=16 K=512 V=512 sm100": (15, "6637ff02bb73c179"),
-    "fused_chunk_gradients bfloat16 T=2048 K=128 V=256 sm90": (85, "67309a25e2f9dd1d"),
-    "fused_chunk_gradients bfloat16 T=2048 K=256 V=512 sm90": (65, "d1003dfc7642ca1d"),
+    "fused_chunk_gradients bfloat16 T=2048 K=128 V=256 sm90": (82, "cd386985e1cd6161"),
+    "fused_chunk_gradients bfloat16 T=2048 K=256 V=512 sm90": (57, "06cfb34ee5e67087"),
     "fused_chunk_gradients float32 T=1024 K=64 V=64 sm89": (60, "bc009471a2bd8f74"),
     "fused_chunk_gradients bfloat16 T=100 K=40 V=24 sm80": (48, "a6e4673dcc700961"),
     "fused_chunk_gradients float16 T=16 K=512 V=512 sm100": (15, "6637ff02bb73c179"),
@@ -42,13 +43,13 @@ BEFORE = {
     "chunk_states float32 T=1024 K=64 V=64 sm89": (106, "1945f3b776de3353"),
     "chunk_states bfloat16 T=100 K=40 V=24 sm80": (72, "f209fb6a3334034b"),
     "chunk_states float16 T=16 K=512 V=512 sm100": (72, "fd2c465b48e57e8b"),
-    "chunk bfloat16 T=2048 K=128 V=256 sm90": (425, "48ee628f96a4dcaf"),
-    "chunk bfloat16 T=2048 K=256 V=512 sm90": (325, "917e8d09c61a3e8f"),
+    "chunk bfloat16 T=2048 K=128 V=256 sm90": (410, "c995d12a7e647823"),
+    "chunk bfloat16 T=2048 K=256 V=512 sm90": (285, "0838321c323bf369"),
     "chunk float32 T=1024 K=64 V=64 sm89": (240, "a2f464d07e5560a0"),
     "chunk bfloat16 T=100 K=40 V=24 sm80": (48, "b23af7c5aebd3914"),
     "chunk float16 T=16 K=512 V=512 sm100": (15, "d5f48122fd5d252c"),
-    "parallel bfloat16 T=2048 K=128 V=256 sm90": (95, "fdfd0213066df62b"),
-    "parallel bfloat16 T=2048 K=256 V=512 sm90": (93, "0c8718c1c9bef650"),
+    "parallel bfloat16 T=2048 K=128 V=256 sm90": (94, "6df0d39b7b5c60e1"),
+    "parallel bfloat16 T=2048 K=256 V=512 sm90": (87, "f2d885532ad5c2f1"),
     "parallel float32 T=1024 K=64 V=64 sm89": (54, "a7f49178b21eb786"),
     "parallel bfloat16 T=100 K=40 V=24 sm80": (30, "cb1ef182ebb3ad0b"),
     "parallel float16 T=16 K=512 V=512 sm100": (24, "59202e846234f308"),
@@ -148,6 +149,23 @@ def test_a_limit_on_registers_is_tried_only_where_another_program_fits_by_it() -
     for config in limited:
         free = needs.estimate(place, replace(config, maxnreg=0))
         assert replace(free, registers=config.maxnreg).blocks_per_sm(SM90) > free.blocks_per_sm(SM90)
+
+
+# The largest that fit and the smallest that don't: what is estimated decides whether they are compiled.
+@pytest.mark.parametrize(
+    ("form", "K", "knobs"),
+    [
+        ("fused_chunk", 256, {"BT": 64, "BV": 32, "num_warps": 4, "num_stages": 3}),
+        ("fused_chunk", 256, {"BT": 64, "BV": 64, "num_warps": 4, "num_stages": 3}),
+        ("fused_chunk_gradients", 128, {"BT": 128, "BV": 32, "num_warps": 8, "num_stages": 3}),
+        ("chunk", 256, {"L": 512, "BT": 64, "BV": 128, "num_warps": 8, "num_stages": 2}),
+        ("parallel", 256, {"BT": 128, "BS": 32, "BV": 128, "num_warps": 8, "num_stages": 3}),
+    ],
+)
+def test_shared_memory_is_known_before_compiling(form: str, K: int, knobs: dict[str, int]) -> None:
+    problem, config = Problem(form, "bfloat16", 1, 2048, 1, K, K), FORMS[form].config_type(**knobs)
+    (*_, needs) = compile_launch(lambda: problem.run(problem.inputs("meta"), config), SM90)
+    assert needs.shared == problem.space.needs.estimate(problem.place(SM90), config).shared
 
 
 @pytest.mark.parametrize("form", ["fused_chunk", "fused_chunk_gradients", "chunk", "chunk_states", "parallel"])

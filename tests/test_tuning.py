@@ -24,6 +24,7 @@ from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, timi
 
 from generated import configuration
 from generated.configuration_file import parse_file
+from generated.retention.chunk import ChunkConfig
 from tuning import compile_pool, device, measurement, rules
 from tuning import run as run_module
 from tuning.__main__ import main
@@ -150,7 +151,7 @@ def test_deadline_does_not_wait_for_the_compiler() -> None:
     class Stuck(Pool):
         """Only the default comes out of the compiler."""
 
-        def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Any]:
+        def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Any = None) -> Future[Any]:
             return super().submit(problem, config, variant=variant) if config == problem.default() else Future()
 
     pool, started = Stuck(), time.monotonic()
@@ -177,8 +178,14 @@ def test_chunk_runs_with_the_states_pass_that_won() -> None:
                 seen.append(extra)
             return super().time(problem, config, needs, stop_above_ms, extra)
 
+    class Compiler(Pool):
+        def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Any = None) -> Future[Any]:
+            if problem.form == "chunk":
+                seen.append(extra)
+            return super().submit(problem, config, variant=variant)
+
     states = replace(PROBLEM, form="chunk_states")
-    tuner = tune(Watching(), problems=[problem, states], effort=Effort(10, 2, 5, 3))
+    tuner = tune(Watching(), problems=[problem, states], effort=Effort(10, 2, 5, 3), pool=Compiler())
     assert seen
     assert all(extra["states_config"] == tuner.winners[states].config for extra in seen)
     assert list(tune(Judge(), problems=[problem], effort=Effort(5, 0, 0, 3)).winners) == [problem]
@@ -633,9 +640,20 @@ def like(kind: type[Problem]) -> Problem:
 
 def test_compilation_over_the_limit_gives_a_reason() -> None:
     handler = signal.getsignal(signal.SIGALRM)
-    outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", PLAIN, seconds=1)
+    outcome = compile_pool._compile(like(Sleeper), TINY.default(), "sm90", PLAIN, {}, seconds=1)
     assert outcome.needs == "TimeoutError: compiling took more than 1 s"
     assert signal.getsignal(signal.SIGALRM) == handler
+
+
+def test_what_is_the_same_kernel_is_compiled_once() -> None:
+    chunk, config, extra = replace(PROBLEM, form="chunk"), ChunkConfig(512, 64, 32, 4, 2), {"states_config": 1}
+    longer, shorter = replace(chunk, T=2 * chunk.T, B=1), replace(config, L=128)
+    assert compile_pool.compile_key(chunk, config, extra) == compile_pool.compile_key(longer, shorter, extra)
+    one_chunk = compile_pool.compile_key(chunk, replace(config, L=config.BT), extra)  # whose states have another dtype
+    assert one_chunk != compile_pool.compile_key(chunk, config, extra)
+    assert compile_pool.compile_key(chunk, config, extra) != compile_pool.compile_key(chunk, config)
+    whole = compile_pool.compile_key(chunk, replace(config, L=chunk.T), extra)
+    assert whole == compile_pool.compile_key(PROBLEM, config.whole)
 
 
 def test_pool_survives_a_compiler_that_dies_and_leaves_no_process() -> None:

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 from tuning import forkserver
 from tuning.compilation import ARCHS, Resources, compile_launch
 from tuning.problems import PLAIN, Problem
+from tuning.space import LONGEST
 
 COMPILE_SECONDS = 20
+NOTHING: Mapping[str, Any] = {}
 STUCK = 2  # times that: a compiler that never comes back to Python does not hear the alarm, and its process is ended
 
 
@@ -39,28 +41,36 @@ class CompilePool:
         self.workers = workers or len(os.sched_getaffinity(0))
         self._pool = _executor(self.workers)
 
-    def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN) -> Future[Compiled]:
-        """Let it be compiled, and know when it is; `variant`: one of the problem's.
+    def submit(
+        self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Mapping[str, Any] = NOTHING
+    ) -> Future[Compiled]:
+        """Let it be compiled, and know when it is; `variant`: one of the problem's; extra: what it is run with beside.
 
         Where the compiler has died, of this one or of another's, it begins once more; if it dies again, this one is
         compiled alone, and waited for.
         """
-        key = (*compile_key(problem, config), variant)
+        key = (*compile_key(problem, config, extra), variant)
         future = self._futures.get(key)
         if future is None or future.cancelled():
-            self._futures[key] = self._start(problem, config, variant)
+            self._futures[key] = self._start(problem, config, variant, extra)
         elif _has_broken(future):
             again = key not in self._broken
             self._broken.add(key)
-            self._futures[key] = (self._start if again else self._alone)(problem, config, variant)
+            self._futures[key] = (self._start if again else self._alone)(problem, config, variant, extra)
         return self._futures[key]
 
     def result(
-        self, problem: Problem, config: Any, *, variant: str = PLAIN, seconds: float | None = None
+        self,
+        problem: Problem,
+        config: Any,
+        *,
+        variant: str = PLAIN,
+        extra: Mapping[str, Any] = NOTHING,
+        seconds: float | None = None,
     ) -> Resources | str:
         """Resources of the compiled kernel, or in words why there is none; TimeoutError after so many seconds."""
         while True:
-            future = self.submit(problem, config, variant=variant)
+            future = self.submit(problem, config, variant=variant, extra=extra)
             if not _ended(future, seconds):
                 raise TimeoutError(f"no result within {seconds} s")
             if not _has_broken(future):
@@ -85,13 +95,14 @@ class CompilePool:
         """End the workers, whatever they are at."""
         _end(self._pool)
 
-    def _start(self, problem: Problem, config: Any, variant: str) -> Future[Compiled]:
+    def _start(self, problem: Problem, config: Any, variant: str, extra: Mapping[str, Any]) -> Future[Compiled]:
+        job = problem, config, self._arch, variant, extra, self._seconds
         with forkserver.uninterrupted():
             try:
-                return self._pool.submit(_compile, problem, config, self._arch, variant, self._seconds)
+                return self._pool.submit(_compile, *job)
             except BrokenExecutor:
                 self._end_broken()
-                return self._pool.submit(_compile, problem, config, self._arch, variant, self._seconds)
+                return self._pool.submit(_compile, *job)
 
     def _end_broken(self) -> None:
         """End what the other workers are at, and what a dead one had started, and have new ones."""
@@ -99,12 +110,13 @@ class CompilePool:
             _end(self._pool)
             self._pool = _executor(self.workers)
 
-    def _alone(self, problem: Problem, config: Any, variant: str) -> Future[Compiled]:
+    def _alone(self, problem: Problem, config: Any, variant: str, extra: Mapping[str, Any]) -> Future[Compiled]:
         """Compile where nothing else can be taken along."""
         self._end_broken()
         pool, outcome = _executor(1), Future[Compiled]()
         try:
-            outcome.set_result(pool.submit(_compile, problem, config, self._arch, variant, self._seconds).result())
+            job = problem, config, self._arch, variant, extra, self._seconds
+            outcome.set_result(pool.submit(_compile, *job).result())
         except BrokenExecutor:
             outcome.set_result(Compiled("crash: the compiler died", 0.0))
         finally:
@@ -112,9 +124,16 @@ class CompilePool:
         return outcome
 
 
-def compile_key(problem: Problem, config: Any) -> tuple[Problem, Any]:
-    """What a compiled kernel depends on: not B, T and H, its arguments; but chunk has no states where L reaches T."""
-    return replace(problem, B=1, H=1, T=problem.T if problem.form == "chunk" else 0), config
+def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHING) -> tuple[Any, ...]:
+    """What a compiled kernel depends on: not B, T and H, its arguments; and chunk is fused_chunk where L reaches T.
+
+    Of L otherwise only whether a segment is one chunk, which decides the dtype of the states.
+    """
+    if problem.form == "chunk" and config.L >= problem.T:
+        problem, config, extra = replace(problem, form="fused_chunk"), config.whole, NOTHING
+    elif problem.form == "chunk":
+        config = replace(config, L=config.BT if config.L == config.BT else LONGEST)
+    return replace(problem, B=1, T=0, H=1), config, *extra.values()
 
 
 def _executor(workers: int) -> ProcessPoolExecutor:
@@ -141,9 +160,11 @@ def _end(pool: ProcessPoolExecutor) -> None:
         process.join()
 
 
-def _compile(problem: Problem, config: Any, arch: str, variant: str, seconds: int) -> Compiled:
+def _compile(
+    problem: Problem, config: Any, arch: str, variant: str, extra: Mapping[str, Any], seconds: int
+) -> Compiled:
     before = _core_seconds()
-    needs = _needs(problem, config, arch, variant, seconds)
+    needs = _needs(problem, config, arch, {**problem.variants()[variant], **extra}, seconds)
     return Compiled(needs, _core_seconds() - before)
 
 
@@ -153,10 +174,10 @@ def _core_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def _needs(problem: Problem, config: Any, arch: str, variant: str, seconds: int) -> Resources | str:
+def _needs(problem: Problem, config: Any, arch: str, options: Mapping[str, Any], seconds: int) -> Resources | str:
     try:
         with _time_limit(seconds):
-            inputs, options = problem.inputs("meta"), problem.variants()[variant]
+            inputs = problem.inputs("meta")
             # The launch that is tuned is the last one: chunk's pass over the states comes before it.
             return compile_launch(lambda: problem.run(inputs, config, **options), ARCHS[arch])[-1]
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the search goes on

@@ -26,9 +26,10 @@ from tuning import forkserver
 from tuning.oracle import relative_error
 from tuning.problems import Problem
 from tuning.proof import ERROR_LIMITS, guarded_runs, prove, prove_whole, reference, same_bits
+from tuning.space import LONGEST
 from tuning.timing import Replay, Timing, interleaved, race, timing_of, warm_up
 
-CHECK_TOKENS = 333  # ragged for every chunk and segment
+CHECK_TOKENS = 333  # ragged for every chunk, and after the longest segment
 COMPARE_SECONDS = 0.4
 COMPARE_ROUNDS = 8
 FIRST = Problem("fused_chunk", "bfloat16", 1, 64, 1, 16, 16)  # measured before any job: it loads what all need
@@ -139,7 +140,8 @@ class _Inputs:
 
 @functools.lru_cache(maxsize=KEPT)
 def _inputs(problem: Problem) -> _Inputs:
-    alike = replace(problem, B=1, T=min(problem.T, CHECK_TOKENS), H=min(problem.H, 4))
+    tokens = CHECK_TOKENS + (LONGEST if problem.form == "chunk" else 0)
+    alike = replace(problem, B=1, T=min(problem.T, tokens), H=min(problem.H, 4))
     small = alike.inputs("cuda", seed=2)
     expected = tuple(reference(alike, small, reverse=reverse) for reverse in (False, True))
     return _Inputs(problem.inputs("cuda", seed=1), small, expected)

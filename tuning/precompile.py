@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from tuning.workloads import parse
 
 FILTERS = ("known bad", "registers", "shared memory")
 OUTCOMES = ("clean", "spills", "too large", "failed")
-MORE_ROUNDS, MORE_AHEAD = 6, 8  # than a run, of whose candidates about one in ten is then missing
+MORE_ROUNDS, MORE_AHEAD = 4, 8  # than a run, of whose candidates about one in ten is then missing
 BEST = 4  # of each search: their variants, and their tiles in chunk's segments
 
 
@@ -98,10 +98,11 @@ def _wait_for_best(tuner: Tuner) -> None:
     ]
     wanted += [(problem, config, PLAIN) for problem in tuner.found for config in _borrowed(tuner, problem)]
     for problem, config, variant in wanted:
-        tuner.pool.submit(problem, config, variant=variant)
+        tuner.pool.submit(problem, config, variant=variant, extra=tuner.extra(problem))
     with contextlib.suppress(TimeoutError, KeyboardInterrupt):
         for problem, config, variant in wanted:
-            tuner.pool.result(problem, config, variant=variant, seconds=tuner.seconds_left())
+            extra = tuner.extra(problem)
+            tuner.pool.result(problem, config, variant=variant, extra=extra, seconds=tuner.seconds_left())
 
 
 def _best(tuner: Tuner, problem: Problem) -> list[Any]:
@@ -147,11 +148,11 @@ def _outcome(needs: Resources | str, arch: Arch) -> str:
 
 def _table(problems: Iterable[Problem], pool: CompilePool, arch: Arch) -> Table:
     """A row a kernel: what was dropped before compiling, and what came of the rest."""
-    counts: dict[str, Counter[str]] = {problem.kernel: Counter() for problem in problems}
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     for problem in problems:
         sifted = problem.sift(arch)
         counts[problem.kernel].update(sifted.dropped, enumerated=sifted.enumerated)
-    seconds = dict.fromkeys(counts, 0.0)
+    seconds = defaultdict[str, float](float)
     for problem, compiled in pool.outcomes():
         counts[problem.kernel].update(["compiled", _outcome(compiled.needs, arch)])
         seconds[problem.kernel] += compiled.seconds

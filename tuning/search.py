@@ -101,6 +101,8 @@ class Search:
         self._quota = min(self.left, a_round or self.left)
         ahead = self._effort.ahead if isinstance(self._sampler, Informed) else 0
         count = min(len(self._list.open(self.study)), max(0, self._quota + ahead - len(self._ready)))
+        if self.results:  # what was spare is not made up for: it was measured while the compiler was behind
+            count = min(count, self._quota)
         self.finished = self.stopped or not self._quota or not (count or self._ready)
         if self.finished:
             self._prune(list(self._trials))

@@ -23,6 +23,8 @@ from tuning.known_bad import known_bad
 MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
 BASE_REGISTERS = 40  # of a thread, for addresses and loops
 WHOLE = 1 << 20  # a segment that holds every sequence
+LONGEST = 1024  # of the other segments
+ASYNCHRONOUS = {"sm90": 64, "sm100": 64}  # rows from which on a product reads shared memory while the program goes on
 IN_THE_CODE = ("num_warps", "num_stages", "maxnreg", "descriptors")  # knobs that a launch shows nowhere else
 
 
@@ -58,41 +60,55 @@ def launched(config: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Needs:
-    """Estimates: registers(K, config) a thread, and shared(K, itemsize, config) bytes a program; K a power of two."""
+    """Estimates: registers(K, config) a thread, K a power of two, and shared(place, config) elements a program."""
 
     registers: Callable[[int, Any], float]
-    shared: Callable[[int, int, Any], float]
+    shared: Callable[[Place, Any], int]
 
     def estimate(self, place: Place, config: Any) -> Resources:
         """What the compiled kernel may be expected to need; what a limit on registers takes away is spilled."""
         wanted = int(min(255, BASE_REGISTERS + self.registers(place.width, config)))
         registers = min(wanted, getattr(config, "maxnreg", 0) or wanted)
-        shared = int(self.shared(place.width, place.itemsize, config))
+        shared = place.itemsize * self.shared(place, config)
         return Resources(registers, 4 * (wanted - registers), shared, config.num_warps)
+
+
+def _ahead(config: Any) -> int:
+    """How many steps' loads lie in shared memory at once."""
+    return int(max(1, config.num_stages - 1))
+
+
+def _operands(place: Place, rows: int, config: Any) -> int:
+    """The same of what a product takes from there: one more where it still reads when the next loads begin."""
+    return int(config.num_stages) if rows >= ASYNCHRONOUS.get(place.arch.name, WHOLE) else _ahead(config)
+
+
+# What Triton 3.6 and 3.7 allocate for 16-bit elements on sm90, to the byte where it is over half of what there is.
 
 
 def _sweep_registers(K: int, c: Any) -> float:
     return float((1.5 * K * c.BV + c.BT * c.BV + c.BT * c.BT + (0 if c.BT >= 64 else K * c.BT)) / (32 * c.num_warps))
 
 
-def _sweep_shared(K: int, itemsize: int, c: Any) -> float:
-    return float(itemsize * ((2 * c.BT * K + c.BT * c.BV) * max(1, c.num_stages - 1) + K * c.BV))
+def _sweep_shared(place: Place, c: Any) -> int:
+    rows = 2 * c.BT * place.width * _operands(place, c.BT, c)  # of q and k
+    return int(rows + c.BT * c.BV * _ahead(c) + place.width * c.BV)
 
 
 def _states_registers(K: int, c: Any) -> float:
     return float((1.5 * c.BK * c.BV + 0.5 * c.BT * (c.BK + c.BV)) / (32 * c.num_warps))
 
 
-def _states_shared(K: int, itemsize: int, c: Any) -> float:
-    return float(itemsize * c.BT * (c.BK + c.BV) * max(1, c.num_stages - 1))
+def _states_shared(place: Place, c: Any) -> int:
+    return int(c.BT * (c.BK + c.BV) * _operands(place, c.BK, c))
 
 
 def _parallel_registers(K: int, c: Any) -> float:
     return float((c.BT * c.BV + 2 * c.BT * c.BS + (0 if c.BT >= 64 else K * c.BT)) / (32 * c.num_warps))
 
 
-def _parallel_shared(K: int, itemsize: int, c: Any) -> float:
-    return float(itemsize * (c.BT * K + (c.BS * K + c.BS * c.BV) * max(1, c.num_stages - 1)))
+def _parallel_shared(place: Place, c: Any) -> int:
+    return int(c.BT * place.width + c.BS * (place.width + c.BV) * _operands(place, c.BT, c))
 
 
 def _recurrent_registers(K: int, c: Any) -> float:
@@ -102,7 +118,7 @@ def _recurrent_registers(K: int, c: Any) -> float:
 SWEEP = Needs(_sweep_registers, _sweep_shared)
 STATES = Needs(_states_registers, _states_shared)
 PARALLEL = Needs(_parallel_registers, _parallel_shared)
-RECURRENT = Needs(_recurrent_registers, lambda K, itemsize, c: 0)
+RECURRENT = Needs(_recurrent_registers, lambda place, c: 0)
 
 
 # The knobs
@@ -300,7 +316,7 @@ class Space:
             return "known bad"
         if self.needs.registers(place.width, config) > MAX_REGISTERS:
             return "registers"
-        if self.needs.shared(place.width, place.itemsize, config) > place.arch.shared:
+        if place.itemsize * self.needs.shared(place, config) > place.arch.shared:
             return "shared memory"
         return None
 
@@ -318,7 +334,7 @@ SPACES = {
     "fused_chunk": FUSED,
     "fused_chunk_gradients": FUSED,
     "chunk": Space(
-        (L(128, 1024), BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP), Descriptors()), SWEEP
+        (L(128, LONGEST), BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP), Descriptors()), SWEEP
     ),
     "chunk_states": Space(
         (BT(32, 128), BK(32, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(STATES), Descriptors()), STATES

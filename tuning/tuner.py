@@ -30,7 +30,7 @@ AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
 NOISE = 0.01  # a challenger must beat the incumbent and the default by more than this
 MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' twenty choices none is then slower than the default
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
-SHARED = 0.02  # what a point may lose against its fastest, so that neighbours share a rule
+SHARED = 0.01  # what a point may lose against its fastest, so that neighbours share a rule
 BACKLOG = 2  # candidates a compiler that may wait: with more, no further search is started
 LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
 AT_ONCE = 4  # searches of a worker that is not the only one
@@ -38,7 +38,7 @@ CONTENDERS = 3  # of each race, which a fresh process times again
 
 
 EFFORTS = {
-    "quick": Effort(first=12, rounds=6, per_round=4, finalists=3, ahead=8, gain=0.0005),
+    "quick": Effort(first=12, rounds=6, per_round=4, finalists=3, ahead=8, gain=0.001),
     "full": Effort(first=24, rounds=5, per_round=8, finalists=5, ahead=24, gain=0.0002),
 }
 
@@ -338,6 +338,7 @@ class Tuner:
     def conclude(self) -> None:
         """Race the best again in a fresh process, let shapes share configurations, and prove what is chosen."""
         if not self.interrupted and not self.judge.modelled:
+            self._compile_what_is_proved()
             self._confirm()
             with self._interruptible():
                 self._share()
@@ -442,8 +443,10 @@ class Tuner:
             self._tell_others(tasks)
 
     def _prove_early(self, tasks: list[_Task]) -> bool:
-        """Prove what a search that is over found, while the compiler keeps the GPU waiting; whether there was one."""
+        """Prove what a search that is over found, while the GPU waits and some compilers too; whether there was one."""
         for problem in self.ranked if not self.judge.modelled else ():
+            if self.pool.outstanding() >= self.pool.workers:  # what a proof launches must not delay the searches
+                return False
             winner, over = self.ranked[problem][0], all(task.problem != problem for task in tasks)
             # Of two passes, the first one's proof comes first.
             if over and problem.form != "chunk" and self._key(winner) not in self._proofs and self._can_prove(winner):
@@ -460,8 +463,8 @@ class Tuner:
 
     def _compile_variants(self, winner: Winner) -> list[Future[Compiled]]:
         """Let the compiler have what a proof launches: the process with the GPU then only loads it."""
-        variants = winner.problem.variants()
-        return [self.pool.submit(winner.problem, winner.config, variant=variant) for variant in variants]
+        problem, config, extra = winner.problem, winner.config, self._expected_extra(winner.problem)
+        return [self.pool.submit(problem, config, variant=variant, extra=extra) for variant in problem.variants()]
 
     def _wait(self, tasks: list[_Task]) -> None:
         """Until something more is compiled, or another worker may have ended what is waited for."""
@@ -513,8 +516,6 @@ class Tuner:
         if self._keep(task):
             with self._phase("race"):
                 self.funnel.raced += self._race(task.found, self.effort.finalists, first=True)
-            if not self.judge.modelled:
-                self._compile_variants(self.ranked[task.problem][0])
 
     def _keep(self, task: _Task) -> bool:
         """Whether the search's result counts: not where what is in use was not tried; it could have been better."""
@@ -531,7 +532,7 @@ class Tuner:
 
         def rank(configs: list[Any]) -> list[Outcome]:
             for config in configs:  # what others have measured is not compiled here yet
-                self.pool.result(found.problem, config)
+                self.pool.result(found.problem, config, extra=extra)
             try:
                 timings = self.judge.rank(found.problem, configs, extra)
             except StartError:
@@ -586,9 +587,12 @@ class Tuner:
         if isinstance(end, StartError):
             self.funnel.fail(str(end))
 
-    def _prove_all(self) -> None:
+    def _compile_what_is_proved(self) -> None:
         for ranked in self.ranked.values():
             self._compile_variants(ranked[0])
+
+    def _prove_all(self) -> None:
+        self._compile_what_is_proved()
         done = 0
         for late in (False, True):  # chunk is proved with the states pass that is going to be used
             problems = [problem for problem in self.ranked if (problem.form == "chunk") == late]
@@ -644,8 +648,9 @@ class Tuner:
 
     def _unfit(self, winner: Winner) -> str | None:
         """Why a variant of the launch can't run."""
-        for variant in winner.problem.variants():
-            needs = self.pool.result(winner.problem, winner.config, variant=variant)
+        problem, config, extra = winner.problem, winner.config, self._final_extra(winner.problem)
+        for variant in problem.variants():
+            needs = self.pool.result(problem, config, variant=variant, extra=extra)
             if isinstance(needs, str):
                 return f"{variant}: {needs}"
             if excess := needs.excess(self.arch):
@@ -673,9 +678,13 @@ class Tuner:
     def extra(self, problem: Problem) -> dict[str, Any]:
         """What a sweep is run with beside its own configuration, from its search's beginning on."""
         if problem not in self._extras:
-            ranked = self.ranked.get(_states_problem(problem)) if problem.form == "chunk" else None
-            self._extras[problem] = {"states_config": ranked[0].config} if ranked else {}
+            self._extras[problem] = self._expected_extra(problem)
         return self._extras[problem]
+
+    def _expected_extra(self, problem: Problem) -> dict[str, Any]:
+        """The same as it is going to be written if what is best now can be proven."""
+        ranked = self.ranked.get(_states_problem(problem)) if problem.form == "chunk" else None
+        return {"states_config": ranked[0].config} if ranked else {}
 
     def _final_extra(self, problem: Problem) -> dict[str, Any]:
         """The same as it is going to be written: proven, or nothing."""
@@ -826,20 +835,21 @@ class _Task:
 
     def _take_compiled(self) -> None:
         """What has come out of the compiler, in the order in which it was asked for."""
-        pool, batch = self.tuner.pool, self.batch
+        pool, extra = self.tuner.pool, self.tuner.extra(self.problem)
         # Asked for again: where the compiler died, it is at it once more.
-        batch = [(c, pool.submit(self.problem, c) if future.done() else future) for c, future in batch]
+        batch = [(c, pool.submit(self.problem, c, extra=extra) if f.done() else f) for c, f in self.batch]
         self.batch = [(config, future) for config, future in batch if not future.done()]
         for config, future in batch:
             if future.done() and config not in self.tried:  # elsewhere, by now
-                self._compiled(config, pool.result(self.problem, config))
+                self._compiled(config, pool.result(self.problem, config, extra=extra))
 
     def _ask(self) -> None:
         """Compile the next round's, with what was found elsewhere since the last before the rest."""
         if self.finished:
             return
         self.search.enqueue(self.tuner.neighbours(self.problem))
-        self.batch = [(config, self.tuner.pool.submit(self.problem, config)) for config in self.search.ask()]
+        pool, extra = self.tuner.pool, self.tuner.extra(self.problem)
+        self.batch = [(config, pool.submit(self.problem, config, extra=extra)) for config in self.search.ask()]
         self.finished = self.search.finished
         self.tuner.funnel.stopped += self.search.stopped
 
