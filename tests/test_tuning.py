@@ -36,7 +36,7 @@ from tuning.model import RATES, predict
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
 from tuning.rules import Entry
 from tuning.space import knob_values
-from tuning.tuner import MODEL_NOISE, NOISE, Effort, Winner
+from tuning.tuner import HELD, MODEL_NOISE, NOISE, Effort, Winner
 from tuning.workloads import WorkloadError, builtin, parse
 
 # The loop
@@ -103,7 +103,7 @@ def test_model_recommends_nothing_that_spills() -> None:
     assert tune(Judge(modelled=True), pool=everything).winners == {}
 
 
-@pytest.mark.parametrize(("gain", "stays"), [(NOISE / 2, True), (NOISE * 2, False)])
+@pytest.mark.parametrize(("gain", "stays"), [(HELD / 2, True), (HELD * 2, False)])
 def test_incumbent_stays_unless_it_is_beaten_beyond_the_noise(gain: float, stays: bool) -> None:
     incumbent, challenger = candidates()[:2]
     times = {challenger: 1.0 - gain, incumbent: 1.0}

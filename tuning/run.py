@@ -402,7 +402,7 @@ def _funnel_table(funnel: Funnel, *, modelled: bool) -> Table:
     words = ", ".join(f"{count} {what}" for what, count in shortcuts.items() if count)
     rows = [
         ("enumerated", funnel.enumerated, "", lost["dropped"] and f"dropped: {lost['dropped']}"),
-        ("compiled", funnel.compiled, "", ""),
+        ("compiled", funnel.compiled, "compile", ""),
         ("fit", funnel.clean, "", lost["failures"] and f"not used: {lost['failures']}"),
         ("estimated" if modelled else "timed", funnel.timed, "search", words),
     ]

@@ -27,7 +27,8 @@ from tuning.space import knob_values, launched
 NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
 # Which runs the others' kernels too, or starts from their winners.
 AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
-NOISE = 0.01  # a challenger must beat the incumbent and the default by more than this
+NOISE = 0.01  # between two races' times of one configuration
+HELD = 0.02  # a challenger must beat what is in use by more than this
 MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' twenty choices none is then slower than the default
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
 SHARED = 0.01  # what a point may lose against its fastest, so that neighbours share a rule
@@ -213,7 +214,7 @@ class Found:
     last: dict[Any, Timing] = field(default_factory=dict)
     trials: int = 0
     cut_short: bool = False  # by the deadline: a later run goes on
-    noise: float = NOISE
+    noise: float = HELD
 
     @property
     def in_use(self) -> set[Any]:
@@ -271,7 +272,7 @@ class Found:
         return default is not None and self.figures[config].ms > (1 + NOISE) * default.ms
 
 
-def beats(challenger: Timing, holder: Timing, noise: float = NOISE) -> bool:
+def beats(challenger: Timing, holder: Timing, noise: float = HELD) -> bool:
     """Whether it is faster beyond the noise: by more than such a share, and the two intervals lie apart."""
     return challenger.ms < (1 - noise) * holder.ms and challenger.high < holder.low
 
@@ -325,9 +326,13 @@ class Tuner:
         tasks: list[_Task] = []
         problems = spread(problems, self.journal.rank if self.journal else 0)
         try:
+            waiting = list(problems)
+            if not self.judge.modelled:
+                with self._phase("compile"):
+                    self._build_up(waiting, tasks)
             self._search_began = time.monotonic(), self.judge.busy
             with self._phase("search"):
-                self._search(problems, tasks)
+                self._search(waiting, tasks, len(problems))
         except (KeyboardInterrupt, StartError) as end:
             self._interrupt(end)
             for task in tasks:
@@ -375,23 +380,42 @@ class Tuner:
                 phases = getattr(self.funnel, what)
                 phases[name] = phases.get(name, 0.0) + seconds
 
-    def _search(self, problems: list[Problem], tasks: list[_Task]) -> None:
-        """Measure one candidate after another; the next is chosen while the GPU is at the one before."""
-        waiting, measuring = list(problems), None
+    def _build_up(self, waiting: list[Problem], tasks: list[_Task]) -> None:
+        """Start every search that need not wait for another, and compile what each begins with.
+
+        So that the GPU, which others may want, is asked for nothing before it can be kept busy.
+        """
+        while time.monotonic() < self.deadline:
+            if self._start(waiting, tasks):
+                tasks[-1].ask()
+            elif self._has_backlog(tasks):
+                self.progress(len(tasks), len(tasks) + len(waiting), tasks[-1].problem, "compiling", "")
+                self._wait(tasks)
+            else:
+                return
+
+    def _search(self, waiting: list[Problem], tasks: list[_Task], searches: int) -> None:
+        """Measure one candidate after another; the next is chosen while the GPU is at the one before.
+
+        And what that one took is learned from while the GPU is at the next.
+        """
+        measuring: _Measuring | None = None
         try:
             while tasks or waiting:
                 started = self._start(waiting, tasks)
                 chosen = self._choose(tasks, measuring)
-                ended = measuring
-                if measuring:
-                    measuring.end()
-                    self._say_searching(measuring.task.found, tasks, waiting, len(problems))
-                    measuring = None
+                ended, measuring = measuring, None
+                outcome = ended.end() if ended else None
                 self._end_finished(tasks)
-                if chosen:
-                    task, config, spare = chosen
-                    measuring = task.begin(config, spare=spare)
-                elif not (started or ended or self._prove_early(tasks)):
+                try:
+                    if chosen:
+                        task, config, spare = chosen
+                        measuring = task.begin(config, spare=spare)
+                finally:
+                    if ended and outcome:
+                        ended.tell(outcome)
+                        self._say_searching(ended.task.found, tasks, waiting, searches)
+                if not (chosen or started or ended or self._prove_early(tasks)):
                     self._wait(tasks)
         finally:
             if measuring:
@@ -404,7 +428,7 @@ class Tuner:
         none is at: what the others finish need not be compiled.
         """
         late = self.seconds_left() == 0
-        if not late and sum(len(task.compiling()) for task in tasks) >= BACKLOG * self.pool.workers:
+        if not late and self._has_backlog(tasks):
             return False
         pending = {*waiting, *(task.problem for task in tasks)}
         ready = [p for p in waiting if not any(replace(p, form=form) in pending for form in AFTER.get(p.form, ()))]
@@ -415,6 +439,9 @@ class Tuner:
             tasks.append(_Task(self, problem))
             self._tell_others(tasks)
         return bool(ready)
+
+    def _has_backlog(self, tasks: list[_Task]) -> bool:
+        return sum(len(task.compiling()) for task in tasks) >= BACKLOG * self.pool.workers
 
     def _choose(self, tasks: list[_Task], measuring: _Measuring | None) -> tuple[_Task, Any, bool] | None:
         """What to measure next, and whether only because the GPU would wait for the compiler otherwise.
@@ -735,7 +762,7 @@ class _Task:
         effort, max_spills = (replace(tuner.effort, ahead=0), 0) if tuner.judge.modelled else (tuner.effort, MAX_SPILLS)
         kept = [*incumbents, self.default]
         self.search = Search(problem, candidates, kept, tuner.arch, effort, name=tuner.sampler, max_spills=max_spills)
-        noise = MODEL_NOISE if tuner.judge.modelled else NOISE
+        noise = MODEL_NOISE if tuner.judge.modelled else HELD
         self.found = Found(problem, self.default, set(incumbents), noise=noise)
         self.tried: set[Any] = set()
         self.measured: dict[Any, Outcome] = {}  # by compiled code and what else makes a launch
@@ -759,7 +786,7 @@ class _Task:
             if self.batch and self.search.left:
                 return None
             self._take_in()
-            self._ask()
+            self.ask()
         return None
 
     def begin(self, config: Any, *, spare: bool) -> _Measuring | None:
@@ -838,12 +865,18 @@ class _Task:
         pool, extra = self.tuner.pool, self.tuner.extra(self.problem)
         # Asked for again: where the compiler died, it is at it once more.
         batch = [(c, pool.submit(self.problem, c, extra=extra) if f.done() else f) for c, f in self.batch]
-        self.batch = [(config, future) for config, future in batch if not future.done()]
+        done: list[Any] = []
+        self.batch = []
         for config, future in batch:
-            if future.done() and config not in self.tried:  # elsewhere, by now
+            if future.done():
+                done.append(config)
+            else:
+                self.batch.append((config, future))
+        for config in done:
+            if config not in self.tried:  # elsewhere, by now
                 self._compiled(config, pool.result(self.problem, config, extra=extra))
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
         """Compile the next round's, with what was found elsewhere since the last before the rest."""
         if self.finished:
             return
@@ -907,8 +940,8 @@ class _Measuring:
     claim: Claim | None
     spare: bool
 
-    def end(self) -> None:
-        """Wait for its times, and write them down."""
+    def end(self) -> Outcome:
+        """Wait for its times, and write them down; `tell` what they are before its search goes on."""
         try:
             timing = self.answer()
             outcome = Outcome(timing.ms, figures=timing.figures, spare=self.spare)
@@ -918,6 +951,10 @@ class _Measuring:
             outcome = Outcome(None, str(error), spare=self.spare)
         if self.claim:
             self.claim.settle(outcome)
+        return outcome
+
+    def tell(self, outcome: Outcome) -> None:
+        """Let its search learn from it."""
         funnel = self.task.tuner.funnel
         funnel.timed += outcome.ms is not None
         funnel.spare += self.spare and outcome.ms is not None
