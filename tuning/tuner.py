@@ -388,7 +388,7 @@ class Tuner:
         while time.monotonic() < self.deadline:
             if self._start(waiting, tasks):
                 tasks[-1].ask()
-            elif self._has_backlog(tasks):
+            elif self._has_backlog(tasks, 1):
                 self.progress(len(tasks), len(tasks) + len(waiting), tasks[-1].problem, "compiling", "")
                 self._wait(tasks)
             else:
@@ -440,8 +440,8 @@ class Tuner:
             self._tell_others(tasks)
         return bool(ready)
 
-    def _has_backlog(self, tasks: list[_Task]) -> bool:
-        return sum(len(task.compiling()) for task in tasks) >= BACKLOG * self.pool.workers
+    def _has_backlog(self, tasks: list[_Task], each: int = BACKLOG) -> bool:
+        return sum(len(task.compiling()) for task in tasks) >= each * self.pool.workers
 
     def _choose(self, tasks: list[_Task], measuring: _Measuring | None) -> tuple[_Task, Any, bool] | None:
         """What to measure next, and whether only because the GPU would wait for the compiler otherwise.
