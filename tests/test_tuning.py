@@ -253,7 +253,7 @@ def test_entries_that_do_not_hold_are_dropped(tmp_path: Path, old: str, new: str
 
 
 def won(form: str, ms: float, **changes: int) -> Winner:
-    problem = replace(PROBLEM, form=form, **changes)
+    problem = replace(PROBLEM, form=form, **{"V": PROBLEM.K, **changes})
     return Winner(problem, problem.default(), timing(ms), 100.0, 0.001, NEEDS, 9, modelled=False)
 
 

@@ -19,6 +19,7 @@ import torch
 from generated import configuration
 from generated.configuration_file import File, Rule, parse_file
 from generated.retention import fused_chunk
+from generated.tiles import TILES
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem
@@ -90,7 +91,7 @@ def test_rule_is_modelled_and_its_kernel_fits_and_does_not_spill(modelled: tuple
     assert (file.device.arch, file.device.name, rule.proof) == ("sm90", None, "modelled")
     assert rule.figures["spills"] == 0
     assert 0 < rule.figures["ms"] <= rule.figures["default_ms"]
-    assert file.kernels[problem.kernel].source == configuration.source_hash(KERNELS[problem])
+    assert file.kernels[problem.kernel].source == configuration.source_hash(KERNELS[problem], *TILES)
     assert rule.when.matches("bfloat16", K=16, V=16, BH=4, T=128)
     assert not rule.when.matches("float16", K=16, V=16, BH=4, T=128)
     assert not rule.when.matches("bfloat16", K=17, V=16, BH=4, T=128)

@@ -168,7 +168,8 @@ def _faults_of(figures: Mapping[str, Any], place: Place) -> Iterator[str]:
         yield f"its error is {error}, over the {limit:.0e} that is taken for rounding"
     if (ms := figures.get("ms", 0.0)) > (1 + NOISE) * (1 + ROUNDING) * (default := figures.get("default_ms", ms)):
         yield f"its {ms} ms are more than the default's {default}"
-    if rules.slowness(figures) > (1 + TOLERANCE) * (1 + ROUNDING):
+    # By the model what was in use, or the default, stays until something is far better.
+    if rule.proof != "modelled" and rules.slowness(figures) > (1 + TOLERANCE) * (1 + ROUNDING):
         yield f"its {ms} ms are over {TOLERANCE:.0%} more than the {figures['best_ms']} of the fastest there"
     if rule.also and point is None:
         yield f"a rule of several points must name each, and its point is {figures.get('point')!r}"

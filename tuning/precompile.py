@@ -36,7 +36,7 @@ from tuning.workloads import parse
 
 FILTERS = ("known bad", "registers", "shared memory")
 OUTCOMES = ("clean", "spills", "too large", "failed")
-MORE_ROUNDS, MORE_AHEAD = 4, 8  # than a run, of whose candidates about one in ten is then missing
+MORE_ROUNDS, MORE_AHEAD = 6, 8  # than a run, of whose candidates about one in ten is then missing
 BEST = 4  # of each search: their variants, and their tiles in chunk's segments
 
 

@@ -39,7 +39,7 @@ CONTENDERS = 3  # of each race, which a fresh process times again
 
 
 EFFORTS = {
-    "quick": Effort(first=12, rounds=6, per_round=4, finalists=3, ahead=8, gain=0.001),
+    "quick": Effort(first=16, rounds=6, per_round=4, finalists=3, ahead=6, gain=0.001),
     "full": Effort(first=24, rounds=5, per_round=8, finalists=5, ahead=24, gain=0.0002),
 }
 
