@@ -30,7 +30,7 @@ def landscape(config: Any) -> float:
     """A time that is least at BT=32, BV=64, num_warps=8, num_stages=3, by pointers."""
     best = {"BT": 32, "BV": 64, "num_warps": 8, "num_stages": 3}
     steps = sum(abs(math.log2(getattr(config, name) / value)) for name, value in best.items() if hasattr(config, name))
-    return 1.0 + steps + 0.5 * getattr(config, "descriptors", 0)
+    return 1.0 + steps + getattr(config, "descriptors", 0)
 
 
 def timing(ms: float) -> Timing:

@@ -471,7 +471,7 @@ def check_record(place: Path) -> None:
     assert (run.effort, run.sampler, set(run.versions)) == ("quick", "informed", {"driver", "triton", "torch"})
     assert next(iter(run.funnel)) == "enumerated"
     assert run.funnel["timed or known"] > run.funnel["proven"] == len(run.winners) == 2
-    assert {"search", "race", "confirm", "prove"} == set(run.phases)
+    assert {"compile", "search", "race", "confirm", "prove"} == set(run.phases)
     assert run.seconds is not None
     assert run.seconds > 0
     assert 0 <= (run.gpu_number("idle_share") or 0.0) <= 1
