@@ -489,3 +489,12 @@ def test_the_default_place_is_the_users_cache(tmp_path: Path, monkeypatch: pytes
     assert journals.default_path("nvidia_h100") == tmp_path / "retgen" / "nvidia_h100.journal"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert journals.default_path("x") == Path.home() / ".cache" / "retgen" / "x.journal"
+
+
+def test_what_ctrl_c_interrupts_is_claimed_no_more(path: Path) -> None:
+    judge = Judge(stop_after=3)
+    assert tune(judge, journal=open_journal(path)).interrupted
+    names = [name for name in optuna.get_all_study_names(storage_of(path)) if name.startswith(f"{PROBLEM.kernel} ")]
+    trials = [t for name in names for t in optuna.load_study(study_name=name, storage=storage_of(path)).trials]
+    assert trials
+    assert not [trial for trial in trials if trial.state == TrialState.RUNNING]

@@ -32,6 +32,7 @@ HELD = 0.02  # a challenger must beat what is in use by more than this
 MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' twenty choices none is then slower than the default
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
 SHARED = 0.01  # what a point may lose against its fastest, so that neighbours share a rule
+BUILD_UP = 0.25  # of the budget, where there is one, may pass before anything is measured
 BACKLOG = 2  # candidates a compiler that may wait: with more, no further search is started
 LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
 AT_ONCE = 4  # searches of a worker that is not the only one
@@ -385,7 +386,8 @@ class Tuner:
 
         So that the GPU, which others may want, is asked for nothing before it can be kept busy.
         """
-        while time.monotonic() < self.deadline:
+        now = time.monotonic()
+        while time.monotonic() < now + BUILD_UP * (self.deadline - now):
             if self._start(waiting, tasks):
                 tasks[-1].ask()
             elif self._has_backlog(tasks, 1):
@@ -404,17 +406,22 @@ class Tuner:
             while tasks or waiting:
                 started = self._start(waiting, tasks)
                 chosen = self._choose(tasks, measuring)
-                ended, measuring = measuring, None
+                ended = measuring
                 outcome = ended.end() if ended else None
-                self._end_finished(tasks)
+                measuring = None
+                later = ended is not None and chosen is not None and not ended.task.finished
                 try:
+                    if ended and outcome and not later:
+                        ended.tell(outcome)
+                    self._end_finished(tasks)
                     if chosen:
                         task, config, spare = chosen
                         measuring = task.begin(config, spare=spare)
                 finally:
-                    if ended and outcome:
+                    if ended and outcome and later:
                         ended.tell(outcome)
-                        self._say_searching(ended.task.found, tasks, waiting, searches)
+                if ended:
+                    self._say_searching(ended.task.found, tasks, waiting, searches)
                 if not (chosen or started or ended or self._prove_early(tasks)):
                     self._wait(tasks)
         finally:
