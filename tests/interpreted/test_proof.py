@@ -40,7 +40,8 @@ KERNELS: dict[str, tuple[str, ModuleType, Any]] = {
 }
 EXTRA = {"chunk": {"states_config": KERNELS["chunk_states"][2]}}
 PARTS = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk")}
-STORE = "(b_o * scale).to(o.dtype.element_ty), mask=m_t[:, None] & m_v[None, :])"
+STORE = "(b_o * scale).to(b_v.dtype)"
+MASKED = "b_o, mask=m_t[:, None] & m_v[None, :])"
 UPDATE = "b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)"
 START = "b_h = tl.zeros([BK, BV], dtype=tl.float32)"
 LOADED = "b_h += tl.load(p_h0, mask=m_h, other=0.0).to(tl.float32)"
@@ -60,7 +61,7 @@ FAULTS = {
     "missing scale": (STORE, STORE.replace(" * scale", ""), WRONG),
     "wrong factor of dh0": ("b_h *= scale", "b_h *= 1.0", WRONG),
     "wrong factor of dht": ("b_h /= scale", "b_h /= 1.0", WRONG),
-    "last chunk stored without a mask": (STORE, STORE.replace("m_t[:, None] & ", ""), ""),
+    "last chunk stored without a mask": (MASKED, MASKED.replace("m_t[:, None] & ", ""), ""),
     "rows of the batch taken for one": (
         "(i_nh // H).to(tl.int64)",
         "(i_nh // H * 0).to(tl.int64)",
@@ -68,7 +69,7 @@ FAULTS = {
     ),
     "store before the output": (UPDATE, f"{UPDATE}\n        tl.store(o - 1, 0.0, mask=i_p == 0)", "beside a tensor"),
     "store behind the state": ("tl.store(p_ht, b_h, mask=m_h)", "tl.store(p_ht, b_h, mask=m_h | (o_v >= V))", ""),
-    "read beyond the sequence": ("m_t = i_t * BT + o_t < T", "m_t = i_t * BT + o_t < T + 1", ""),
+    "read beyond the sequence": ("(i_r + o_r < T)", "(i_r + o_r < T + 1)", ""),
     "last chunk never written": ("range(tl.cdiv(T, BT))", "range(T // BT)", WRONG),
     "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
     "initial state left out": (LOADED, "b_h += 0.0", WRONG),
@@ -79,7 +80,11 @@ FAULTS = {
         "states: " + WRONG,
     ),
     "input written to": (UPDATE, f"{UPDATE}\n        tl.store(q, 1.0, mask=i_p == 0)", "an input was written to"),
-    "sum added to what nobody cleared": ("(b_o * scale)", "(b_o * scale + tl.load(o + i_r * H * V + p_v))", WRONG),
+    "sum added to what nobody cleared": (
+        "(b_o * scale)",
+        "(b_o * scale + tl.load(o + i_r.to(tl.int64) * (H * V) + p_v))",
+        WRONG,
+    ),
     "race of two programs": (COLUMNS, OVERLAP, "two runs"),
 }
 GRADIENTS_FAULTS = {
@@ -89,7 +94,7 @@ GRADIENTS_FAULTS = {
         "tl.where(i_g == 2, -direction, direction)",
         WRONG,
     ),
-    "last chunk stored without a mask": (STORE, STORE.replace("m_t[:, None] & ", ""), ""),
+    "last chunk stored without a mask": (MASKED, MASKED.replace("m_t[:, None] & ", ""), ""),
 }
 STATES_FAULTS = {
     "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
