@@ -200,7 +200,7 @@ def test_phases_are_timed_and_the_idle_share_is_told() -> None:
             return super().time(*arguments)
 
     funnel = tune(Slow(landscape)).funnel
-    assert list(funnel.seconds) == ["race", "search", "confirm", "prove"]
+    assert list(funnel.seconds) == ["compile", "race", "search", "confirm", "prove"]
     assert funnel.seconds["search"] >= funnel.busy["search"] > 0.1
     assert 0 <= funnel.idle_share < 0.9
 

@@ -45,9 +45,13 @@ MASKED = "b_o, mask=m_t[:, None] & m_v[None, :])"
 UPDATE = "b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)"
 START = "b_h = tl.zeros([BK, BV], dtype=tl.float32)"
 LOADED = "b_h += tl.load(p_h0, mask=m_h, other=0.0).to(tl.float32)"
-COLUMNS = "o_v = i_v * BV + tl.arange(0, BV)"
+OUTPUT = "o += (bos * H + i_h) * V + i_v * BV"
 # The last tile ends where the columns do, as is done to save a mask; each program rounds in its own way.
-OVERLAP = "o_v = tl.minimum(i_v * BV, V - BV) + tl.arange(0, BV)\n    scale *= 1 + i_v * 6e-4"
+OVERLAP = f"""{OUTPUT}
+    back = tl.maximum((i_v + 1) * BV - V, 0)
+    v, o, o_v = v - back, o - back, o_v - back
+    m_v = o_v < V
+    scale *= 1 + i_v * 6e-4"""
 # What is wrong: the kernel's text, what stands there instead, and what the proof must say.
 WRONG = "wrong result"
 FAULTS = {
@@ -73,7 +77,7 @@ FAULTS = {
     "last chunk never written": ("range(tl.cdiv(T, BT))", "range(T // BT)", WRONG),
     "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
     "initial state left out": (LOADED, "b_h += 0.0", WRONG),
-    "swapped heads": ("i_h * V + o_v[None, :]", "(H - 1 - i_h) * V + o_v[None, :]", WRONG),
+    "swapped heads": (OUTPUT, OUTPUT.replace("i_h", "H - 1 - i_h"), WRONG),
     "state summed in 16 bits": (
         UPDATE,
         f"{UPDATE}\n        b_h = b_h.to(b_q.dtype).to(tl.float32)",
@@ -85,7 +89,7 @@ FAULTS = {
         "(b_o * scale + tl.load(o + i_r.to(tl.int64) * (H * V) + p_v))",
         WRONG,
     ),
-    "race of two programs": (COLUMNS, OVERLAP, "two runs"),
+    "race of two programs": (OUTPUT, OVERLAP, "two runs"),
 }
 GRADIENTS_FAULTS = {
     "dq without scale": ("(b_o * scale)", "(b_o * tl.where(i_g == 0, 1.0, scale))", WRONG),
@@ -124,8 +128,8 @@ WHOLE_FAULTS = {  # what two rows and three heads do not show
     "rows after the second never written": ("bos = i_n * T", "bos = i_n % 2 * T", WRONG),
     "one row that is neither first nor last": (START, START + " + tl.where(i_n == 1, 1e-2, 0.0)", "next one's place"),
     "one head of many": ("(b_o * scale)", "(b_o * scale * tl.where(i_h == 5, 1.0025, 1.0))", WRONG),
-    "store before the output": (UPDATE, f"{UPDATE}\n        tl.store(o - 1, 0.0, mask=i_n == 3)", "beside a tensor"),
-    "race of two programs": (COLUMNS, OVERLAP, "two runs"),
+    "store before the output": (OUTPUT, f"tl.store(o - 1, 0.0, mask=i_n == 3)\n    {OUTPUT}", "beside a tensor"),
+    "race of two programs": (OUTPUT, OVERLAP, "two runs"),
 }
 Plant = Callable[[str, str, str], None]
 
