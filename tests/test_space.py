@@ -17,7 +17,7 @@ from generated.retention import auto
 from tuning.compilation import ARCHS, Resources, compile_launch, offline, read_cubin
 from tuning.known_bad import known_bad
 from tuning.problems import FORMS, Problem
-from tuning.space import BT, GRADIENTS, SPACES, SWEEPS, WHOLE, L, Place, Sifted, knob_values, launched
+from tuning.space import BT, GRADIENTS, SLACK, SPACES, SWEEPS, WHOLE, L, Place, Sifted, knob_values, launched
 
 SM90 = ARCHS["sm90"]
 PROBLEM = Problem("fused_chunk", "bfloat16", 1, 2048, 4, 128, 256)
@@ -26,31 +26,31 @@ LOW = 64  # a limit on registers below what kernels take, and above the 58 that 
 # How many candidates there were, and a hash of their knobs, before spaces were tables and had maxnreg; for chunk
 # without the segment lengths that are no shorter than T but one, which are all the same launch. Where there were
 # none (chunk_states and parallel at T=16), what there is since; and at T=2048 without those that exceed sm90's shared
-# memory, since that is known before compiling.
+# memory, since that is known before compiling; float32 with those that an estimate had left out.
 BEFORE = {
     "fused_chunk bfloat16 T=2048 K=128 V=256 sm90": (82, "cd386985e1cd6161"),
     "fused_chunk bfloat16 T=2048 K=256 V=512 sm90": (57, "06cfb34ee5e67087"),
-    "fused_chunk float32 T=1024 K=64 V=64 sm89": (60, "bc009471a2bd8f74"),
+    "fused_chunk float32 T=1024 K=64 V=64 sm89": (70, "ee06b460475a08f3"),
     "fused_chunk bfloat16 T=100 K=40 V=24 sm80": (48, "a6e4673dcc700961"),
     "fused_chunk float16 T=16 K=512 V=512 sm100": (15, "6637ff02bb73c179"),
     "fused_chunk_gradients bfloat16 T=2048 K=128 V=256 sm90": (82, "cd386985e1cd6161"),
     "fused_chunk_gradients bfloat16 T=2048 K=256 V=512 sm90": (57, "06cfb34ee5e67087"),
-    "fused_chunk_gradients float32 T=1024 K=64 V=64 sm89": (60, "bc009471a2bd8f74"),
+    "fused_chunk_gradients float32 T=1024 K=64 V=64 sm89": (70, "ee06b460475a08f3"),
     "fused_chunk_gradients bfloat16 T=100 K=40 V=24 sm80": (48, "a6e4673dcc700961"),
     "fused_chunk_gradients float16 T=16 K=512 V=512 sm100": (15, "6637ff02bb73c179"),
     "chunk_states bfloat16 T=2048 K=128 V=256 sm90": (189, "1133d76ef2642a9e"),
     "chunk_states bfloat16 T=2048 K=256 V=512 sm90": (189, "1133d76ef2642a9e"),
-    "chunk_states float32 T=1024 K=64 V=64 sm89": (106, "1945f3b776de3353"),
+    "chunk_states float32 T=1024 K=64 V=64 sm89": (108, "2a2ae685899bead3"),
     "chunk_states bfloat16 T=100 K=40 V=24 sm80": (72, "f209fb6a3334034b"),
     "chunk_states float16 T=16 K=512 V=512 sm100": (72, "fd2c465b48e57e8b"),
     "chunk bfloat16 T=2048 K=128 V=256 sm90": (410, "c995d12a7e647823"),
     "chunk bfloat16 T=2048 K=256 V=512 sm90": (285, "0838321c323bf369"),
-    "chunk float32 T=1024 K=64 V=64 sm89": (240, "a2f464d07e5560a0"),
+    "chunk float32 T=1024 K=64 V=64 sm89": (280, "b78870833706cc72"),
     "chunk bfloat16 T=100 K=40 V=24 sm80": (48, "b23af7c5aebd3914"),
     "chunk float16 T=16 K=512 V=512 sm100": (15, "d5f48122fd5d252c"),
     "parallel bfloat16 T=2048 K=128 V=256 sm90": (94, "6df0d39b7b5c60e1"),
     "parallel bfloat16 T=2048 K=256 V=512 sm90": (87, "f2d885532ad5c2f1"),
-    "parallel float32 T=1024 K=64 V=64 sm89": (54, "a7f49178b21eb786"),
+    "parallel float32 T=1024 K=64 V=64 sm89": (57, "5868ad76632a0341"),
     "parallel bfloat16 T=100 K=40 V=24 sm80": (30, "cb1ef182ebb3ad0b"),
     "parallel float16 T=16 K=512 V=512 sm100": (24, "59202e846234f308"),
     "fused_recurrent bfloat16 T=2048 K=128 V=256 sm90": (19, "e12468456cf1fddd"),
@@ -157,15 +157,39 @@ def test_a_limit_on_registers_is_tried_only_where_another_program_fits_by_it() -
     [
         ("fused_chunk", 256, {"BT": 64, "BV": 32, "num_warps": 4, "num_stages": 3}),
         ("fused_chunk", 256, {"BT": 64, "BV": 64, "num_warps": 4, "num_stages": 3}),
+        ("fused_chunk", 256, {"BT": 64, "BV": 32, "num_warps": 4, "num_stages": 3, "descriptors": 1}),
         ("fused_chunk_gradients", 128, {"BT": 128, "BV": 32, "num_warps": 8, "num_stages": 3}),
         ("chunk", 256, {"L": 512, "BT": 64, "BV": 128, "num_warps": 8, "num_stages": 2}),
         ("parallel", 256, {"BT": 128, "BS": 32, "BV": 128, "num_warps": 8, "num_stages": 3}),
+        ("parallel", 256, {"BT": 128, "BS": 32, "BV": 128, "num_warps": 8, "num_stages": 3, "descriptors": 1}),
     ],
 )
 def test_shared_memory_is_known_before_compiling(form: str, K: int, knobs: dict[str, int]) -> None:
     problem, config = Problem(form, "bfloat16", 1, 2048, 1, K, K), FORMS[form].config_type(**knobs)
     (*_, needs) = compile_launch(lambda: problem.run(problem.inputs("meta"), config), SM90)
-    assert needs.shared == problem.space.needs.estimate(problem.place(SM90), config).shared
+    barriers = needs.shared - problem.space.needs.estimate(problem.place(SM90), config).shared
+    assert 0 <= barriers <= 64 * config.descriptors
+
+
+# Elsewhere nothing may be left uncompiled that would have fitted.
+@pytest.mark.parametrize(
+    ("form", "dtype", "arch", "knobs"),
+    [
+        ("fused_chunk", "float32", "sm90", {"BT": 64, "BV": 32, "num_warps": 4, "num_stages": 2}),
+        ("fused_chunk", "float32", "sm90", {"BT": 32, "BV": 64, "num_warps": 8, "num_stages": 3}),
+        ("fused_chunk", "float32", "sm80", {"BT": 64, "BV": 32, "num_warps": 4, "num_stages": 2}),
+        ("chunk", "float32", "sm89", {"L": 512, "BT": 32, "BV": 32, "num_warps": 4, "num_stages": 2}),
+        ("fused_chunk", "bfloat16", "sm89", {"BT": 128, "BV": 16, "num_warps": 4, "num_stages": 3}),
+        ("fused_chunk", "float32", "sm90", {"BT": 128, "BV": 128, "num_warps": 8, "num_stages": 1}),
+        ("parallel", "float32", "sm100", {"BT": 64, "BS": 32, "BV": 64, "num_warps": 8, "num_stages": 3}),
+    ],
+)
+def test_shared_memory_is_estimated_too_high_by_less_than_the_slack(
+    form: str, dtype: str, arch: str, knobs: dict[str, int]
+) -> None:
+    problem, config = Problem(form, dtype, 1, 2048, 1, 128, 128), FORMS[form].config_type(**knobs)
+    (*_, needs) = compile_launch(lambda: problem.run(problem.inputs("meta"), config), ARCHS[arch])
+    assert problem.space.needs.estimate(problem.place(ARCHS[arch]), config).shared <= SLACK * needs.shared
 
 
 @pytest.mark.parametrize("form", ["fused_chunk", "fused_chunk_gradients", "chunk", "chunk_states", "parallel"])

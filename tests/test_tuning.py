@@ -36,7 +36,7 @@ from tuning.model import RATES, predict
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
 from tuning.rules import Entry
 from tuning.space import knob_values
-from tuning.tuner import HELD, MODEL_NOISE, NOISE, Effort, Winner
+from tuning.tuner import HELD, MODEL_NOISE, NOISE, Effort, Winner, likely_first
 from tuning.workloads import WorkloadError, builtin, parse
 
 # The loop
@@ -168,6 +168,30 @@ def test_incumbent_that_was_not_tried_in_time_is_not_replaced() -> None:
     assert tuner.winners == {}
 
 
+def test_what_waiting_searches_will_begin_with_is_compiled_before_anything_is_measured() -> None:
+    problem, states = replace(PROBLEM, form="chunk"), replace(PROBLEM, form="chunk_states")
+    events: list[tuple[Problem, Any]] = []
+    measured = 0
+
+    class Watching(Judge):
+        def time(self, *arguments: Any) -> Any:
+            nonlocal measured
+            measured = measured or len(events)
+            return super().time(*arguments)
+
+    class Compiler(Pool):
+        def submit(self, problem: Problem, config: Any, **options: Any) -> Future[Any]:
+            events.append((problem, config))
+            return super().submit(problem, config, **options)
+
+    tune(Watching(), problems=[problem, states], effort=Effort(10, 2, 5, 3), pool=Compiler())
+    assert {config for one, config in events[:measured] if one == states} >= {states.default()}
+    assert {config for one, config in events[:measured] if one == problem} == {
+        problem.default(),
+        *likely_first(problem, SM90)[:10],
+    }
+
+
 def test_chunk_runs_with_the_states_pass_that_won() -> None:
     problem = replace(PROBLEM, form="chunk")
     seen: list[dict[str, Any]] = []
@@ -186,8 +210,9 @@ def test_chunk_runs_with_the_states_pass_that_won() -> None:
 
     states = replace(PROBLEM, form="chunk_states")
     tuner = tune(Watching(), problems=[problem, states], effort=Effort(10, 2, 5, 3), pool=Compiler())
-    assert seen
-    assert all(extra["states_config"] == tuner.winners[states].config for extra in seen)
+    measured_with = [extra for extra in seen if extra]  # nothing yet, where the search was only going to begin
+    assert measured_with
+    assert all(extra["states_config"] == tuner.winners[states].config for extra in measured_with)
     assert list(tune(Judge(), problems=[problem], effort=Effort(5, 0, 0, 3)).winners) == [problem]
 
 

@@ -132,7 +132,7 @@ def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHIN
     if problem.form == "chunk" and config.L >= problem.T:
         problem, config, extra = replace(problem, form="fused_chunk"), config.whole, NOTHING
     elif problem.form == "chunk":
-        config = replace(config, L=config.BT if config.L == config.BT else LONGEST)
+        config = replace(config, L=config.BT if config.L == config.BT else max(LONGEST, 2 * config.BT))
     return replace(problem, B=1, T=0, H=1), config, *extra.values()
 
 

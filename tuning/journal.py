@@ -21,7 +21,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +33,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from generated.configuration import kernel_registry
+from generated.configuration_file import MOST
 from tuning import forkserver
 from tuning.compilation import Resources
 from tuning.problems import Problem
@@ -41,8 +42,6 @@ from tuning.storage import Database, StorageError, Store, is_url, masked, open_s
 
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
-LIMIT = IntDistribution(0, 255)  # for maxnreg, which may be none
-SWITCH = IntDistribution(0, 1)
 SUSPECT = "killed: the tuner died while this was measured, so it is not launched again"
 FORGETS = "forgets"  # of a mark among the trials: those before it do not count
 MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
@@ -554,7 +553,9 @@ def counts_since(trials: Sequence[FrozenTrial]) -> int:
 
 def distribution_of(knob: str) -> BaseDistribution:
     """The values that a knob may have in a study, as Optuna is told of them."""
-    return {"maxnreg": LIMIT, "descriptors": SWITCH}.get(knob, KNOB)
+    known = (one for kernel in kernel_registry().values() for one in fields(kernel.config_type))
+    most = next((one.metadata[MOST] for one in known if one.name == knob and MOST in one.metadata), None)
+    return KNOB if most is None else IntDistribution(0, most)
 
 
 def default_path(device: str) -> Path:

@@ -22,7 +22,7 @@ from tuning.compilation import TENSOR_MEMORY, Arch, Resources
 from tuning.problems import Problem
 from tuning.samplers import INFORMED, Candidates, Informed, sampler
 
-MAX_SPILLS = 1024  # bytes a thread; of the shipped landscapes' candidates within 1.5 of the best none has over 560
+MAX_SPILLS = 1024  # bytes a thread; of the shipped landscapes' candidates within 1.5 of the best none has over 816
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -77,6 +77,7 @@ class Search:
         self._trials: dict[Any, Trial] = {}  # asked for and not told
         self._compiling: set[Any] = set()
         self._ready: list[Any] = []  # compiled and not measured, in the order in which they were asked for
+        self._spares = 0  # measured of those, while the compiler was behind: what was spare is not made up for
         self.left = effort.measurements + max(0, len(self._kept) - 1)
         self._quota = 0
         self.results: dict[Any, float] = {}
@@ -100,9 +101,7 @@ class Search:
         )  # always tried, whatever is known
         self._quota = min(self.left, a_round or self.left)
         ahead = self._effort.ahead if isinstance(self._sampler, Informed) else 0
-        count = min(len(self._list.open(self.study)), max(0, self._quota + ahead - len(self._ready)))
-        if self.results:  # what was spare is not made up for: it was measured while the compiler was behind
-            count = min(count, self._quota)
+        count = min(len(self._list.open(self.study)), max(0, self._quota + ahead - len(self._ready) - self._spares))
         self.finished = self.stopped or not self._quota or not (count or self._ready)
         if self.finished:
             self._prune(list(self._trials))
@@ -156,6 +155,7 @@ class Search:
             return None
         config = left_over[int(gains.argmax())]
         self._ready.remove(config)
+        self._spares += 1
         return config
 
     def tell(self, config: Any, ms: float | None) -> None:

@@ -1,6 +1,7 @@
 """What may be chosen for each kernel: a class for each knob, a row of `SPACES` for each kernel.
 
-To add a knob: a field of the configuration in the kernel's template, a class here, and its name in the kernel's row.
+To add a knob: a field of the configuration in the kernel's template (`optional_knob`, so that the rules that there are
+stay valid), a class here, and its name in the kernel's row.
 
 Combinations are built up knob by knob. Each knob gives its values at a problem after the knobs that come before it, so
 that whatever comes out is valid: no combination is made in order to be refused. What a kernel would need is then
@@ -24,8 +25,8 @@ MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over th
 BASE_REGISTERS = 40  # of a thread, for addresses and loops
 WHOLE = 1 << 20  # a segment that holds every sequence
 LONGEST = 1024  # of the other segments
+SLACK = 2  # by which shared memory may be estimated too high where it is not known to the byte
 ASYNCHRONOUS = {"sm90": 64, "sm100": 64}  # rows from which on a product reads shared memory while the program goes on
-IN_THE_CODE = ("num_warps", "num_stages", "maxnreg", "descriptors")  # knobs that a launch shows nowhere else
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ class Place:
 def knob_values(config: Any) -> dict[str, int]:
     """The configuration as a mapping from knob to value."""
     return {field.name: getattr(config, field.name) for field in fields(config)}
-
-
-def launched(config: Any) -> tuple[int, ...]:
-    """What a launch depends on beside the compiled code: where both are equal, so is the time."""
-    return tuple(value for name, value in knob_values(config).items() if name not in IN_THE_CODE)
 
 
 # What a program needs
@@ -83,7 +79,8 @@ def _operands(place: Place, rows: int, config: Any) -> int:
     return int(config.num_stages) if rows >= ASYNCHRONOUS.get(place.arch.name, WHOLE) else _ahead(config)
 
 
-# What Triton 3.6 and 3.7 allocate for 16-bit elements on sm90, to the byte where it is over half of what there is.
+# What Triton 3.6 and 3.7 allocate for 16-bit elements on sm90 where it is over half of what there is: by pointers to
+# the byte, by descriptors but for the few bytes of their barriers. For others an estimate, which SLACK is for.
 
 
 def _sweep_registers(K: int, c: Any) -> float:
@@ -126,9 +123,10 @@ RECURRENT = Needs(_recurrent_registers, lambda place, c: 0)
 
 @dataclass(frozen=True)
 class Knob:
-    """A field of a configuration."""
+    """A field of a configuration; `in_the_code`: two launches whose compiled code is the same do not differ by it."""
 
     name: ClassVar[str]
+    in_the_code: ClassVar[bool] = False
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """The values worth trying at a place, after the knobs before this one were `chosen` (its attributes)."""
@@ -229,6 +227,7 @@ class Warps(Powers):
     """Warps a program."""
 
     name = "num_warps"
+    in_the_code = True
 
 
 @dataclass(frozen=True)
@@ -237,6 +236,7 @@ class Stages(Knob):
 
     most: int
     name = "num_stages"
+    in_the_code = True
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """From one, no load ahead, on."""
@@ -249,6 +249,7 @@ class RegisterLimit(Knob):
 
     needs: Needs
     name = "maxnreg"
+    in_the_code = True
     LIMITS = (168, 128)  # of 65,536 registers: three or four programs of 4 warps; of 8 warps the second lets in two
     LEAST_SHARE = 0.6  # of what is needed: with less, spills cost more than company gains
 
@@ -267,6 +268,7 @@ class Descriptors(Knob):
     """Whether tiles are read by tensor descriptors (the TMA unit's) or by pointers."""
 
     name = "descriptors"
+    in_the_code = True
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """Pointers, and from Hopper on descriptors where rows begin at multiples of 16 bytes."""
@@ -316,7 +318,8 @@ class Space:
             return "known bad"
         if self.needs.registers(place.width, config) > MAX_REGISTERS:
             return "registers"
-        if place.itemsize * self.needs.shared(place, config) > place.arch.shared:
+        slack = 1.0 if (place.itemsize, place.arch.name) == (2, "sm90") else SLACK
+        if place.itemsize * self.needs.shared(place, config) > slack * place.arch.shared:
             return "shared memory"
         return None
 
@@ -345,6 +348,12 @@ SPACES = {
     ),
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
 }
+
+
+def launched(config: Any) -> tuple[int, ...]:
+    """What a launch depends on beside the compiled code: where both are equal, so is the time."""
+    in_the_code = {knob.name for space in SPACES.values() for knob in space.knobs if knob.in_the_code}
+    return tuple(value for name, value in knob_values(config).items() if name not in in_the_code)
 
 
 # What is fused

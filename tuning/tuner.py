@@ -94,7 +94,8 @@ class Funnel:
     @property
     def idle_share(self) -> float:
         """The part of the search in which nothing was measured."""
-        return 1 - self.busy.get("search", 0.0) / max(self.seconds.get("search", 0.0), 1e-9)
+        searched = self.seconds.get("search", 0.0)
+        return 1 - self.busy.get("search", 0.0) / searched if searched else 0.0
 
     def fail(self, reason: str) -> None:
         """Count a candidate that came no further."""
@@ -384,15 +385,22 @@ class Tuner:
     def _build_up(self, waiting: list[Problem], tasks: list[_Task]) -> None:
         """Start every search that need not wait for another, and compile what each begins with.
 
-        So that the GPU, which others may want, is asked for nothing before it can be kept busy.
+        So that the GPU, which others may want, is asked for nothing before it can be kept busy. What the others are
+        going to begin with is guessed, unless other workers may be at them first.
         """
-        now = time.monotonic()
+        now, guesses = time.monotonic(), 0
+        guessed = set(waiting) if self.journal and self.journal.shared else set()
         while time.monotonic() < now + BUILD_UP * (self.deadline - now):
             if self._start(waiting, tasks):
                 tasks[-1].ask()
-            elif self._has_backlog(tasks, 1):
-                self.progress(len(tasks), len(tasks) + len(waiting), tasks[-1].problem, "compiling", "")
-                self._wait(tasks)
+            elif self.pool.outstanding() >= self.pool.workers:
+                asked = sum(len(task.batch) for task in tasks) + guesses
+                self.progress(max(0, asked - self.pool.outstanding()), asked, tasks[-1].problem, "compiling", "")
+                time.sleep(POLL_SECONDS)
+            elif problem := next((problem for problem in waiting if problem not in guessed), None):
+                guessed.add(problem)
+                likely = [problem.default(), *likely_first(problem, self.arch)[: self.effort.first]]
+                guesses += len([self.pool.submit(problem, config) for config in likely])
             else:
                 return
 
