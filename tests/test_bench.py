@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -14,11 +16,12 @@ import torch
 from torch import Tensor
 
 import generated
-from tuning import bench
+from tuning import bench, bench_plots, peers
 from tuning.__main__ import main
 from tuning.bench import HEAD, WIDTH, Contender, Failure, Row, Times
 from tuning.measurement import Gpu
-from tuning.workloads import parse
+from tuning.peers import Peer
+from tuning.workloads import Workload, parse
 
 SHAPE = "B=2,T=70,H=5,K=16,V=24"
 WORKLOAD = parse([SHAPE + ",dtype=float32"])[0]
@@ -30,7 +33,7 @@ NAMES = ("o", "dq", "dk", "dv")
 def row(
     variant: str = "tuned", speedups: tuple[float, ...] = (), errors: tuple[float, ...] = (1e-3,) * 4, **changes: Any
 ) -> Row:
-    times = Times(ms=2.0, spread=0.125, samples=5, floor_ms=0.5)
+    times = Times(ms=2.0, spread=0.125, samples=5, floor_ms=0.25, gpu_ms=1.0)
     places = {"workload": "small", "shape": "B=1", "form": "chunk", "forward": times, "both": times, **changes}
     named = dict(zip(NAMES, errors, strict=True))
     return Row(variant=variant, speedups=list(speedups), extra_mib=32.0, errors=named, **places)
@@ -52,8 +55,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(bench, "_extra_mib", lambda call: 1.0)
     monkeypatch.setattr(bench, "gpu_present", lambda: True)
     monkeypatch.setattr(bench, "describe_gpu", lambda: Gpu("Imagined GPU", "sm90", 132, 80, "1.2"))
-    monkeypatch.setattr(bench, "_fla", lambda: ("0.0", {}))
+    monkeypatch.setattr(bench, "Replay", lambda call: SimpleNamespace(times=lambda: [40.0]))
+    monkeypatch.setattr(bench, "release", lambda: None)
     return asked
+
+
+@pytest.fixture
+def fla(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Operators that pass for fla's, by form: empty to begin with."""
+    functions: dict[str, Any] = {}
+    monkeypatch.setitem(peers.PEERS, "fla", lambda: Peer("fla", "7.8", functions))
+    return functions
 
 
 # Errors
@@ -67,8 +79,8 @@ def test_wrong_results_of_our_own_are_a_failure_and_a_peers_are_shown(calls: lis
     ours, peer = (Contender(variant, wrong, INPUTS, EXPECTED) for variant in ("tuned", "fla"))
     bench.race([ours, peer])
     assert ours.failure.startswith("ArithmeticError: wrong result: relative errors o ")
-    assert isinstance(ours.row(WORKLOAD, "chunk", peer), Failure)
-    assert isinstance(peer.row(WORKLOAD, "chunk", None), Row)
+    assert isinstance(ours.row(WORKLOAD, "chunk"), Failure)
+    assert isinstance(peer.row(WORKLOAD, "chunk", ours), Row)
 
 
 def test_reference_is_the_oracles_for_the_first_row_and_three_heads() -> None:
@@ -146,7 +158,7 @@ def test_a_default_is_timed_without_the_rules(calls: list[int], monkeypatch: pyt
         yield
 
     monkeypatch.setattr(bench, "defaults_only", defaults_only)
-    (rows,) = bench._measure(WORKLOAD, ["chunk"], {}, with_default=True)
+    (rows,) = bench._measure(WORKLOAD, ["chunk"], [], with_default=True)
     assert [row.variant for row in rows] == ["tuned", "default"]
     assert len(entered) == 1 + bench.ROUNDS
 
@@ -158,10 +170,10 @@ def test_samples_of_all_rounds_fill_the_budget(
     monkeypatch.setattr(bench, "time_calls", lambda run, repeats: [1e9] + [ms] * (repeats - 1))
     contender = Contender("tuned", generated.chunk_retention, INPUTS, EXPECTED)
     bench.race([contender])
-    found = contender.row(WORKLOAD, "chunk", None)
+    found = contender.row(WORKLOAD, "chunk")
     assert isinstance(found, Row)
-    assert found.forward == Times(ms, 0.0, samples, WORKLOAD.floor_ms(backward=False))
-    assert found.both == Times(ms, 0.0, samples, WORKLOAD.floor_ms(backward=True))
+    assert found.forward == Times(ms, 0.0, samples, WORKLOAD.floor_ms(backward=False), 40.0)
+    assert found.both == Times(ms, 0.0, samples, WORKLOAD.floor_ms(backward=True), 40.0)
 
 
 def test_median_and_quartiles_are_over_all_rounds(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,18 +181,38 @@ def test_median_and_quartiles_are_over_all_rounds(calls: list[int], monkeypatch:
     monkeypatch.setattr(bench, "time_calls", lambda run, repeats: [1e9, next(series)][:repeats])
     contender = Contender("tuned", generated.chunk_retention, INPUTS, EXPECTED)
     bench.race([contender])
-    found = contender.row(WORKLOAD, "chunk", None)
+    found = contender.row(WORKLOAD, "chunk")
     assert isinstance(found, Row)
     assert (found.forward.ms, found.forward.spread, found.forward.samples) == (3.0, 3.0, 5)
     assert (found.both.ms, found.both.spread, found.both.samples) == (8.0, 0.0, 5)
 
 
-def test_speed_ups_are_the_peers_medians_over_the_variants_own() -> None:
+def test_speed_ups_are_a_variants_medians_over_the_tuned_ones() -> None:
     own, peer = (Contender(name, generated.chunk_retention, INPUTS, EXPECTED) for name in ("tuned", "fla"))
     own._times, peer._times = ([1.0, 2.0, 9.0], [4.0, 4.0]), ([6.0, 6.0], [1.0, 2.0, 3.0])
-    found = own.row(WORKLOAD, "chunk", peer)
+    found, tuned = peer.row(WORKLOAD, "chunk", own), own.row(WORKLOAD, "chunk")
     assert isinstance(found, Row)
-    assert found.speedups == [3.0, 0.5]
+    assert isinstance(tuned, Row)
+    assert (found.speedups, tuned.speedups) == ([3.0, 0.5], [])
+
+
+def test_the_floor_is_held_against_the_gpus_time_where_that_is_known() -> None:
+    assert Times(ms=4.0, spread=0.0, samples=5, floor_ms=1.0, gpu_ms=2.0).floor_share == 0.5
+    assert Times(ms=4.0, spread=0.0, samples=5, floor_ms=1.0).floor_share == 0.25
+
+
+def test_a_call_that_no_graph_can_hold_has_no_gpu_time(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(call: object) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(bench, "Replay", refused)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    contender = Contender("tuned", generated.chunk_retention, INPUTS, EXPECTED)
+    bench.race([contender])
+    found = contender.row(WORKLOAD, "chunk")
+    assert isinstance(found, Row)
+    assert (found.forward.gpu_ms, found.both.gpu_ms) == (None, None)
+    assert len(bench.line(found)) == len(HEAD)
 
 
 # Failures
@@ -191,13 +223,12 @@ def refuse(*inputs: Tensor) -> Any:
 
 
 def test_a_peer_that_fails_says_so_and_the_others_go_on(calls: list[int]) -> None:
-    peers = {"chunk": refuse, "parallel": generated.parallel_retention}
-    chunk, parallel = bench._measure(WORKLOAD, ["chunk", "parallel"], peers, with_default=False)
+    peer = Peer("fla", "7.8", {"chunk": refuse, "parallel": generated.parallel_retention})
+    chunk, parallel = bench._measure(WORKLOAD, ["chunk", "parallel"], [peer], with_default=False)
     assert isinstance(chunk[0], Row)
-    assert chunk[0].speedups == []
     assert chunk[1] == Failure(WORKLOAD.name, WORKLOAD.shape, "chunk", "fla", "ValueError: unsupported shape")
-    assert isinstance(parallel[0], Row)
-    assert parallel[0].speedups == [1.0, 1.0]
+    assert isinstance(parallel[1], Row)
+    assert parallel[1].speedups == [1.0, 1.0]
 
 
 def test_a_peer_that_fails_while_it_is_timed_is_out(calls: list[int]) -> None:
@@ -211,8 +242,8 @@ def test_a_peer_that_fails_while_it_is_timed_is_out(calls: list[int]) -> None:
         Contender(name, f, INPUTS, EXPECTED) for name, f in (("fla", late), ("tuned", generated.chunk_retention))
     )
     bench.race([peer, own])
-    assert isinstance(peer.row(WORKLOAD, "chunk", None), Failure)
-    assert isinstance(own.row(WORKLOAD, "chunk", None), Row)
+    assert isinstance(peer.row(WORKLOAD, "chunk", own), Failure)
+    assert isinstance(own.row(WORKLOAD, "chunk"), Row)
     assert len(made) == 11
 
 
@@ -221,7 +252,7 @@ def test_a_workload_that_does_not_fit_is_one_row(calls: list[int], monkeypatch: 
         raise torch.OutOfMemoryError("640 GiB")
 
     monkeypatch.setattr(bench, "make_inputs", too_large)
-    ((found,),) = bench._measure(WORKLOAD, ["chunk", "parallel"], {}, with_default=False)
+    ((found,),) = bench._measure(WORKLOAD, ["chunk", "parallel"], [], with_default=False)
     assert isinstance(found, Failure)
     assert "OutOfMemoryError: 640 GiB" in found.failure
 
@@ -233,31 +264,58 @@ def test_a_peer_that_does_not_import_is_left_out(monkeypatch: pytest.MonkeyPatch
     def import_module(name: str) -> Any:
         raise error
 
-    monkeypatch.setattr(bench.importlib, "import_module", import_module)
-    said, functions = bench._fla()
-    assert words in said
-    assert functions == {}
+    monkeypatch.setattr(peers.importlib, "import_module", import_module)
+    for name in ("fla", "helion"):
+        found = peers.find(name)
+        assert words in found.version
+        assert found.functions == {}
+
+
+def test_pytorchs_attention_is_timed_and_not_held_against_retention(calls: list[int]) -> None:
+    (rows,) = bench._measure(WORKLOAD, ["parallel"], [peers.find("sdpa")], with_default=False)
+    assert isinstance(rows[1], Row)
+    assert (rows[1].variant, rows[1].errors, rows[1].speedups) == ("sdpa", {}, [1.0, 1.0])
+    assert len(bench.line(rows[1])) == len(HEAD)
+    q, k, v, _ = INPUTS
+    o, _ = peers.find("sdpa").functions["parallel"](q, k, v)
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) / 4 + torch.full((70, 70), float("-inf")).triu(1)
+    torch.testing.assert_close(o, torch.einsum("bhij,bjhv->bihv", scores.softmax(3), v), rtol=1e-4, atol=1e-5)
 
 
 # What is printed and written
 
 
-def test_summary_is_the_geometric_mean_of_the_rows_with_fla() -> None:
-    rows = [row(speedups=(2.0, 1.0)), row(speedups=(8.0, 1.5)), row("fla"), row()]
+def at(ms: float) -> dict[str, Times]:
+    return dict.fromkeys(("forward", "both"), Times(ms, 0.0, 5, 0.25, ms))
+
+
+def test_summary_goes_form_by_form_and_by_the_best_of_each_workload() -> None:
+    rows = [
+        row(**at(2.0)),
+        row("fla", speedups=(2.0, 1.0), **at(4.0)),
+        row(form="parallel", **at(1.0)),
+        row("fla", form="parallel", speedups=(8.0, 1.5), **at(8.0)),
+        row("sdpa", form="parallel", speedups=(3.0, 3.0), **at(3.0)),
+        row("default", speedups=(9.0, 9.0), **at(9.0)),
+    ]
     failure = Failure("small", "B=1", "chunk", "fla", "too large")
-    assert bench.summary([*rows, failure]) == (
-        "vs fla, geometric mean of 2 rows: 4.00x forward, 1.22x forward + backward"
-    )
-    assert bench.summary([row(), failure]) == "no row to compare with fla"
+    by_form, best = "form by form, geometric mean of", "best form against best form of"
+    assert bench.summary([*rows, failure]).splitlines() == [
+        f"vs fla, {by_form} 2 rows: 4.00x forward, 1.22x forward + backward, at the least 1.00x",
+        f"vs fla, {best} 1 workload: 4.00x forward, 4.00x forward + backward, at the least 4.00x",
+        f"vs sdpa, {by_form} 1 row: 3.00x forward, 3.00x forward + backward, at the least 3.00x",
+        f"vs sdpa, {best} 1 workload: 3.00x forward, 3.00x forward + backward, at the least 3.00x",
+    ]
+    assert bench.summary([row(), failure]) == "no row to compare with another library"
 
 
 def test_a_line_holds_the_figures_below_their_names() -> None:
     text = bench.line(row(speedups=(2.345, 0.5), errors=(1e-3, 4e-3, 2e-3, 3e-3)))
-    assert text.split() == [
-        "chunk", "tuned", "2.000", "0.125", "25%", "2.35x", "2.000", "0.125", "25%", "0.50x", "32", "4.0e-03",
-    ]  # fmt: skip
+    half = ["2.000", "0.125", "1.000", "25%"]
+    assert text.split() == ["chunk", "tuned", *half, "2.35x", *half, "0.50x", "32", "4.0e-03"]
     assert len(text) == len(HEAD) <= WIDTH
-    for name, cell in (("fwd ms", "2.000"), ("floor", "25%"), ("vs fla", "2.35x"), ("error", "4.0e-03")):
+    cells = (("fwd ms", "2.000"), ("GPU ms", "1.000"), ("floor", "25%"), ("x tuned", "2.35x"), ("error", "4.0e-03"))
+    for name, cell in cells:
         assert HEAD.index(name) + len(name) == text.index(cell) + len(cell)
 
 
@@ -277,10 +335,14 @@ def test_a_failures_line_keeps_to_the_width() -> None:
 
 
 def test_bench_prints_every_row_and_writes_the_figures(
-    calls: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    calls: list[int],
+    fla: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)  # pytest's workers set one
-    monkeypatch.setattr(bench, "_fla", lambda: ("7.8", {"chunk": refuse, "parallel": generated.parallel_retention}))
+    fla |= {"chunk": refuse, "parallel": generated.parallel_retention}
     path = tmp_path / "figures.json"
     forms = ["--form", "chunk", "--form", "parallel"]
     assert main(["bench", "--workload", SHAPE, "--dtype", "float16", *forms, "--json", str(path)]) == 0
@@ -292,11 +354,11 @@ def test_bench_prints_every_row_and_writes_the_figures(
     assert [line.split()[:2] for line in lines[begin : begin + 6]] == [
         [form, variant] for form in ("chunk", "parallel") for variant in ("tuned", "default", "fla")
     ]
-    assert "1.00x" in lines[begin + 3]
+    assert "1.00x" in lines[begin + 5]
     assert lines[begin + 2].endswith("failed: ValueError: unsupported shape")
-    assert lines[-1] == "vs fla, geometric mean of 1 row: 1.00x forward, 1.00x forward + backward"
+    assert lines[-1].startswith("vs fla, best form against best form of 1 workload: 1.00x forward, 1.00x forward + ")
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert found["fla"] == "7.8"
+    assert found["peers"] == {"fla": "7.8"}
     assert [row["variant"] for row in found["rows"]] == ["tuned", "default", "fla"] * 2
     assert found["rows"][0]["shape"].endswith("float16")
     assert found["rows"][0]["forward"]["ms"] == 60.0
@@ -314,7 +376,7 @@ def test_what_was_measured_is_written_before_the_run_ends(
 
     monkeypatch.setattr(generated, "parallel_retention", stop)
     path = tmp_path / "figures.json"
-    forms = ["--form", "chunk", "--form", "parallel", "--no-default", "--no-fla"]
+    forms = ["--form", "chunk", "--form", "parallel", "--no-default", "--against", "none"]
     assert main(["bench", "--workload", SHAPE, *forms, "--json", str(path)]) == 130
     assert [row["form"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["chunk"]
     assert "\nchunk           tuned" in capsys.readouterr().out
@@ -353,18 +415,87 @@ def test_dtype_overrides_the_workloads_own(
     assert f"V=24 {given[1] if given else 'float32'}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", ["fla,torch", "Fla"])
+def test_a_peer_that_is_not_known_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--against", given])
+    assert ended.value.code == 2
+    assert "is not known; any of fla, sdpa, helion, or none" in capsys.readouterr().err
+
+
+# Plots
+
+
+def figures() -> dict[str, Any]:
+    """What --json has written of two workloads."""
+    names = ("small", "short")
+    rows: list[Row | Failure] = [Failure("short", "B=1", "naive", "tuned", "too large")]
+    for workload in names:
+        rows += [row(workload=workload, form=form, **at(ms)) for form, ms in (("chunk", 1.0), ("parallel", 0.5))]
+        rows += [row(peer, workload=workload, form="parallel", **at(ms)) for peer, ms in (("fla", 2.0), ("sdpa", 0.25))]
+    return {
+        "gpu": {"name": "Imagined GPU"},
+        "torch": "2",
+        "triton": "3",
+        "peers": {"fla": "7.8"},
+        "workloads": {workload.name: asdict(workload) for workload in parse(list(names))},
+        "rows": [asdict(one) for one in rows],
+    }
+
+
+def test_of_each_variant_the_fastest_form_is_drawn() -> None:
+    rows = [one for one in figures()["rows"] if "failure" not in one]
+    fastest = {"tuned": 0.5, "fla": 2.0, "sdpa": 0.25}
+    assert bench_plots.best(rows, "both", "gpu_ms") == {"small": fastest, "short": fastest}
+
+
+def test_figures_are_drawn_again_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = tmp_path / "figures.json", tmp_path / "plots"
+    path.write_text(json.dumps(figures()), encoding="utf-8")
+    assert main(["bench", "--from", str(path), "--plot", str(folder)]) == 0
+    drawn = sorted(folder.iterdir())
+    assert [found.name for found in drawn] == ["roofline.png", "speedups.png"]
+    assert all(found.read_bytes().startswith(b"\x89PNG") for found in drawn)
+    assert capsys.readouterr().out.count("wrote ") == 2
+
+
+def test_what_bars_stand_for_is_the_ratio_to_retgens_best(tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    found = figures()
+    workloads = {name: Workload(**sizes) for name, sizes in found["workloads"].items()}
+    bench_plots._speedups(figure, [one for one in found["rows"] if "failure" not in one], workloads)
+    heights = {axes.get_title(): [bar.get_y() + bar.get_height() for bar in axes.patches] for axes in figure.axes}
+    assert heights["forward"] == heights["forward + backward"] == [4.0, 4.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])
+def test_a_file_that_is_none_of_benchs_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text(text, encoding="utf-8")
+    assert main(["bench", "--from", str(path), "--plot", str(tmp_path)]) == 1
+    assert "not a file of `python -m tuning bench --json FILE`" in capsys.readouterr().err
+    assert main(["bench", "--from", str(path)]) == 1
+    assert "--plot FOLDER" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::generated.configuration.ConfigurationWarning")
 def test_bench_on_a_gpu_measures_what_the_oracle_accepts(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
-    forms = ["--form", "chunk", "--form", "naive", "--no-fla"]
+    forms = ["--form", "chunk", "--form", "naive", "--form", "parallel", "--against", "sdpa"]
     assert main(["bench", "--workload", "B=2,T=300,H=4,K=32,V=64", *forms, "--json", str(path)]) == 0
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert [(row["form"], row["variant"]) for row in rows] == [
         ("chunk", "tuned"),
         ("chunk", "default"),
         ("naive", "tuned"),
+        ("parallel", "tuned"),
+        ("parallel", "default"),
+        ("parallel", "sdpa"),
     ]
-    assert all(0 < row["forward"]["ms"] < row["both"]["ms"] for row in rows)
+    for measure in ("ms", "gpu_ms"):
+        assert all(0 < row["forward"][measure] < row["both"][measure] for row in rows)
     assert all(row["extra_mib"] > 0 for row in rows)
     assert all(0 < error < 1e-2 for row in rows for error in row["errors"].values())

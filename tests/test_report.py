@@ -51,7 +51,7 @@ MACHINE = {
     "gpu": CARD,
     "torch": "2.11.0",
     "triton": "3.6.0",
-    "fla": "0.5.1",
+    "peers": {"fla": "0.5.1"},
 }
 TIMED = {half: {"ms": 1.0, "floor_ms": 1.0} for half in ("forward", "both")}
 NAMELESS = {**MACHINE, "rows": [{"workload": "x", "shape": "x", "form": 3, "variant": "tuned", **TIMED}]}

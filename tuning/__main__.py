@@ -13,6 +13,7 @@ from rich.console import Console
 from tuning import bench, check, landscape, precompile, record, report, run, show, simulate, verify
 from tuning.compilation import ARCHS
 from tuning.measurement import MeasurementError
+from tuning.peers import PEERS
 from tuning.problems import FORMS, PASSES
 from tuning.run import RunError
 from tuning.samplers import INFORMED, SAMPLERS, SamplerError
@@ -90,19 +91,43 @@ def _parser() -> argparse.ArgumentParser:
     show_parser.add_argument("--arch", choices=sorted(ARCHS), help="show another architecture's instead")
     show_parser.add_argument("--kernel", metavar="TEXT", help="only kernels whose names hold this text")
     show_parser.set_defaults(command=show.show)
-    bench_parser = commands.add_parser(
-        "bench", help="time the forms over workloads and hold them against float64, the floor and fla"
-    )
-    _add_selection(bench_parser, bench.FORMS)
-    bench_parser.add_argument("--dtype", choices=DTYPES, help="of all inputs (default: each workload's own)")
-    bench_parser.add_argument("--no-default", action="store_true", help="leave out the default configuration")
-    bench_parser.add_argument("--no-fla", action="store_true", help="leave out fla even where it is installed")
-    bench_parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
-    bench_parser.set_defaults(command=bench.bench)
+    _add_bench(commands)
     _add_report(commands)
     _add_simulate(commands)
     _add_landscape(commands)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time the forms over workloads, against the floor and other libraries",
+        description="Time the forms over workloads on this GPU, tuned and by default, hold their results against "
+        "float64 and their times against the floor and other libraries.",
+    )
+    _add_selection(parser, bench.FORMS)
+    parser.add_argument("--dtype", choices=DTYPES, help="of all inputs (default: each workload's own)")
+    parser.add_argument(
+        "--against",
+        type=_peers,
+        default=["fla"],
+        metavar="NAMES",
+        help=f"others to time, where they are installed: any of {', '.join(PEERS)}, or none (default: fla)",
+    )
+    parser.add_argument("--no-default", action="store_true", help="leave out the default configuration")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument(
+        "--plot", metavar="FOLDER", help="also draw speed-ups and the roofline: speedups.png and roofline.png"
+    )
+    parser.add_argument("--from", dest="figures", metavar="FILE", help="only draw what an earlier --json FILE holds")
+    parser.set_defaults(command=bench.bench)
+
+
+def _peers(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip() and text != "none"]
+    if unknown := [name for name in names if name not in PEERS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not known; any of {', '.join(PEERS)}, or none")
+    return list(dict.fromkeys(names))
 
 
 def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:

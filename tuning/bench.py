@@ -1,10 +1,13 @@
-"""`python -m tuning bench`: the forms over the workloads, against the floor, the default configuration and fla."""
+"""`python -m tuning bench`: the forms over the workloads, against the floor, the default configuration and peers.
+
+Each call is timed in two ways: as a program makes it, with the host's share where the GPU waits for it ("ms"), and as
+a CUDA graph, which leaves the GPU's work alone ("GPU ms").
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import math
 import statistics
@@ -22,42 +25,53 @@ from torch import Tensor
 
 import generated
 from generated.configuration import ConfigurationWarning, active_rules, defaults_only
+from tuning import bench_plots, plots
 from tuning.measurement import describe_gpu, gpu_present
 from tuning.oracle import gradients_reference, relative_error, retnet_rates, sweep_reference
+from tuning.peers import PEERS, Peer, find
 from tuning.proof import error_limit
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
-from tuning.timing import time_calls
+from tuning.timing import Replay, time_calls
 from tuning.workloads import Workload, parse
 
 FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto")
-PEER = "fla"
 DEVICE = "cuda"
 BUDGET_MS = 300.0
 ROUNDS = 5
 WIDTH = 120
-HALF = f"{{:>11}} {'±':>7} {'floor':>6} {'vs fla':>7}"
-HEAD = f"{'form':15} {'':8} {HALF.format('fwd ms')} {HALF.format('fwd+bwd ms')} {'extra MiB':>10} {'error':>8}"
+HALF = f"{{:>10}} {'±':>6} {'GPU ms':>7} {'floor':>5} {'x tuned':>7}"
+HEAD = f"{'form':15} {'':8} {HALF.format('fwd ms')} {HALF.format('fwd+bwd ms')} {'MiB':>6} {'error':>7}"
 
 Context = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Times:
-    """A call's median milliseconds, the distance between its quartiles, and the time that an H100 cannot beat."""
+    """A call's median milliseconds, the distance between its quartiles, and the time that an H100 cannot beat.
+
+    `gpu_ms` is the median of the GPU's work alone, None where the call cannot be captured as a graph.
+    """
 
     ms: float
     spread: float
     samples: int
     floor_ms: float
+    gpu_ms: float | None = None
+
+    @property
+    def floor_share(self) -> float:
+        """The part of the GPU's time, or of the call's where that is all that is known, that the floor is."""
+        return self.floor_ms / (self.gpu_ms or self.ms)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of a form at one workload.
+    """One variant of a form at one workload: tuned, default or a peer's.
 
-    The errors are relative, of o, dq, dk and dv; the memory is the peak above the inputs; the speed-ups, of the tuned
-    variant alone, are fla's medians over its own: forward, and forward + backward.
+    The errors are relative, of o, dq, dk and dv; a peer that computes something else has none. The memory is the peak
+    above the inputs. The speed-ups, which the tuned variant has none of, are its medians over the tuned ones: forward,
+    and forward + backward.
     """
 
     workload: str
@@ -84,6 +98,24 @@ class Failure:
 
 def bench(options: argparse.Namespace, console: Console) -> int:
     """Time what the options select, and print every row when it is measured; 1 if nothing could be."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if options.plot:
+        plots.check_available()
+    if options.figures and not options.plot:
+        raise RunError("--from is for drawing: give --plot FOLDER too")
+    figures = _read(options.figures) if options.figures else _time(options, say)
+    timed = any("failure" not in row for row in figures["rows"])
+    if options.plot and timed:
+        for path in bench_plots.draw(figures, Path(options.plot)):
+            say(f"wrote {path}")
+    return int(not timed)
+
+
+def _time(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """What --json writes, of all that the options select."""
     workloads = [replace(w, dtype=options.dtype or w.dtype) for w in parse(options.workload)]
     if not gpu_present():
         raise RunError(
@@ -92,45 +124,40 @@ def bench(options: argparse.Namespace, console: Console) -> int:
     path = Path(options.json).resolve() if options.json else None
     if path:
         check_writable(path)
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    gpu = describe_gpu()
-    peer, functions = ("left out", {}) if options.no_fla else _fla()
+    gpu, peers = describe_gpu(), [find(name) for name in options.against]
+    software = {"torch": torch.__version__, "triton": version("triton")}
+    versions = {peer.name: peer.version for peer in peers}
     rules = [rule.status == "active" for rule in active_rules(gpu.name, gpu.arch, gpu.sms, gpu.bandwidth_gbs)]
-    say(f"{gpu.name}, driver {gpu.driver}, torch {torch.__version__}, triton {version('triton')}, fla {peer}")
+    beside = ", ".join(f"{name} {found}" for name, found in (software | versions).items())
+    say(f"{gpu.name}, driver {gpu.driver}, {beside}")
     say(f"{sum(rules)} of {len(rules)} rules in use; medians and quartile distances, L2 flushed before each call")
-    machine = {"gpu": asdict(gpu), "torch": torch.__version__, "triton": version("triton"), "fla": peer}
+    figures: dict[str, Any] = {"gpu": asdict(gpu), **software, "peers": versions}
+    figures |= {"workloads": {workload.name: asdict(workload) for workload in workloads}, "rows": []}
     rows: list[Row | Failure] = []
     for workload in workloads:
         say(f"\n{workload.name}: {workload.shape}\n{HEAD}")
-        for found in _measure(workload, options.form or FORMS, functions, with_default=not options.no_default):
+        for found in _measure(workload, options.form or FORMS, peers, with_default=not options.no_default):
             rows += found
             say("\n".join(map(line, found)))
+            figures["rows"] = [asdict(row) for row in rows]
             if path:
-                write_whole(path, json.dumps({**machine, "rows": [asdict(row) for row in rows]}, indent=1))
+                write_whole(path, json.dumps(figures, indent=1))
     say(f"\n{summary(rows)}")
-    return int(not any(isinstance(row, Row) for row in rows))
+    return figures
 
 
-def _fla() -> tuple[str, dict[str, Callable[..., Any]]]:
-    """The version of fla, or why there is none, and its operators by form."""
+def _read(name: str) -> dict[str, Any]:
+    """What --json has written; RunError for another file."""
     try:
-        retention = importlib.import_module("fla.ops.retention")
-        naive = importlib.import_module("fla.ops.retention.naive").naive_retention
-        found = version("fla-core")
-    except ImportError:
-        return "not installed", {}
-    except Exception as error:  # noqa: BLE001 - whatever ails the peer, the run goes on
-        return f"does not import ({_in_a_line(error)})", {}
-    functions = {form: getattr(retention, f"{form}_retention", None) for form in FORMS}
-    functions["naive"] = lambda q, k, v: (naive(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), None)
-    return found, {form: function for form, function in functions.items() if function is not None}
+        figures = json.loads(Path(name).read_text(encoding="utf-8"))
+        bench_plots.check(figures)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"--from {name}: not a file of `python -m tuning bench --json FILE` ({error!r})") from error
+    return dict(figures)
 
 
 def _measure(
-    workload: Workload, forms: Sequence[str], peers: dict[str, Callable[..., Any]], *, with_default: bool
+    workload: Workload, forms: Sequence[str], peers: Sequence[Peer], *, with_default: bool
 ) -> Iterator[list[Row | Failure]]:
     """The rows of one form after the other."""
     try:
@@ -144,11 +171,16 @@ def _measure(
         contenders = [Contender("tuned", own, inputs, expected, form=form)]
         if with_default and form not in ("naive", "auto"):
             contenders.append(Contender("default", own, inputs, expected, defaults_only, form))
-        if form in peers:
-            contenders.append(Contender(PEER, peers[form], inputs, expected))
+        contenders += [
+            Contender(peer.name, peer.functions[form], inputs, expected if peer.same else {})
+            for peer in peers
+            if form in peer.functions
+        ]
         race(contenders)
-        peer = next((c for c in contenders if c.variant == PEER and not c.failure), None)
-        yield [c.row(workload, form, peer if c.variant == "tuned" else None) for c in contenders]
+        tuned, *others = contenders
+        yield [tuned.row(workload, form), *(other.row(workload, form, tuned) for other in others)]
+        del contenders, tuned, others  # and with them their graphs, before the memory of all is given back
+        release()
 
 
 def make_inputs(workload: Workload, device: str) -> tuple[Tensor, ...]:
@@ -170,8 +202,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Tensor]:
 
 
 def errors_of(results: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """The relative errors of whole results against the `reference`."""
-    return {name: relative_error(_sample(result), expected[name]) for name, result in results.items()}
+    """The relative errors of whole results against what the `reference` has of them."""
+    return {name: relative_error(_sample(results[name]), right) for name, right in expected.items()}
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -201,6 +233,8 @@ class Contender:
         self._calls: tuple[Callable[[], object], ...] = (self._forward, self._both)
         self._samples: list[int] = []  # of each call in a turn
         self._times: tuple[list[float], ...] = ([], [])
+        self._replays: list[Replay | None] = []
+        self._gpu_times: tuple[list[float], ...] = ([], [])
         self._errors: dict[str, float] = {}
         self._extra_mib = 0.0
 
@@ -214,32 +248,39 @@ class Contender:
         del results
         q = self._inputs[0]
         limit = error_limit(self.form, str(q.dtype).removeprefix("torch."), q.shape[1])
-        if self.variant != PEER and not all(error <= limit for error in self._errors.values()):
+        if self.variant not in PEERS and not all(error <= limit for error in self._errors.values()):
             shown = ", ".join(f"{name} {error:.1e}" for name, error in self._errors.items())
             raise ArithmeticError(f"wrong result: relative errors {shown}; allowed: {limit:.1e}")
         estimates = [time_calls(call, 2)[1] for call in self._calls]
         self._samples = [max(1, min(50, int(BUDGET_MS / (ms + 0.05))) // ROUNDS) for ms in estimates]
         self._extra_mib = _extra_mib(self._both)
+        self._replays = [_replay(call) for call in self._calls]
 
     def turn(self) -> None:
         """Time some calls of each kind, after one that finds the configurations again and fills the queue."""
         for call, samples, times in zip(self._calls, self._samples, self._times, strict=True):
             times += time_calls(call, samples + 1)[1:]
+        for replay, times in zip(self._replays, self._gpu_times, strict=True):
+            times += replay.times() if replay else []
 
-    def row(self, workload: Workload, form: str, peer: Contender | None) -> Row | Failure:
-        """What was found, and how many times as fast as the peer that is."""
+    def row(self, workload: Workload, form: str, tuned: Contender | None = None) -> Row | Failure:
+        """What was found, and how many times as long as the tuned variant that takes."""
         where = (workload.name, workload.shape, form, self.variant)
         if self.failure:
             return Failure(*where, self.failure)
         forward, both = (
-            Times(ms, _spread(times), len(times), workload.floor_ms(backward=backward))
-            for ms, times, backward in zip(self._medians(), self._times, (False, True), strict=True)
+            Times(
+                statistics.median(times),
+                _spread(times),
+                len(times),
+                workload.floor_ms(backward=backward),
+                statistics.median(gpu_times) if gpu_times else None,
+            )
+            for times, gpu_times, backward in zip(self._times, self._gpu_times, (False, True), strict=True)
         )
-        speedups = [theirs / own for theirs, own in zip(peer._medians(), self._medians(), strict=True)] if peer else []
+        own, theirs = self._times, tuned._times if tuned and not tuned.failure else ()
+        speedups = [statistics.median(a) / statistics.median(b) for a, b in zip(own, theirs, strict=False)]
         return Row(*where, forward, both, speedups, self._extra_mib, self._errors)
-
-    def _medians(self) -> list[float]:
-        return [statistics.median(times) for times in self._times]
 
     def _forward(self) -> Tensor:
         with torch.no_grad():
@@ -267,6 +308,20 @@ def race(contenders: list[Contender]) -> None:
                 contender.failure = _in_a_line(error)
 
 
+def _replay(call: Callable[[], object]) -> Replay | None:
+    """The call as a graph; None where it cannot be one."""
+    try:
+        return Replay(call)
+    except RuntimeError:  # it asks the GPU for something, or does what no graph can hold
+        torch.cuda.synchronize()
+        return None
+
+
+def release() -> None:
+    """Give back the memory of the graphs that are gone."""
+    Replay.release()
+
+
 def _extra_mib(call: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -291,18 +346,41 @@ def line(row: Row | Failure) -> str:
         return f"{head} failed: {row.failure}"[:WIDTH]
     speedups = [f"{speedup:.2f}x" for speedup in row.speedups] or ["", ""]
     halves = [
-        f"{times.ms:11.3f} {times.spread:7.3f} {times.floor_ms / times.ms:6.0%} {speedup:>7}"
+        f"{times.ms:10.3f} {times.spread:6.3f} {_or_blank(times.gpu_ms)} {times.floor_share:5.0%} {speedup:>7}"
         for times, speedup in zip((row.forward, row.both), speedups, strict=True)
     ]
-    worst = max(row.errors.values(), key=lambda error: math.inf if math.isnan(error) else error)
-    return f"{head} {' '.join(halves)} {row.extra_mib:10.0f} {worst:8.1e}"
+    worst = max(row.errors.values(), key=lambda error: math.inf if math.isnan(error) else error, default=None)
+    return f"{head} {' '.join(halves)} {row.extra_mib:6.0f} {'' if worst is None else f'{worst:.1e}':>7}"
 
 
-def summary(rows: list[Row | Failure]) -> str:
-    """The geometric means of the speed-ups."""
-    pairs = [row.speedups for row in rows if isinstance(row, Row) and row.speedups]
-    if not pairs:
-        return "no row to compare with fla"
-    forward, both = map(statistics.geometric_mean, zip(*pairs, strict=True))
-    count = f"{len(pairs)} row{'s' if len(pairs) > 1 else ''}"
-    return f"vs fla, geometric mean of {count}: {forward:.2f}x forward, {both:.2f}x forward + backward"
+def _or_blank(ms: float | None) -> str:
+    return f"{'' if ms is None else f'{ms:.3f}':>7}"
+
+
+def summary(rows: Sequence[Row | Failure]) -> str:
+    """Of each peer, how many times as long as retgen it takes: form by form, and its best form against our best."""
+    timed = [row for row in rows if isinstance(row, Row)]
+    halves = [bench_plots.best([asdict(row) for row in timed], half, "ms") for half in ("forward", "both")]
+    lines = []
+    for peer in dict.fromkeys(row.variant for row in timed if row.variant in PEERS):
+        by_form = [row.speedups for row in timed if row.variant == peer and row.speedups]
+        by_workload = [
+            [half[workload][peer] / half[workload]["tuned"] for half in halves]
+            for workload, variants in halves[0].items()
+            if {peer, "tuned"} <= variants.keys()
+        ]
+        lines += [
+            f"vs {peer}, {how} of {len(ratios)} {what}{'s' if len(ratios) > 1 else ''}: "
+            f"{_means(ratios)}, at the least {min(map(min, ratios)):.2f}x"
+            for how, what, ratios in (
+                ("form by form, geometric mean", "row", by_form),
+                ("best form against best form", "workload", by_workload),
+            )
+            if ratios
+        ]
+    return "\n".join(lines) or "no row to compare with another library"
+
+
+def _means(ratios: Sequence[Sequence[float]]) -> str:
+    forward, both = map(statistics.geometric_mean, zip(*ratios, strict=True))
+    return f"{forward:.2f}x forward, {both:.2f}x forward + backward"

@@ -244,7 +244,8 @@ def read_peers(paths: Iterable[str]) -> Peers:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             has_floor = FLOOR_OF in found["gpu"]["name"]
             rows += [_checked(row, has_floor=has_floor) for row in found["rows"] if "failure" not in row]
-            software = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", "fla"))
+            versions = {name: found[name] for name in ("torch", "triton")} | found["peers"]
+            software = ", ".join(f"{name} {known}" for name, known in versions.items())
             machines.append(f"{found['gpu']['name']}, driver {found['gpu']['driver']}, {software}")
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"--bench {path}: not a file of `python -m tuning bench --json FILE` ({error!r})") from error

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib
-import importlib.util
 import json
 import statistics
 import time
@@ -25,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from generated.configuration import kernel_registry
-from tuning import landscape, rules
+from tuning import landscape, plots, rules
 from tuning.compilation import ARCHS
 from tuning.landscape import Landscape
 from tuning.run import RunError
@@ -131,8 +129,7 @@ def check_plot(path: Path) -> None:
     """Say before anything is replayed that there is nothing to draw with, or not in that format."""
     if path.suffix not in PICTURES:
         raise RunError(f"--plot {path}: a picture's name ends in one of {', '.join(PICTURES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RunError("--plot needs matplotlib, which is not installed: pip install 'retgen[plot]'")
+    plots.check_available()
 
 
 def _selected(wanted: Sequence[str]) -> list[Landscape]:
@@ -218,7 +215,7 @@ def _each_table(known: list[Landscape], curves: dict[str, Any]) -> Table:
 
 def plot(path: Path, curves: dict[str, Any], landscapes: int) -> None:
     """Draw the mean regret of each sampler by measurements, and the middle half of the searches as a band."""
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 5), layout="constrained")
+    figure = plots.figure(8, 5)
     axes = figure.subplots()
     for number, (name, curve) in enumerate(curves.items()):
         searches = 100 * curve.reshape(-1, curve.shape[-1])
@@ -233,7 +230,6 @@ def plot(path: Path, curves: dict[str, Any], landscapes: int) -> None:
     axes.set_title(
         f"Regret over {landscapes} landscapes: mean (solid), median (dashed), middle half (band)", fontsize=10
     )
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    plots.strip(axes)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -46,16 +46,16 @@ class Workload:
         """Sizes and dtype in a line."""
         return f"B={self.B} T={self.T} H={self.H} K={self.K} V={self.V} {self.dtype}"
 
+    def passes(self, *, backward: bool) -> list[tuple[int, int]]:
+        """Compulsory bytes, and FLOPs of the chunked form: of the forward pass and, if asked, of the backward."""
+        tokens, size, K, V = self.B * self.T * self.H, self.torch_dtype.itemsize, self.K, self.V
+        forward = tokens * size * (2 * K + 2 * V), tokens * (4 * K * V + 64 * (K + V))
+        return [forward, (tokens * size * (4 * K + 3 * V), tokens * 10 * K * V)][: 1 + backward]
+
     def floor_ms(self, *, backward: bool) -> float:
-        """The time an H100 cannot beat: compulsory bytes, or FLOPs of the chunked form, whichever takes longer."""
-        tokens, size = self.B * self.T * self.H, self.torch_dtype.itemsize
-        moved = tokens * size * (2 * self.K + 2 * self.V)
-        flops = tokens * (4 * self.K * self.V + 64 * (self.K + self.V))
-        floor = max(moved / COPY_BYTES_PER_MS, flops / MATRIX_FLOPS_PER_MS)
-        if backward:
-            moved = tokens * size * (4 * self.K + 3 * self.V)
-            floor += max(moved / COPY_BYTES_PER_MS, tokens * 10 * self.K * self.V / MATRIX_FLOPS_PER_MS)
-        return floor
+        """The time an H100 cannot beat: that of the bytes or of the FLOPs of each pass, whichever is longer."""
+        passes = self.passes(backward=backward)
+        return sum(max(moved / COPY_BYTES_PER_MS, flops / MATRIX_FLOPS_PER_MS) for moved, flops in passes)
 
 
 def groups() -> dict[str, dict[str, Workload]]:
