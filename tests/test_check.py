@@ -20,13 +20,14 @@ from tuning import check as checking
 from tuning import coverage, landscape, precompile, proof, rules, space
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
+from tuning.compile_pool import compile_key
 from tuning.coverage import Point
 from tuning.landscape import Landscape
 from tuning.measurement import MeasurementError, Timing
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PLAIN, Problem, problem_at
 from tuning.rules import Entry
 from tuning.space import SWEEPS, knob_values
-from tuning.tuner import EFFORTS, NOISE
+from tuning.tuner import EFFORTS, HELD, NOISE
 
 ROOT = Path(__file__).resolve().parent.parent
 SM90 = ARCHS["sm90"]
@@ -215,7 +216,7 @@ def test_what_stays_in_use_within_the_noise_of_the_default_is_right(
     file: Path, compiler: Callable[[Any], list[Any]]
 ) -> None:
     compiler(NEEDS)
-    chosen = SWEEPS.choose({"chunk": 1.0, "parallel": 1.01}, "parallel", NOISE)
+    chosen = SWEEPS.choose({"chunk": 1.0, "parallel": 1.01}, "parallel", hold=HELD, noise=NOISE)
     assert chosen == "parallel"
     file.write_text(file.read_text().replace("ms: 0.5, default_ms: 1.0", "ms: 1.01, default_ms: 1.0"))
     assert main(["check", str(file)]) == 0
@@ -372,6 +373,11 @@ class Asked(Pool):
         self.asked.add((problem, config, variant))
         return super().submit(problem, config, variant=variant)
 
+    @property
+    def kernels(self) -> set[tuple[Any, ...]]:
+        """What that comes to: one kernel may be asked for under several names."""
+        return {(*compile_key(problem, config), variant) for problem, config, variant in self.asked}
+
 
 def test_the_error_that_is_taken_for_rounding_grows_with_the_sequence() -> None:
     assert proof.error_limit("chunk", "bfloat16", 4096) < 1.01 * proof.ERROR_LIMITS["bfloat16"]
@@ -406,9 +412,9 @@ def test_a_run_with_the_gpus_times_asks_for_little_that_was_not_compiled_ahead(e
     assert {
         (problem, problem.default(), variant) for problem in problems for variant in problem.variants()
     } <= ahead.asked
-    missed = later.asked - ahead.asked
-    assert len(missed) < 0.1 * len(later.asked)
-    assert len(ahead.asked) < 2.5 * len(later.asked)
+    before, wanted = ahead.kernels, later.kernels
+    assert len(wanted - before) < 0.1 * len(wanted)
+    assert len(before) < 2.5 * len(wanted)
 
 
 def test_what_rules_hold_is_compiled_ahead_with_its_variants() -> None:

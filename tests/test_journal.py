@@ -293,6 +293,29 @@ def test_a_search_that_a_deadline_cut_short_goes_on_in_the_next_run(path: Path) 
     assert len(judge.timed) + again.funnel.remembered == len(candidates())
 
 
+def test_a_deadline_does_not_race_again_what_killed_a_race(path: Path) -> None:
+    process = forkserver.context().Process(target=race_and_die, args=(path,))
+    process.start()
+    process.join(60)
+    raced: list[Any] = []
+
+    class Slow(Judge):
+        def time(self, *job: Any) -> Timing:
+            time.sleep(0.01)
+            return super().time(*job)
+
+        def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+            raced.extend(configs)
+            return super().rank(problem, configs, extra)
+
+    journal = open_journal(path)
+    barred = journal.barred(PROBLEM, {})
+    assert barred
+    assert tune(Slow(), seconds=0.4, journal=journal).unfinished == 1
+    assert raced
+    assert barred.isdisjoint(raced)
+
+
 def test_a_race_that_killed_another_worker_is_not_held_again_by_one_that_waited_for_it(path: Path) -> None:
     waiting = open_journal(path)
     assert waiting.barred(PROBLEM, {}) == set()

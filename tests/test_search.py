@@ -100,6 +100,31 @@ def test_more_is_compiled_than_measured_and_the_compiler_decides_what_comes_firs
     assert search.next() == batch[-1]
 
 
+def test_what_was_measured_while_the_compiler_was_behind_takes_nothing_from_the_budget() -> None:
+    effort = Effort(first=4, rounds=6, per_round=2, finalists=1, ahead=3)
+    search, asked, spares = search_for(effort=effort, kept=[]), [], 0
+    while not search.finished:
+        batch = search.ask()
+        asked.append(len(batch))
+        for config in batch:
+            search.compiled(config, NEEDS)
+            if config != batch[-1] and (spare := search.spare()) is not None:  # the GPU has nothing else to do
+                search.tell(spare, landscape(spare))
+                spares += 1
+        while (config := search.next()) is not None:
+            search.tell(config, landscape(config))
+    assert search.measured == effort.measurements + spares
+    assert search.left == 0
+    assert asked[0] == 7
+
+
+def test_a_search_that_goes_on_looks_ahead_from_its_first_round() -> None:
+    search = search_for(effort=Effort(first=4, rounds=6, per_round=2, finalists=1, ahead=3), kept=[])
+    for config in candidates()[:5]:
+        assert search.take(config, landscape(config), NEEDS, free=True)
+    assert len(search.ask()) == 2 + 3
+
+
 def test_a_trial_holds_what_its_kernel_needs_as_constraints() -> None:
     search = search_for(effort=Effort(first=3, rounds=0, per_round=0, finalists=1))
     run(search, replace(NEEDS, spills=24))

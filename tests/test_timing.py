@@ -14,10 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import PROBLEM, Judge, candidates, landscape, timing, tune
+from fakes import ALL, PROBLEM, Judge, candidates, landscape, timing, tune
 
 from generated.configuration_file import parse_file
 from tuning import nvml, rules
+from tuning.problems import Problem
 from tuning.timing import FIRST, MEASURE_MS, MOST, Timing, interleaved, median_interval, race, timing_of
 from tuning.tuner import Found, beats, both
 
@@ -192,6 +193,46 @@ def test_what_was_not_raced_does_not_win_by_that() -> None:
     assert found.contenders(1)[0] == configs[1]
 
 
+def test_shapes_share_nothing_that_was_in_no_race() -> None:
+    """One lucky measurement at both shapes, of what is slower than what won at each."""
+    others = [config for config in candidates() if config != PROBLEM.default()]
+    lucky, *winners = others[8], others[0], others[4]
+    shapes = dict(zip((PROBLEM, replace(PROBLEM, T=2048)), winners, strict=True))
+
+    class Lucky(Judge):
+        def truth(self, problem: Problem, config: Any) -> float:
+            return {lucky: 1.08, shapes[problem]: 1.0}.get(config, 1.5)
+
+        def time(self, problem: Problem, config: Any, *given: Any) -> Timing:
+            return timing(1.006 if config == lucky else self.truth(problem, config))
+
+        def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+            return [timing(self.truth(problem, config)) for config in configs]
+
+    tuner = tune(Lucky(), problems=list(shapes))
+    assert {problem: winner.config for problem, winner in tuner.winners.items()} == shapes
+
+
+def test_what_other_shapes_use_is_raced_where_it_seems_as_fast() -> None:
+    first = next(config for config in candidates() if config != PROBLEM.default())
+    other = replace(PROBLEM, T=2048)
+    fast = candidates()[4:8]  # at the other shape, where three and the default are in a race
+    raced: list[tuple[Problem, list[Any]]] = []
+
+    class Watched(Judge):
+        def time(self, problem: Problem, config: Any, *given: Any) -> Timing:
+            ms = {first: 1.0} if problem == PROBLEM else {first: 1.009, **dict.fromkeys(fast, 1.004)}
+            return timing(ms.get(config, 2.0))
+
+        def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+            raced.append((problem, configs))
+            return [self.time(problem, config) for config in configs]
+
+    tuner = tune(Watched(), problems=[PROBLEM, other], effort=replace(ALL, finalists=3))
+    assert [first in configs for problem, configs in raced if problem == other] == [False, True]
+    assert {winner.config for winner in tuner.winners.values()} == {first}
+
+
 def test_phases_are_timed_and_the_idle_share_is_told() -> None:
     class Slow(Judge):
         def time(self, *arguments: Any) -> Timing:
@@ -202,7 +243,8 @@ def test_phases_are_timed_and_the_idle_share_is_told() -> None:
     funnel = tune(Slow(landscape)).funnel
     assert list(funnel.seconds) == ["compile", "race", "search", "confirm", "prove"]
     assert funnel.seconds["search"] >= funnel.busy["search"] > 0.1
-    assert 0 <= funnel.idle_share < 0.9
+    assert 0 <= funnel.idle_share < 1
+    assert funnel.idle_share == 1 - funnel.busy["search"] / funnel.seconds["search"]
 
 
 # Clocks

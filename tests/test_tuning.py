@@ -29,7 +29,7 @@ from tuning import compile_pool, device, measurement, rules
 from tuning import run as run_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
-from tuning.compile_pool import CompilePool
+from tuning.compile_pool import CompilePool, compile_key
 from tuning.coverage import Point
 from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
@@ -126,6 +126,16 @@ def test_interrupt_keeps_what_was_found() -> None:
     assert tuner.winners[PROBLEM].ms == min(map(landscape, judge.timed))
 
 
+def test_interrupt_leaves_a_rule_that_nothing_was_raced_against() -> None:
+    incumbent, lucky = candidates()[3], candidates()[0]
+    times = {incumbent: 1.0, lucky: 0.5}
+    judge = Judge(lambda config: times.get(config, 2.0), stop_after=9)
+    tuner = tune(judge, incumbents=lambda problem: [incumbent])
+    assert tuner.interrupted
+    assert lucky in judge.timed
+    assert (tuner.winners[PROBLEM].config, tuner.funnel.flipped) == (incumbent, 0)
+
+
 def test_interrupt_while_proving_keeps_what_was_proven() -> None:
     judge, calls = Judge(), iter([0.001])
 
@@ -190,6 +200,29 @@ def test_what_waiting_searches_will_begin_with_is_compiled_before_anything_is_me
         problem.default(),
         *likely_first(problem, SM90)[:10],
     }
+
+
+def test_what_fused_chunk_was_measured_with_is_not_measured_again_as_chunk() -> None:
+    class Told(Pool):
+        """Says what code a launch comes to."""
+
+        def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Any = None) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(self.result(problem, config))
+            return future
+
+        def result(self, problem: Problem, config: Any, **options: Any) -> Any:
+            return replace(NEEDS, digest=repr(compile_key(problem, config)))
+
+    whole = replace(PROBLEM, form="chunk")
+    judge = Judge()
+    tuner = tune(judge, problems=[PROBLEM, whole], pool=Told())
+    tiles = {(config.BT, config.BV, config.num_warps, config.num_stages, config.maxnreg, config.descriptors)
+             for config in judge.timed if not hasattr(config, "L")}  # fmt: skip
+    again = [config for config in judge.timed if getattr(config, "L", 0) >= PROBLEM.T]
+    assert all((c.BT, c.BV, c.num_warps, c.num_stages, c.maxnreg, c.descriptors) not in tiles for c in again)
+    assert tuner.funnel.same_code > 0
+    assert list(tuner.winners) == [PROBLEM, whole]
 
 
 def test_chunk_runs_with_the_states_pass_that_won() -> None:
@@ -285,7 +318,9 @@ def won(form: str, ms: float, **changes: int) -> Winner:
 TUNED = [won("fused_chunk", 3.0), won("chunk", 4.0), won("parallel", 2.0), won("chunk_states", 0.1)]
 
 
-@pytest.mark.parametrize(("together", "form", "ms"), [(5.9, "fused_chunk", 5.9), (6.1, "sweeps", 6.0)])
+@pytest.mark.parametrize(
+    ("together", "form", "ms"), [(5.8, "fused_chunk", 5.8), (5.9, "sweeps", 6.0), (6.1, "sweeps", 6.0)]
+)
 def test_gradients_share_a_launch_where_it_is_faster_than_three_of_the_fastest_sweep(
     together: float, form: str, ms: float, tmp_path: Path
 ) -> None:

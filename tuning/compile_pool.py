@@ -124,14 +124,22 @@ class CompilePool:
         return outcome
 
 
-def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHING) -> tuple[Any, ...]:
-    """What a compiled kernel depends on: not B, T and H, its arguments; and chunk is fused_chunk where L reaches T.
-
-    Of L otherwise only whether a segment is one chunk, which decides the dtype of the states.
-    """
+def same_launch(
+    problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHING
+) -> tuple[Problem, Any, Mapping[str, Any]]:
+    """What is launched, by the name that it has elsewhere: chunk is fused_chunk where L reaches T."""
     if problem.form == "chunk" and config.L >= problem.T:
-        problem, config, extra = replace(problem, form="fused_chunk"), config.whole, NOTHING
-    elif problem.form == "chunk":
+        return replace(problem, form="fused_chunk"), config.whole, NOTHING
+    return problem, config, extra
+
+
+def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHING) -> tuple[Any, ...]:
+    """What a compiled kernel depends on: not B, T and H, its arguments.
+
+    Of L only whether a segment is one chunk, which decides the dtype of the states.
+    """
+    problem, config, extra = same_launch(problem, config, extra)
+    if problem.form == "chunk":
         config = replace(config, L=config.BT if config.L == config.BT else max(LONGEST, 2 * config.BT))
     return replace(problem, B=1, T=0, H=1), config, *extra.values()
 

@@ -24,7 +24,7 @@ from tuning import space
 from tuning.coverage import AXES, Point, Region, regions
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
 from tuning.space import knob_values
-from tuning.tuner import NOISE, Winner
+from tuning.tuner import HELD, NOISE, Winner
 
 NEEDS = ("registers", "spills", "shared")  # what a rule tells of the compiled kernel
 
@@ -100,11 +100,11 @@ def _was_faster(rule: Entry | None, forms: dict[str, Winner]) -> bool:
     """Whether a rule names a form that did not run now, and was faster than all that did."""
     if rule is None or rule.use["form"] in forms:
         return False
-    return float(rule.figures.get("ms", math.inf)) * (1 - NOISE) <= min(winner.ms for winner in forms.values())
+    return float(rule.figures.get("ms", math.inf)) * (1 - HELD) <= min(winner.ms for winner in forms.values())
 
 
 def _form_entry(kernel: str, choice: space.Choice, ways: dict[str, Winner], held: str | None) -> Entry:
-    form = choice.choose({way: winner.ms for way, winner in ways.items()}, held, NOISE)
+    form = choice.choose({way: winner.ms for way, winner in ways.items()}, held, hold=HELD, noise=NOISE)
     default = ways.get(choice.values[0], ways[form])
     # best_ms is of another configuration of the same kernel, which is not what is chosen here.
     best = replace(ways[form], default_ms=default.ms, best_ms=None, trials=len(ways))

@@ -77,10 +77,10 @@ class Search:
         self._trials: dict[Any, Trial] = {}  # asked for and not told
         self._compiling: set[Any] = set()
         self._ready: list[Any] = []  # compiled and not measured, in the order in which they were asked for
-        self._spares = 0  # measured of those, while the compiler was behind: what was spare is not made up for
         self.left = effort.measurements + max(0, len(self._kept) - 1)
         self._quota = 0
         self.results: dict[Any, float] = {}
+        self._begun = False
         self.finished = self.stopped = False  # stopped: because nothing better is expected
 
     @property
@@ -101,7 +101,11 @@ class Search:
         )  # always tried, whatever is known
         self._quota = min(self.left, a_round or self.left)
         ahead = self._effort.ahead if isinstance(self._sampler, Informed) else 0
-        count = min(len(self._list.open(self.study)), max(0, self._quota + ahead - len(self._ready) - self._spares))
+        count = max(0, self._quota + ahead - len(self._ready))
+        if self._begun:  # what was spare is not made up for: it was measured while the compiler was behind
+            count = min(count, self._quota)
+        count = min(count, len(self._list.open(self.study)))
+        self._begun = True
         self.finished = self.stopped or not self._quota or not (count or self._ready)
         if self.finished:
             self._prune(list(self._trials))
@@ -155,7 +159,6 @@ class Search:
             return None
         config = left_over[int(gains.argmax())]
         self._ready.remove(config)
-        self._spares += 1
         return config
 
     def tell(self, config: Any, ms: float | None) -> None:

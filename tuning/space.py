@@ -11,6 +11,7 @@ Which kernels do a job, what is fused, is chosen among those that were tuned: `S
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -369,11 +370,15 @@ class Choice:
     name: str
     values: tuple[str, ...]
 
-    def choose(self, ms: Mapping[str, float], held: str | None, noise: float) -> str:
-        """The fastest way; but what is `held` now, or else the default, unless that is slower beyond the noise."""
+    def choose(self, ms: Mapping[str, float], held: str | None, *, hold: float, noise: float) -> str:
+        """The fastest way; but what is `held` now, or else the default, unless another is faster by `hold`.
+
+        Nor does it stay where it is slower than the default beyond the noise.
+        """
         fastest = min(ms, key=ms.__getitem__)
         holder = held if held is not None and held in ms else self.values[0]
-        return holder if holder in ms and ms[holder] <= (1 + noise) * ms[fastest] else fastest
+        limit = min((1 + hold) * ms[fastest], (1 + noise) * ms.get(self.values[0], math.inf))
+        return holder if holder in ms and ms[holder] <= limit else fastest
 
 
 # A sweep in segments that run at once, one pass, token by token, or of all pairs.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLUSH_BYTES = 128 * 2**20  # more than the L2 cache of any GPU
+FLUSH_BYTES = 128 * 2**20  # as much as the largest L2 cache
 CONFIDENCE = 0.95
 FIRST, MOST = 3, 96  # calls of one measurement, at least and at most
 MEASURE_MS = 60.0  # of GPU time for one measurement: compiling a candidate takes as long on sixteen cores

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from tuning.compilation import Arch, Resources
-from tuning.compile_pool import Compiled, CompilePool
+from tuning.compile_pool import Compiled, CompilePool, same_launch
 from tuning.coverage import assign
 from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome
 from tuning.known_bad import known_bad
@@ -40,7 +40,7 @@ CONTENDERS = 3  # of each race, which a fresh process times again
 
 
 EFFORTS = {
-    "quick": Effort(first=16, rounds=6, per_round=4, finalists=3, ahead=6, gain=0.001),
+    "quick": Effort(first=16, rounds=6, per_round=4, finalists=3, ahead=6, gain=0.0002),
     "full": Effort(first=24, rounds=5, per_round=8, finalists=5, ahead=24, gain=0.0002),
 }
 
@@ -127,7 +127,7 @@ class Judge(Protocol):
         """
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
-        """Times of several configurations, all of which `time` has seen, against each other."""
+        """Times of several configurations, which `begin` has seen or others of the same code, against each other."""
 
     def renew(self) -> None:
         """Go on in a fresh process, which owes nothing to what this one is at or has been through."""
@@ -182,13 +182,19 @@ class ModelJudge:
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
     ) -> Callable[[], Timing]:
         """Milliseconds by the model, which has no noise."""
-        ms = predict(problem, config, self._arch, needs)
-        timing = self._times[problem, config] = Timing(ms, low=ms, high=ms, spread=0.0, repeats=1)
+        timing = self._times[problem, config] = self._timing(predict(problem, config, self._arch, needs))
         return lambda: timing
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
-        """The same once more."""
-        return [self._times[problem, config] for config in configs]
+        """The same once more, and by the closed form alone where another's code was the same."""
+        return [
+            self._times.get((problem, config)) or self._timing(predict(problem, config, self._arch))
+            for config in configs
+        ]
+
+    @staticmethod
+    def _timing(ms: float) -> Timing:
+        return Timing(ms, low=ms, high=ms, spread=0.0, repeats=1)
 
     def renew(self) -> None:
         """There is no process."""
@@ -203,7 +209,8 @@ class Found:
     """What a search found: times of its candidates, known better from race to race.
 
     What is in use, `incumbents` that rules name or else the default, stays unless it is beaten beyond the noise in
-    every race, so that tuning again does not flip files; but not where the default was faster in the last one.
+    every race, so that tuning again does not flip files; but not where the default was faster in the last one. Rules
+    stay where there was no race, as after Ctrl-C.
     `last` are that race's times, with which a winner is written down.
     """
 
@@ -263,7 +270,8 @@ class Found:
             key=lambda config: (self._is_slower(config), config not in self.raced, self.timings[config].ms),
         )
         held = next((config for config in ordered if config in self.in_use and not self._is_slower(config)), None)
-        if held is not None and not beats(self.timings[ordered[0]], self.timings[held], self.noise):
+        unraced = held in self.incumbents and not self.raced
+        if held is not None and (unraced or not beats(self.timings[ordered[0]], self.timings[held], self.noise)):
             ordered.remove(held)
             ordered.insert(0, held)
         return ordered
@@ -319,6 +327,7 @@ class Tuner:
         self.winners: dict[Problem, Winner] = {}
         self.unfinished = self._complete = 0
         self.interrupted = False
+        self.measured: dict[Any, Outcome] = {}  # by compiled code and what else makes a launch
         self._proofs: dict[Any, Outcome] = {}
         self._extras: dict[Problem, dict[str, Any]] = {}
         self._search_began = 0.0, 0.0  # and for how long the judge had been busy by then
@@ -359,9 +368,10 @@ class Tuner:
         for problems in kernels.values():
             found = {problem: self.found[problem] for problem in problems}
             first = {problem: self.ranked[problem][0] for problem in problems}
+            raced = {p: {c: own.figures[c] for c in own.timings if c in own.raced} for p, own in found.items()}
             # What seems to be faster than the first, but not beyond the noise, counts as no faster.
             shared = assign(
-                {p: {c: max(timing.ms, first[p].ms) for c, timing in own.figures.items()} for p, own in found.items()},
+                {p: {c: max(timing.ms, first[p].ms) for c, timing in own.items()} for p, own in raced.items()},
                 {problem: own.default for problem, own in found.items()},
                 tolerance=SHARED,
                 in_use={problem: winner.config for problem, winner in first.items()},
@@ -385,8 +395,8 @@ class Tuner:
     def _build_up(self, waiting: list[Problem], tasks: list[_Task]) -> None:
         """Start every search that need not wait for another, and compile what each begins with.
 
-        So that the GPU, which others may want, is asked for nothing before it can be kept busy. What the others are
-        going to begin with is guessed, unless other workers may be at them first.
+        So that the GPU can be kept busy from its first candidate on. What the others are going to begin with is
+        guessed, unless other workers may be at them first.
         """
         now, guesses = time.monotonic(), 0
         guessed = set(waiting) if self.journal and self.journal.shared else set()
@@ -443,7 +453,7 @@ class Tuner:
         none is at: what the others finish need not be compiled.
         """
         late = self.seconds_left() == 0
-        if not late and self._has_backlog(tasks):
+        if not late and self.pool.outstanding() >= BACKLOG * self.pool.workers:
             return False
         pending = {*waiting, *(task.problem for task in tasks)}
         ready = [p for p in waiting if not any(replace(p, form=form) in pending for form in AFTER.get(p.form, ()))]
@@ -454,9 +464,6 @@ class Tuner:
             tasks.append(_Task(self, problem))
             self._tell_others(tasks)
         return bool(ready)
-
-    def _has_backlog(self, tasks: list[_Task], each: int = BACKLOG) -> bool:
-        return sum(len(task.compiling()) for task in tasks) >= each * self.pool.workers
 
     def _choose(self, tasks: list[_Task], measuring: _Measuring | None) -> tuple[_Task, Any, bool] | None:
         """What to measure next, and whether only because the GPU would wait for the compiler otherwise.
@@ -570,7 +577,8 @@ class Tuner:
     def _race(self, found: Found, count: int, *, first: bool) -> int:
         """Time the fastest against each other, and rank them; how many there were."""
         extra, crashes = self.extra(found.problem), self.crashes(found.problem)
-        configs = [config for config in found.contenders(count) if config not in crashes]
+        configs = found.contenders(count) + ([] if first else self._shareable(found))
+        configs = [config for config in dict.fromkeys(configs) if config not in crashes]
 
         def rank(configs: list[Any]) -> list[Outcome]:
             for config in configs:  # what others have measured is not compiled here yet
@@ -584,15 +592,36 @@ class Tuner:
                 return [Outcome(None, str(error))] * len(configs)
             return [Outcome(timing.ms, figures=timing.figures) for timing in timings]
 
+        step = RACE if first else FRESH
         if self.journal and not found.cut_short:
-            step = RACE if first else FRESH
             raced = self.journal.race(found.problem, configs, extra, rank, step=step)
         else:
-            raced = {c: outcome for c, outcome in zip(configs, rank(configs), strict=True) if outcome.ms is not None}
-        known = {c: Timing.recalled(o.ms or 0.0, o.figures) for c, o in raced.items() if c in found.timings}
+            raced = self._race_for_now(found.problem, configs, rank, step)
+        timed = {config: outcome for config, outcome in raced.items() if outcome.ms is not None}
+        known = {c: Timing.recalled(o.ms or 0.0, o.figures) for c, o in timed.items() if c in found.timings}
         found.take(list(known), list(known.values()), first=first)
         self._rank(found, count)
         return len(known)
+
+    def _race_for_now(
+        self, problem: Problem, configs: list[Any], rank: Callable[[list[Any]], list[Outcome]], step: str
+    ) -> dict[Any, Outcome]:
+        """A race that a later run is to hold again: written down while it lasts, in case it ends this process."""
+        if self.journal is None:
+            return dict(zip(configs, rank(configs), strict=True))
+        barred = self.journal.barred(problem, self.extra(problem))
+        fit = [config for config in configs if config not in barred]
+        with self.journal.racing(problem, fit, self.extra(problem), step) as record:
+            return {} if record is None else dict(zip(fit, rank(fit), strict=True))
+
+    def _shareable(self, found: Found) -> list[Any]:
+        """What other shapes of the kernel use, and what seems as fast here: raced too, so that they may share it."""
+        kernel = (found.problem.form, found.problem.dtype)
+        firsts = dict.fromkeys(
+            ranked[0].config for one, ranked in self.ranked.items() if (one.form, one.dtype) == kernel
+        )
+        limit = (1 + 2 * SHARED) * min(timing.ms for timing in found.timings.values())
+        return [config for config in firsts if config in found.timings and found.timings[config].ms <= limit]
 
     def _rank(self, found: Found, count: int) -> None:
         ranked = found.winners(found.contenders(count), modelled=self.judge.modelled)
@@ -780,7 +809,6 @@ class _Task:
         noise = MODEL_NOISE if tuner.judge.modelled else HELD
         self.found = Found(problem, self.default, set(incumbents), noise=noise)
         self.tried: set[Any] = set()
-        self.measured: dict[Any, Outcome] = {}  # by compiled code and what else makes a launch
         self.finished = self.cut_short = False
         self.batch: list[tuple[Any, Future[Compiled]]] = []  # of the round, what was not taken from the compiler yet
         self.awaited: Any | None = None  # another worker is at it
@@ -919,7 +947,7 @@ class _Task:
         """What earlier runs, other workers or another candidate of the same code have found."""
         journal, funnel = self.tuner.journal, self.tuner.funnel
         outcome = journal and journal.remembered(self.problem, config, extra)
-        same = self.measured.get(self._code(config))
+        same = self.tuner.measured.get(self._code(config))
         funnel.remembered += outcome is not None
         funnel.same_code += outcome is None and same is not None
         return outcome or same
@@ -932,7 +960,7 @@ class _Task:
     def _learn(self, config: Any, outcome: Outcome) -> None:
         """Keep what came of a configuration, here or elsewhere."""
         self.tried.add(config)
-        self.measured[self._code(config)] = outcome
+        self.tuner.measured[self._code(config)] = outcome
         if outcome.ms is None:
             self.tuner.funnel.reject(self.problem, config, outcome.reason)
         else:
@@ -940,9 +968,10 @@ class _Task:
         self.found.trials = len(self.search.results)
 
     def _code(self, config: Any) -> Any:
-        """What makes a launch: the compiled code, where it is known, and how it is launched."""
+        """What makes a launch, of this search or another: the compiled code, where it is known, and its arguments."""
         needs = self.found.needs.get(config)
-        return (needs, *launched(config)) if needs and needs.digest else config
+        problem, same, _ = same_launch(self.problem, config, self.tuner.extra(self.problem))
+        return (problem, needs, *launched(same)) if needs and needs.digest else (self.problem, config)
 
 
 @dataclass
