@@ -241,8 +241,8 @@ def test_shape_outside_all_rules_is_only_logged(directories: Directories, caplog
 def test_knob_that_has_a_default_may_be_left_out(directories: Directories) -> None:
     @dataclass(frozen=True)
     class Limited(Knobs):
-        maxnreg: int = optional_knob(255)
-        descriptors: int = optional_knob(1)
+        maxnreg: int = optional_knob(255, zero="no limit")
+        descriptors: int = optional_knob(1, zero="by pointers")
 
     configuration.register_kernel(KERNEL, Limited, SOURCE)
     for knob, expected in (("", 0), (", maxnreg: 0", 0), (", maxnreg: 168", 168), (", maxnreg: 256", None)):
@@ -250,7 +250,7 @@ def test_knob_that_has_a_default_may_be_left_out(directories: Directories) -> No
         entry = parse_file(directories.named / "a.yaml").kernels[KERNEL]
         problem = configuration.kernel_problem(KERNEL, entry)
         if expected is None:
-            assert "maxnreg is 256; allowed: an integer from 0 to 255" in str(problem)
+            assert "maxnreg is 256; allowed: an integer from 0, no limit, to 255" in str(problem)
         else:
             assert problem is None
             assert Limited(**entry.rules[0].use).maxnreg == expected
@@ -258,7 +258,8 @@ def test_knob_that_has_a_default_may_be_left_out(directories: Directories) -> No
         (directories.named / "a.yaml").write_text(GOOD.replace("num_stages: 3", f"num_stages: 3, descriptors: {value}"))
         problem = configuration.kernel_problem(KERNEL, parse_file(directories.named / "a.yaml").kernels[KERNEL])
         assert (problem is None) is allowed
-        assert allowed or f"descriptors is {value.capitalize()}; allowed: an integer from 0 to 1" in str(problem)
+        said = f"descriptors is {value.capitalize()}; allowed: an integer from 0, by pointers, to 1"
+        assert allowed or said in str(problem)
 
 
 def test_text_knob_is_possible_and_its_type_decides(directories: Directories) -> None:
