@@ -101,6 +101,7 @@ def directories(tmp_path: Path) -> Iterator[Directories]:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
         patch.setattr(configuration, "packaged_directory", lambda: made.packaged)
         patch.setattr(configuration, "identify", lambda device: H100)
+        patch.setattr(configuration, "TRITON", "3.6.0")
         patch.setattr(configuration, "_registry", {})
         for name in (KERNEL, OTHER):
             configuration.register_kernel(name, Knobs, SOURCE)
@@ -679,6 +680,41 @@ def test_stale_file_of_another_gpu_is_no_concern(directories: Directories) -> No
     assert read_and_select()[1] == []
 
 
+@pytest.mark.parametrize(
+    ("installed", "own", "said"),
+    [
+        ("3.6.1", "3.6.0", None),
+        ("3.7.1", "3.6.0", "proven with Triton 3.6.0, not with 3.7.1"),
+        ("3.60.0", "3.6.0", "proven with Triton 3.6.0, not with 3.60.0"),
+        ("3.6.0", "3.5.1", "proven with Triton 3.5.1, not with 3.6.0"),
+    ],
+)
+def test_rules_that_were_proven_with_another_triton_are_used_and_said_so_once_a_file(
+    directories: Directories, monkeypatch: pytest.MonkeyPatch, installed: str, own: str, said: str | None
+) -> None:
+    monkeypatch.setattr(configuration, "TRITON", installed)
+    measured = MEASURED if own == "3.6.0" else MEASURED.replace("spills", f"triton: {own}, spills")
+    path = directories.named / "a.yaml"
+    path.write_text(document(kernel(rule(64, measured), rule(32, measured)), kernel(rule(128, measured), name=OTHER)))
+    (directories.named / "a100.yaml").write_text(document(kernel(rule(32)), gpu=A100))
+    (directories.user / "sm90.yaml").write_text(document(kernel(rule(32, MODELLED)), named=False))
+    chosen, messages = read_and_select()
+    assert chosen.BT == 64
+    assert len(messages) == (said is not None)
+    for message in messages:
+        assert message.startswith(f"{path}: ")
+        assert all(part in message for part in (str(said), "`python -m tuning verify`", f"`{COMMAND}`"))
+
+
+def test_stale_rules_of_another_triton_are_only_said_to_be_stale(
+    directories: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configuration, "TRITON", "3.7.1")
+    (directories.named / "a.yaml").write_text(GOOD.replace(SOURCE, "old"))
+    _, (message,) = read_and_select()
+    assert "rules not used: stale: " in message
+
+
 # Directories
 
 
@@ -878,6 +914,7 @@ import generated, generated.configuration as configuration
 from generated.retention import fused_chunk
 assert not torch.cuda.is_initialized()
 configuration.identify = lambda device: configuration.Gpu({H100.name!r}, "sm90")
+configuration.TRITON = "3.6.0"
 shape = dict(K=256, V=512, BH=64, T=2048)
 for _ in range(2):
     print(configuration.select_config("retention_fused_chunk", fused_chunk.FusedChunkConfig,
