@@ -211,6 +211,7 @@ def test_disk_that_fills_up_is_said_once_and_the_old_rules_stay(machine: Machine
     code, output = machine.tune("--form", "fused_recurrent", "--storage", str(machine.directory / "x"), FAKE_DISK="900")
     assert code == 1
     assert output.count("is not remembered") == 1
+    assert re.search(r"proven +│ 1 ", output)  # the tables are there
     assert re.search(r"error: .*(File too large|rules\.yaml)", output)
     assert "Traceback" not in output
     assert machine.rules.read_bytes() == old
