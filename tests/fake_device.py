@@ -9,6 +9,7 @@ of the tuner's may grow to.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -99,6 +100,13 @@ def main() -> int:
         there = [f"FAKE-{os.environ['FAKE_HOST']}-{number}" for number in range(int(os.environ["FAKE_GPUS"]))]
         workers.visible = lambda: [os.environ["CUDA_VISIBLE_DEVICES"]] if UUID else there
         workers.COMMAND = [sys.executable, "-c", "import fake_device, sys; sys.exit(fake_device.main())"]
-    if "FAKE_DISK" in os.environ:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAKE_DISK"]), resource.RLIM_INFINITY))
-    return __main__.main(sys.argv[1:])
+    if "FAKE_DISK" not in os.environ:
+        return __main__.main(sys.argv[1:])
+    said = io.StringIO()  # which the test's file may have no room for either
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAKE_DISK"]), resource.RLIM_INFINITY))
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return __main__.main(sys.argv[1:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(said.getvalue(), end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from tuning.__main__ import main
 from tuning.bench import HEAD, WIDTH, Contender, Failure, Row, Times
 from tuning.measurement import Gpu
 from tuning.peers import Peer
+from tuning.workers import gpu_alone
 from tuning.workloads import Workload, parse
 
 SHAPE = "B=2,T=70,H=5,K=16,V=24"
@@ -380,6 +382,21 @@ def test_what_was_measured_is_written_before_the_run_ends(
     assert main(["bench", "--workload", SHAPE, *forms, "--json", str(path)]) == 130
     assert [row["form"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["chunk"]
     assert "\nchunk           tuned" in capsys.readouterr().out
+
+
+def test_a_gpu_on_which_a_tuner_measures_is_left_alone(
+    calls: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu("Imagined GPU", "sm90", 132, 80, "1.2", f"bench-{os.getpid()}")
+    monkeypatch.setattr(bench, "describe_gpu", lambda: gpu)
+    command = ["bench", "--workload", SHAPE, "--form", "chunk", "--against", "none"]
+    with gpu_alone(gpu.uuid):
+        assert main(command) == 1
+    assert f"error: another process measures on {gpu.uuid}" in capsys.readouterr().err
+    assert calls == []
+    assert main(command) == 0  # and is free for others afterwards
+    with gpu_alone(gpu.uuid):
+        pass
 
 
 def test_bench_that_measures_nothing_fails(

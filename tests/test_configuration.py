@@ -101,6 +101,7 @@ def directories(tmp_path: Path) -> Iterator[Directories]:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
         patch.setattr(configuration, "packaged_directory", lambda: made.packaged)
         patch.setattr(configuration, "identify", lambda device: H100)
+        patch.setattr(configuration, "TRITON", "3.6.0")
         patch.setattr(configuration, "_registry", {})
         for name in (KERNEL, OTHER):
             configuration.register_kernel(name, Knobs, SOURCE)
@@ -241,8 +242,8 @@ def test_shape_outside_all_rules_is_only_logged(directories: Directories, caplog
 def test_knob_that_has_a_default_may_be_left_out(directories: Directories) -> None:
     @dataclass(frozen=True)
     class Limited(Knobs):
-        maxnreg: int = optional_knob(255)
-        descriptors: int = optional_knob(1)
+        maxnreg: int = optional_knob(255, zero="no limit")
+        descriptors: int = optional_knob(1, zero="by pointers")
 
     configuration.register_kernel(KERNEL, Limited, SOURCE)
     for knob, expected in (("", 0), (", maxnreg: 0", 0), (", maxnreg: 168", 168), (", maxnreg: 256", None)):
@@ -250,7 +251,7 @@ def test_knob_that_has_a_default_may_be_left_out(directories: Directories) -> No
         entry = parse_file(directories.named / "a.yaml").kernels[KERNEL]
         problem = configuration.kernel_problem(KERNEL, entry)
         if expected is None:
-            assert "maxnreg is 256; allowed: an integer from 0 to 255" in str(problem)
+            assert "maxnreg is 256; allowed: an integer from 0, no limit, to 255" in str(problem)
         else:
             assert problem is None
             assert Limited(**entry.rules[0].use).maxnreg == expected
@@ -258,7 +259,8 @@ def test_knob_that_has_a_default_may_be_left_out(directories: Directories) -> No
         (directories.named / "a.yaml").write_text(GOOD.replace("num_stages: 3", f"num_stages: 3, descriptors: {value}"))
         problem = configuration.kernel_problem(KERNEL, parse_file(directories.named / "a.yaml").kernels[KERNEL])
         assert (problem is None) is allowed
-        assert allowed or f"descriptors is {value.capitalize()}; allowed: an integer from 0 to 1" in str(problem)
+        said = f"descriptors is {value.capitalize()}; allowed: an integer from 0, by pointers, to 1"
+        assert allowed or said in str(problem)
 
 
 def test_text_knob_is_possible_and_its_type_decides(directories: Directories) -> None:
@@ -678,6 +680,41 @@ def test_stale_file_of_another_gpu_is_no_concern(directories: Directories) -> No
     assert read_and_select()[1] == []
 
 
+@pytest.mark.parametrize(
+    ("installed", "own", "said"),
+    [
+        ("3.6.1", "3.6.0", None),
+        ("3.7.1", "3.6.0", "proven with Triton 3.6.0, not with 3.7.1"),
+        ("3.60.0", "3.6.0", "proven with Triton 3.6.0, not with 3.60.0"),
+        ("3.6.0", "3.5.1", "proven with Triton 3.5.1, not with 3.6.0"),
+    ],
+)
+def test_rules_that_were_proven_with_another_triton_are_used_and_said_so_once_a_file(
+    directories: Directories, monkeypatch: pytest.MonkeyPatch, installed: str, own: str, said: str | None
+) -> None:
+    monkeypatch.setattr(configuration, "TRITON", installed)
+    measured = MEASURED if own == "3.6.0" else MEASURED.replace("spills", f"triton: {own}, spills")
+    path = directories.named / "a.yaml"
+    path.write_text(document(kernel(rule(64, measured), rule(32, measured)), kernel(rule(128, measured), name=OTHER)))
+    (directories.named / "a100.yaml").write_text(document(kernel(rule(32)), gpu=A100))
+    (directories.user / "sm90.yaml").write_text(document(kernel(rule(32, MODELLED)), named=False))
+    chosen, messages = read_and_select()
+    assert chosen.BT == 64
+    assert len(messages) == (said is not None)
+    for message in messages:
+        assert message.startswith(f"{path}: ")
+        assert all(part in message for part in (str(said), "`python -m tuning verify`", f"`{COMMAND}`"))
+
+
+def test_stale_rules_of_another_triton_are_only_said_to_be_stale(
+    directories: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configuration, "TRITON", "3.7.1")
+    (directories.named / "a.yaml").write_text(GOOD.replace(SOURCE, "old"))
+    _, (message,) = read_and_select()
+    assert "rules not used: stale: " in message
+
+
 # Directories
 
 
@@ -877,6 +914,7 @@ import generated, generated.configuration as configuration
 from generated.retention import fused_chunk
 assert not torch.cuda.is_initialized()
 configuration.identify = lambda device: configuration.Gpu({H100.name!r}, "sm90")
+configuration.TRITON = "3.6.0"
 shape = dict(K=256, V=512, BH=64, T=2048)
 for _ in range(2):
     print(configuration.select_config("retention_fused_chunk", fused_chunk.FusedChunkConfig,

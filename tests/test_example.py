@@ -175,6 +175,7 @@ def train_on_gpu(text: torch.Tensor, form: str) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore::generated.ConfigurationWarning")  # as in test_gpu.py
 def test_chunk_and_naive_losses_agree_over_200_steps_in_bfloat16(text: torch.Tensor) -> None:
     """The losses agree closely at first and, averaged over 20 steps, within what bfloat16 does to training.
 

@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 import generated
 from generated import configuration
 from generated import launch as launching
-from generated.launch import dot_precision, has_aligned_rows, padded
-from generated.retention import operators
+from generated.launch import choose_config, dot_precision, has_aligned_rows, padded, use_descriptors
+from generated.retention import auto, fused_chunk, operators
 
 
 @pytest.mark.parametrize(("size", "width"), [(1, 16), (16, 16), (17, 32), (256, 256), (428, 512)])
@@ -58,6 +58,34 @@ def test_compiled_code_refuses_wrong_offsets_too(form: str) -> None:
 )
 def test_rows_are_aligned_at_multiples_of_four_bytes(dtype: torch.dtype, K: int, V: int, aligned: bool) -> None:
     assert has_aligned_rows(dtype, K, V) is aligned
+
+
+@pytest.mark.parametrize(
+    ("dtype", "K", "V", "ruled"),
+    [
+        (torch.bfloat16, 64, 72, True),
+        (torch.bfloat16, 60, 64, False),
+        (torch.bfloat16, 64, 66, False),
+        (torch.float32, 60, 64, True),
+    ],
+)
+@pytest.mark.parametrize("descriptors", [0, 1])
+def test_a_rule_that_goes_by_descriptors_is_used_only_where_rows_begin_at_multiples_of_16_bytes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, K: int, V: int, ruled: bool, descriptors: int
+) -> None:
+    rule = fused_chunk.FusedChunkConfig(BT=32, BV=16, num_warps=8, num_stages=3, descriptors=descriptors)
+    default = fused_chunk.default_config
+    monkeypatch.setattr(launching, "select_config", lambda *_, **shape: rule)
+    q, v = (torch.empty(1, 8, 1, width, dtype=dtype) for width in (K, V))
+    expected = rule if ruled or not descriptors else default(dtype, K, V)
+    assert choose_config(fused_chunk.KERNEL, fused_chunk.FusedChunkConfig, default, q, v, None) == expected
+    assert use_descriptors(expected, dtype, K, V) == bool(expected.descriptors)
+
+
+def test_a_rule_without_tiles_is_used_whatever_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, x = auto.FormConfig("parallel"), torch.empty(1, 8, 1, 66, dtype=torch.bfloat16)
+    monkeypatch.setattr(launching, "select_config", lambda *_, **shape: rule)
+    assert choose_config(auto.KERNEL, auto.FormConfig, auto.default_config, x, x, None) == rule
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tuning.compilation import ARCHS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -74,6 +76,11 @@ def test_constraints_hold_one_version_a_line_and_no_local_build() -> None:
 @pytest.mark.parametrize("command", ["python3 bootstrap.py run", "python3 bootstrap.py test"])
 def test_readme_gives_each_of_the_two_commands_in_a_block_of_its_own(command: str) -> None:
     assert f"```sh\n{command}\n```" in README
+
+
+def test_readme_says_of_every_architecture_whether_it_ran() -> None:
+    versions = README.partition("## Versions")[2].partition("\n## ")[0]
+    assert [arch for arch in ARCHS if arch not in versions] == []
 
 
 def test_ci_calls_the_readmes_test_command() -> None:

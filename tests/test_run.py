@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -11,14 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 from fakes import NEEDS, Judge, Pool, landscape, tune
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from rich.console import Console
 
 from generated.configuration_file import parse_file
+from tuning import rules
 from tuning import run as run_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS
+from tuning.measurement import Gpu
 
 RUN = ["run", "--arch", "sm90", "--workload", "small", "--form", "fused_chunk"]
 
@@ -131,6 +138,59 @@ def test_a_damaged_file_of_rules_is_set_aside(
     (aside,) = tmp_path.glob("a.yaml.broken-*")
     assert aside.read_text() == damaged
     assert parse_file(path).kernels
+
+
+@pytest.fixture
+def measured(parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is measured by the judge."""
+    parts.judge.modelled = False
+    measurer = SimpleNamespace(gpu=Gpu("Pretended", "sm90", 132, 80, "580.1"), close=lambda: None)
+    monkeypatch.setattr(run_module, "gpu_present", lambda: True)
+    monkeypatch.setattr(run_module, "Measurer", lambda: measurer)
+    monkeypatch.setattr(run_module, "GpuJudge", lambda measurer: parts.judge)
+    monkeypatch.setattr(run_module, "_devices", lambda options: [])
+
+
+def states_of_runs(path: Path) -> list[TrialState]:
+    """How each run that a journal knows of ended."""
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    names = [name for name in optuna.get_all_study_names(storage) if name.startswith("runs;")]
+    return [trial.state for name in names for trial in optuna.load_study(study_name=name, storage=storage).trials]
+
+
+def test_rules_that_cannot_be_written_cost_neither_the_tables_nor_the_record(
+    measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    path, journal = tmp_path / "a.yaml", tmp_path / "a.journal"
+    command = ["run", *RUN[3:], "--out", str(path), "--storage", str(journal)]
+    with monkeypatch.context() as patch:
+        patch.setattr(rules, "update", full)
+        assert main(command) == 1
+    shown = capsys.readouterr()
+    assert shown.err == f"error: {path}: No space left on device\n"
+    assert cells(shown.out)["proven"][0] == "2"
+    assert "BT=" in shown.out
+    assert "wrote" not in shown.out
+    assert states_of_runs(journal) == [TrialState.PRUNED]
+    assert main(command) == 0
+    assert parse_file(path).kernels
+    assert states_of_runs(journal) == [TrialState.PRUNED, TrialState.COMPLETE]
+
+
+def test_rules_are_written_where_nobody_reads_the_tables(
+    measured: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    path, journal = tmp_path / "a.yaml", tmp_path / "a.journal"
+    monkeypatch.setattr(run_module, "_report", closed)
+    assert main(["run", *RUN[3:], "--out", str(path), "--storage", str(journal)]) == 1
+    assert parse_file(path).kernels
+    assert states_of_runs(journal) == [TrialState.PRUNED]
 
 
 class Telling(Judge):

@@ -138,7 +138,6 @@ class Measurer:
     [
         (lambda config: "the kernel crashed", "", "candidates ran"),
         (lambda config: 1.0, "the kernel hangs", "nothing is written: the kernel hangs"),
-        (lambda config: 1.0 if config.num_warps == 4 else "no answer: it does not start", "", "it does not start"),
     ],
 )
 def test_a_search_that_cannot_be_measured_writes_nothing_and_the_next_goes_on(
@@ -149,14 +148,34 @@ def test_a_search_that_cannot_be_measured_writes_nothing_and_the_next_goes_on(
     compares: str,
     said: str,
 ) -> None:
-    monkeypatch.setattr(landscape, "gpu_present", lambda: True)
-    monkeypatch.setattr(landscape, "Measurer", lambda: Measurer(answer, compares))
-    monkeypatch.setattr(landscape, "CompilePool", lambda *given: Pool())
-    command = ["landscape", "--form", "fused_recurrent", "--workload", "B=1,T=64,H=1,K=16,V=32", "--out", str(tmp_path)]
-    assert main(command) == 1
+    assert measured(tmp_path, monkeypatch, Measurer(answer, compares)) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert out.count(said) == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("starts", [lambda config: config.num_warps == 4, lambda config: False])
+def test_a_measuring_process_that_starts_no_more_ends_the_command(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    starts: Callable[[Any], bool],
+) -> None:
+    gone = Measurer(lambda config: 1.0 if starts(config) else "no answer: it does not start")
+    assert measured(tmp_path, monkeypatch, gone) == 1
+    shown = capsys.readouterr()
+    assert shown.err == "error: no answer: it does not start\n"
+    assert "nothing is written" not in shown.out
+    assert not list(tmp_path.iterdir())
+
+
+def measured(directory: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measurer) -> int:
+    """The exit status of measuring two searches' landscapes."""
+    monkeypatch.setattr(landscape, "gpu_present", lambda: True)
+    monkeypatch.setattr(landscape, "Measurer", lambda: measurer)
+    monkeypatch.setattr(landscape, "CompilePool", lambda *given: Pool())
+    workload = "B=1,T=64,H=1,K=16,V=32"
+    return main(["landscape", "--form", "fused_recurrent", "--workload", workload, "--out", str(directory)])
 
 
 def test_what_always_runs_the_defaults_has_no_landscape(

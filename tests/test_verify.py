@@ -15,7 +15,7 @@ from generated import configuration
 from tuning import rules, verify
 from tuning.__main__ import main
 from tuning.coverage import Point
-from tuning.measurement import Gpu, MeasurementError, Timing
+from tuning.measurement import Gpu, MeasurementError, StartError, Timing
 from tuning.problems import GRADIENTS, Problem
 from tuning.rules import Entry
 from tuning.workloads import builtin
@@ -37,7 +37,7 @@ class Measurer:
     def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
         found = self.answer(problem, config == problem.default())
         if isinstance(found, str):
-            raise MeasurementError(found)
+            raise (StartError if "start" in found else MeasurementError)(found)
         return timing(found)
 
     def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
@@ -140,6 +140,18 @@ def test_a_default_that_does_not_run_is_not_held_against_a_rule(
     measurer = measuring(lambda problem, default: "OutOfResources: shared memory" if default else 1.0)
     assert run(capsys)[0] == 0
     assert all(len(configs) == 1 for _, configs in measurer.compared)
+
+
+@pytest.mark.parametrize("by_default", [False, True])
+def test_a_measuring_process_that_starts_no_more_is_no_rules_fault_and_ends_the_command(
+    measuring: Answer, capsys: pytest.CaptureFixture[str], by_default: bool
+) -> None:
+    measurer = measuring(lambda problem, default: "no answer: it does not start" if default is by_default else 1.0)
+    assert main(["verify"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == "error: no answer: it does not start\n"
+    assert "tune them again" not in shown.out
+    assert measurer.closed
 
 
 def test_what_is_known_bad_is_named_and_never_launched(

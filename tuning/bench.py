@@ -33,6 +33,7 @@ from tuning.proof import error_limit
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
 from tuning.timing import Replay, time_calls
+from tuning.workers import gpu_alone
 from tuning.workloads import Workload, parse
 
 FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto")
@@ -134,14 +135,15 @@ def _time(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, 
     figures: dict[str, Any] = {"gpu": asdict(gpu), **software, "peers": versions}
     figures |= {"workloads": {workload.name: asdict(workload) for workload in workloads}, "rows": []}
     rows: list[Row | Failure] = []
-    for workload in workloads:
-        say(f"\n{workload.name}: {workload.shape}\n{HEAD}")
-        for found in _measure(workload, options.form or FORMS, peers, with_default=not options.no_default):
-            rows += found
-            say("\n".join(map(line, found)))
-            figures["rows"] = [asdict(row) for row in rows]
-            if path:
-                write_whole(path, json.dumps(figures, indent=1))
+    with gpu_alone(gpu.uuid) if gpu.uuid else contextlib.nullcontext():
+        for workload in workloads:
+            say(f"\n{workload.name}: {workload.shape}\n{HEAD}")
+            for found in _measure(workload, options.form or FORMS, peers, with_default=not options.no_default):
+                rows += found
+                say("\n".join(map(line, found)))
+                figures["rows"] = [asdict(row) for row in rows]
+                if path:
+                    write_whole(path, json.dumps(figures, indent=1))
     say(f"\n{summary(rows)}")
     return figures
 

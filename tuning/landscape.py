@@ -96,6 +96,8 @@ def landscape(options: argparse.Namespace, console: Console) -> int:
             for problem, configs in searches.items():
                 try:
                     found = _measure(problem, configs, measurer, pool, deadline, progress)
+                except StartError:
+                    raise
                 except MeasurementError as error:
                     failed += 1
                     console.print(escape(f"{problem}: nothing is written: {error}"), soft_wrap=True)
@@ -113,7 +115,7 @@ def _measure(
 ) -> Landscape | None:
     """Each candidate alone, then the fastest against each other; None at the deadline.
 
-    MeasurementError where that cannot be done: where no candidate ran, or their process does not.
+    MeasurementError where that cannot be done: where no candidate ran, or (StartError) their process does not.
     """
     found: dict[Any, Candidate] = {}
     for number, config in enumerate(configs, 1):

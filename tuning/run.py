@@ -89,19 +89,19 @@ def _run(
     _announce(console, measurer, arch, workloads, problems, path)
     with nvml.logging(measurer.gpu.uuid if measurer else "") as log, _termination_as_interrupt() as told:
         tuner = _tune(options, console, judge, arch, problems, path, journal)
-    winners = list(tuner.winners.values())
-    if winners:
-        entries = [rules.entry_of(winner) for winner in winners]
-        entries += rules.form_entries(winners, rules.existing_entries(path))
-        device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
-        if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None):
-            console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)
-    _report(console, winners, tuner, len(problems), options.budget, log.summary())
+    winners, complete = list(tuner.winners.values()), False
+    try:
+        try:
+            _report(console, winners, tuner, len(problems), options.budget, log.summary())
+        finally:  # also where nobody reads what is printed any more
+            _write(console, winners, path, measurer, arch)
+        complete = not tuner.interrupted
+    finally:
+        if journal and record and measurer:
+            figures = _figures(tuner, log.summary(), measurer.gpu.name)
+            record.finish(time.monotonic() - started, interrupted=not complete, **figures)
+            journal.close()
     _conclude(console, len(winners), path, time.monotonic() - started)
-    if journal and record and measurer:
-        figures = _figures(tuner, log.summary(), measurer.gpu.name)
-        record.finish(time.monotonic() - started, interrupted=tuner.interrupted, **figures)
-        journal.close()
     return 128 + (told or [signal.SIGINT])[0] if tuner.interrupted else int(not winners)
 
 
@@ -387,6 +387,16 @@ def _report(
     if tuner.unfinished or tuner.interrupted:
         cause = "stopped" if tuner.interrupted else f"the budget of {budget:g} s is spent"
         console.print(f"{cause}: {tuner.unfinished} of {_count(searches, 'search', 'searches')} did not end")
+
+
+def _write(console: Console, winners: list[Winner], path: Path, measurer: Measurer | None, arch: Arch) -> None:
+    if not winners:
+        return
+    entries = [rules.entry_of(winner) for winner in winners]
+    entries += rules.form_entries(winners, rules.existing_entries(path))
+    device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
+    if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None):
+        console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)
 
 
 def _funnel_table(funnel: Funnel, *, modelled: bool) -> Table:

@@ -22,7 +22,7 @@ from tuning import rules
 from tuning.check import TUNED
 from tuning.coverage import Point
 from tuning.known_bad import known_bad
-from tuning.measurement import Gpu, MeasurementError, Measurer, Timing, gpu_present
+from tuning.measurement import Gpu, MeasurementError, Measurer, StartError, Timing, gpu_present
 from tuning.problems import GRADIENTS, Problem, problem_at
 from tuning.run import FOREVER, RunError
 from tuning.tuner import beats
@@ -120,6 +120,8 @@ def look(claim: Claim, measurer: Measurer, tolerance: float) -> Finding:
         measurer.measure(problem, config, 0.0, {})
         raced = [config, default] if config != default and _runs(problem, default, measurer) else [config]
         now, *others = measurer.compare(problem, raced, {})
+    except StartError:  # which is no fault of the rule
+        raise
     except MeasurementError as error:
         wrong = str(error).startswith(ArithmeticError.__name__)
         return Finding(claim, then, None, None, "wrong" if wrong else "does not run", str(error))
@@ -174,6 +176,8 @@ def _look_at(
 def _runs(problem: Problem, config: Any, measurer: Measurer) -> bool:
     try:
         measurer.measure(problem, config, 0.0, {})
+    except StartError:
+        raise
     except MeasurementError:
         return False
     return True

@@ -43,7 +43,8 @@ def gpu_alone(name: str) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise GpuBusyError(f"another process measures on {name} ({path}): wait for it, or choose --devices") from None
+        others = "choose another GPU by CUDA_VISIBLE_DEVICES"
+        raise GpuBusyError(f"another process measures on {name} ({path}): wait for it, or {others}") from None
     finally:
         os.close(handle)
 
