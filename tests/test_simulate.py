@@ -52,6 +52,13 @@ def test_an_effort_ends_near_the_best_on_every_landscape(effort: str, limit: flo
     assert {name: found for name, found in worst.items() if found >= limit} == {}
 
 
+@pytest.mark.parametrize(("first", "ahead"), [(12, 8), (20, 4)])
+def test_what_an_effort_finds_does_not_hang_on_its_very_numbers(first: int, ahead: int) -> None:
+    effort = replace(EFFORTS["quick"], first=first, ahead=ahead)
+    ends = {one.name: simulate.replay(one, INFORMED, effort).regrets(effort.measurements)[-1] for one in shipped()}
+    assert {name: found for name, found in ends.items() if found >= 0.05} == {}
+
+
 def test_regret_is_none_once_everything_was_tried() -> None:
     (one,) = (one for one in shipped() if one.name == SMALL)
     more = len(one.candidates) + 8

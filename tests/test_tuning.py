@@ -36,7 +36,7 @@ from tuning.model import RATES, predict
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
 from tuning.rules import Entry
 from tuning.space import knob_values
-from tuning.tuner import HELD, MODEL_NOISE, NOISE, Effort, Winner, likely_first
+from tuning.tuner import HELD, MODEL_NOISE, NOISE, Effort, Funnel, Winner, likely_first
 from tuning.workloads import WorkloadError, builtin, parse
 
 # The loop
@@ -316,6 +316,16 @@ def won(form: str, ms: float, **changes: int) -> Winner:
 
 
 TUNED = [won("fused_chunk", 3.0), won("chunk", 4.0), won("parallel", 2.0), won("chunk_states", 0.1)]
+
+
+def test_forms_that_change_are_counted_too() -> None:
+    forms = rules.form_entries([won(GRADIENTS, 5.8), *TUNED])
+    known = [replace(entry, use={"form": "chunk"}) for entry in forms if entry.use == {"form": "parallel"}]
+    funnel = Funnel()
+    run_module._count_forms(funnel, forms, known)
+    assert (funnel.compared, funnel.flipped) == (1, 1)
+    run_module._count_forms(funnel, forms, forms)
+    assert (funnel.compared, funnel.flipped) == (3, 1)
 
 
 @pytest.mark.parametrize(

@@ -90,11 +90,14 @@ def _run(
     with nvml.logging(measurer.gpu.uuid if measurer else "") as log, _termination_as_interrupt() as told:
         tuner = _tune(options, console, judge, arch, problems, path, journal)
     winners, complete = list(tuner.winners.values()), False
+    known = rules.existing_entries(path)
+    forms = rules.form_entries(winners, known)
+    _count_forms(tuner.funnel, forms, known)
     try:
         try:
             _report(console, winners, tuner, len(problems), options.budget, log.summary())
         finally:  # also where nobody reads what is printed any more
-            _write(console, winners, path, measurer, arch)
+            _write(console, winners, forms, path, measurer, arch)
         complete = not tuner.interrupted
     finally:
         if journal and record and measurer:
@@ -389,11 +392,25 @@ def _report(
         console.print(f"{cause}: {tuner.unfinished} of {_count(searches, 'search', 'searches')} did not end")
 
 
-def _write(console: Console, winners: list[Winner], path: Path, measurer: Measurer | None, arch: Arch) -> None:
+def _count_forms(funnel: Funnel, forms: list[rules.Entry], known: list[rules.Entry]) -> None:
+    """Which form runs is a rule as the others are."""
+    held = {(entry.kernel, entry.point): entry.use for entry in known}
+    before = [(held[entry.kernel, entry.point], entry.use) for entry in forms if (entry.kernel, entry.point) in held]
+    funnel.compared += len(before)
+    funnel.flipped += sum(old != new for old, new in before)
+
+
+def _write(
+    console: Console,
+    winners: list[Winner],
+    forms: list[rules.Entry],
+    path: Path,
+    measurer: Measurer | None,
+    arch: Arch,
+) -> None:
     if not winners:
         return
-    entries = [rules.entry_of(winner) for winner in winners]
-    entries += rules.form_entries(winners, rules.existing_entries(path))
+    entries = [rules.entry_of(winner) for winner in winners] + forms
     device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
     if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None):
         console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)
