@@ -15,12 +15,14 @@ from typing import Any
 
 import fake_device
 import pytest
-from fakes import candidates, landscape
+from fakes import PROBLEM, Judge, candidates, landscape, tune
 
 from generated.configuration_file import parse_file
 from tuning import forkserver, rules, storage
+from tuning.journal import PROVE, Journal, Outcome
 from tuning.rules import Entry, Point
 from tuning.space import knob_values
+from tuning.tuner import Effort
 
 TESTS = Path(__file__).resolve().parent
 KERNEL = "retention_fused_chunk"
@@ -297,6 +299,35 @@ def test_power_that_fails_while_a_damaged_journal_is_cut_off_leaves_what_it_held
                 break
     assert moment > 2
     assert journal.read_bytes() == data
+
+
+def test_power_that_fails_after_a_run_makes_no_suspect_of_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not synced is gone, and a file without its folder's entry too."""
+    path, left, safe, sync = tmp_path / "new" / "a.journal", tmp_path / "left.journal", {}, os.fsync
+
+    def synced(handle: int) -> None:
+        sync(handle)
+        state = os.fstat(handle)
+        safe[state.st_ino] = state.st_size
+
+    def say(message: str) -> None:
+        raise AssertionError(message)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    journal = Journal(path, {"gpu": "H100"}, say)
+    record = journal.run()
+    (winner,) = tune(Judge(), effort=Effort(10, 2, 5, 3), journal=journal).winners.values()
+    assert path.parent.stat().st_ino in safe
+    outcomes = journal.outcomes(PROBLEM, {})
+    left.write_bytes(path.read_bytes()[: safe[path.stat().st_ino]])
+    again = Journal(left, {"gpu": "H100"}, say)
+    assert again.outcomes(PROBLEM, {}) == outcomes
+    assert again.remembered(PROBLEM, winner.config, {}, step=PROVE) == Outcome(winner.error)
+    record.add(note="the last")
+    journal.close()
+    assert safe[path.stat().st_ino] == path.stat().st_size
 
 
 def every_moment() -> Iterator[int]:

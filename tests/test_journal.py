@@ -213,6 +213,24 @@ def test_a_process_lives_as_long_as_it_holds_its_file(path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+def test_two_that_look_at_a_dead_process_at_once_both_find_it_dead(path: Path) -> None:
+    path.parent.mkdir()
+    left = storage_module.alive_path(path, "left")
+    left.touch()
+    looks: list[bool] = []
+
+    def look_too(*arguments: Any) -> None:
+        monkeypatch.undo()
+        lock(*arguments)
+        looks.append(storage_module.is_dead(path, "left"))
+
+    lock = storage_module.fcntl.flock
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(storage_module.fcntl, "flock", look_too)
+        looks.append(storage_module.is_dead(path, "left"))
+    assert looks == [True, True]
+
+
 @pytest.mark.parametrize(
     ("reason", "kept"),
     [

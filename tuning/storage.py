@@ -45,6 +45,7 @@ POSTGRES_ARGUMENTS = {
     "tcp_user_timeout": 20_000,
     "options": "-c lock_timeout=20s -c idle_in_transaction_session_timeout=60s",
 }
+SYNCED = (JournalOperation.CREATE_TRIAL, JournalOperation.SET_TRIAL_STATE_VALUES)
 _secrets: set[str] = set()
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -289,7 +290,9 @@ class JournalFile:
         return is_dead(self._path, worker)
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Let go of the lock, once all that was written is safe."""
+        with contextlib.suppress(OSError):  # a disk that is full or gone
+            _sync(self._path)
         self._alive.end()
 
 
@@ -311,22 +314,34 @@ def _open(path: Path, say: Callable[[str], None]) -> JournalStorage:
 class _Backend(JournalFileBackend):
     """Optuna's, which makes sure of every line; this one of those that must not be lost, and of all before them.
 
-    That is a new trial's line, written before its candidate is launched: if power is lost, so is at most what came of
-    the one before.
+    Those are where a trial begins and where it ends: one of which power that is lost leaves only the beginning would be
+    taken for what ended the machine.
     """
 
     def __init__(self, path: Path) -> None:
         self._held = _Lock(path)
         lock: Any = self._held  # Optuna asks for a class of its own
+        new = not path.exists()
         super().__init__(str(path), lock)
+        if new:
+            _sync(path.parent)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write whole lines at the file's end."""
         with self._held as file:
             file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
             file.flush()
-            if any(log["op_code"] == JournalOperation.CREATE_TRIAL for log in logs):
+            if any(log["op_code"] in SYNCED for log in logs):
                 os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Let what was written to a file, or what a folder holds, outlive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _cut(path: Path) -> tuple[int, int, Path]:
@@ -435,11 +450,11 @@ def alive_path(path: Path, name: str) -> Path:
 
 
 def is_dead(path: Path, name: str) -> bool:
-    """Whether the process that wrote this name into a journal has ended."""
+    """Whether the process that wrote this name into a journal has ended; others may look at the same time."""
     file = alive_path(path, name)
     try:
         with file.open("rb") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return True
     except BlockingIOError:
