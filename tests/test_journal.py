@@ -8,7 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from generated.configuration_file import optional_knob
 from tuning import forkserver
 from tuning import journal as journals
 from tuning import run as run_module
@@ -142,6 +143,50 @@ def test_optuna_reads_it_as_studies_and_trials(path: Path) -> None:
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
     assert study.best_params == knob_values(FIRST)
     assert study.trials[1].user_attrs["reason"] == "ArithmeticError: why"
+
+
+def test_a_knob_may_have_what_its_own_kernel_allows_though_another_has_one_of_its_name() -> None:
+    @dataclass(frozen=True)
+    class Other:
+        BT: int
+        descriptors: int = optional_knob(3)
+
+    for config, most in ((FIRST, 1), (Other(16), 3)):
+        known = journals.distributions_of(config)
+        assert known["descriptors"] == optuna.distributions.IntDistribution(0, most)
+        assert known["BT"] == journals.KNOB
+
+
+def races_and_proofs(path: Path, session: str = "", *, interrupted: bool = False) -> tuple[int, int]:
+    """How many of each a tuning does, which ends or is interrupted after all of them."""
+
+    class Counting(Judge):
+        races = proofs = 0
+
+        def rank(self, *job: Any) -> list[Timing]:
+            self.races += 1
+            return super().rank(*job)
+
+        def prove(self, *job: Any) -> float | None:
+            self.proofs += 1
+            return super().prove(*job)
+
+    judge, journal = Counting(), Journal(path, {"gpu": "H100"}, Said(), session=session, effort="quick")
+    record = journal.run()
+    assert tune(judge, journal=journal).winners
+    record.finish(1.0, interrupted=interrupted)
+    journal.close()
+    return judge.races, judge.proofs
+
+
+def test_races_and_proofs_of_an_interrupted_run_hold_until_one_that_took_it_up_has_ended(path: Path) -> None:
+    anew = races_and_proofs(path, interrupted=True)
+    assert min(anew) > 0
+    assert races_and_proofs(path, interrupted=True) == (0, 0)
+    assert races_and_proofs(path, "one") == (0, 0)
+    assert races_and_proofs(path, "one") == (0, 0)  # another worker of the run that took it up
+    assert races_and_proofs(path, "two") == anew
+    assert races_and_proofs(path, "two") == (0, 0)
 
 
 # A tuner that dies

@@ -327,17 +327,16 @@ class Journal:
         trial = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
         self._run = storage.create_new_trial(self._runs, trial)
         store.begin(self._runs, self._run)
-        self._ended = {str(run.user_attrs.get("worker")) for run in earlier if not self._goes_on(run)}
+        others = [run for run in earlier if run.user_attrs.get("session") != self._session]
+        last = max((run.number for run in others if run.state == TrialState.COMPLETE), default=-1)
+        over = [run for run in earlier if run.user_attrs.get("effort") != self._effort]
+        over += [run for run in others if run.number <= last]
+        self._ended = {str(run.user_attrs.get("worker")) for run in over}
         for run in earlier:
             if run.state == TrialState.RUNNING and store.is_dead(str(run.user_attrs.get("worker"))):
                 _close(storage, run._trial_id, TrialState.FAIL, {"reason": "killed"})
             elif run.state == TrialState.RUNNING:
                 self.rank += 1
-
-    def _goes_on(self, run: FrozenTrial) -> bool:
-        """Whether the tuning that an earlier run was a part of is this one."""
-        ended = run.state == TrialState.COMPLETE and run.user_attrs.get("session") != self._session
-        return not ended and run.user_attrs.get("effort") == self._effort
 
     def _others(self, storage: Any) -> set[str]:
         """The searches that other workers are at, by name."""
@@ -551,11 +550,10 @@ def counts_since(trials: Sequence[FrozenTrial]) -> int:
     return max(first.values(), default=-1) + 1
 
 
-def distribution_of(knob: str) -> BaseDistribution:
-    """The values that a knob may have in a study, as Optuna is told of them."""
-    known = (one for kernel in kernel_registry().values() for one in fields(kernel.config_type))
-    most = next((one.metadata[MOST] for one in known if one.name == knob and MOST in one.metadata), None)
-    return KNOB if most is None else IntDistribution(0, most)
+def distributions_of(config: Any) -> dict[str, BaseDistribution]:
+    """The values that each knob of a configuration may have in a study, as Optuna is told of them."""
+    most = {knob.name: knob.metadata.get(MOST) for knob in fields(config)}
+    return {name: KNOB if limit is None else IntDistribution(0, limit) for name, limit in most.items()}
 
 
 def default_path(device: str) -> Path:
@@ -631,11 +629,10 @@ def _take(study: _Study, step: str, config: Any, outcome: Outcome, *, alone: boo
 def _trial(
     config: Any, state: TrialState, attributes: dict[str, Any], constraints: Mapping[str, float] | None = None
 ) -> FrozenTrial:
-    params = knob_values(config)
     return create_trial(
         state=state,
-        params=params,
-        distributions={name: distribution_of(name) for name in params},
+        params=knob_values(config),
+        distributions=distributions_of(config),
         user_attrs=attributes,
         constraints=dict(constraints) if constraints else None,
     )
