@@ -277,6 +277,30 @@ def test_two_that_look_at_a_dead_process_at_once_both_find_it_dead(path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("error", "crash"),
+    [
+        ("invalid program counter", True),
+        ("hardware stack error", True),
+        ("operation not supported on global/shared address space", True),
+        ("the launch timed out and was terminated", True),
+        ("device-side assert triggered", True),
+        ("misaligned address", True),
+        ("out of memory", False),
+        ("uncorrectable ECC error encountered", False),
+        ("no CUDA-capable device is detected", False),
+        ("GPU is lost", False),
+    ],
+)
+@pytest.mark.parametrize("said", ["AcceleratorError: CUDA error: {}", "RuntimeError: Triton Error [CUDA]: {}"])
+def test_what_ends_the_process_by_an_error_of_cudas_is_a_crash_unless_it_is_the_machines(
+    path: Path, said: str, error: str, crash: bool
+) -> None:
+    measured(open_journal(path), FIRST, Outcome(None, said.format(error)))
+    assert (FIRST in open_journal(path).crashes(replace(PROBLEM, T=7))) is crash
+    assert (open_journal(path).remembered(PROBLEM, FIRST, {}) is not None) is crash
+
+
+@pytest.mark.parametrize(
     ("reason", "kept"),
     [
         ("ArithmeticError: wrong result: relative errors", True),

@@ -36,6 +36,7 @@ from generated.configuration import kernel_registry
 from generated.configuration_file import MOST
 from tuning import forkserver
 from tuning.compilation import Resources
+from tuning.measurement import HANGS, is_crash
 from tuning.problems import Problem
 from tuning.space import knob_values
 from tuning.storage import Database, StorageError, Store, is_url, masked, open_store, reason_of
@@ -47,20 +48,8 @@ FORGETS = "forgets"  # of a mark among the trials: those before it do not count
 MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
 RACES = (RACE, FRESH)
 POLL_SECONDS = 0.05  # between two looks at what another worker is at
-# What a candidate does, and neither the machine nor whoever uses it too; other failures are not remembered.
-HANGS = "the kernel hangs"
-VERDICTS = (
-    "ArithmeticError",
-    HANGS,
-    "the kernel crashed",
-    "illegal memory access",
-    "misaligned address",
-    "illegal instruction",
-    "unspecified launch failure",
-    "out of resource",
-)
-# Those that end a measuring process: the candidate is not launched again at any shape, nor by a run that measures anew.
-CRASHES = tuple(verdict for verdict in VERDICTS if verdict not in ("ArithmeticError", "out of resource"))
+# What a candidate does beside crashes, which are held against it at every shape, also by a run that measures anew.
+VERDICTS = ("ArithmeticError", "out of resource")
 CRASHED = "crashes; "  # begins the name of the study that holds them
 T = TypeVar("T")
 
@@ -382,13 +371,13 @@ class Journal:
         return self._try(claim, unrecorded)
 
     def _settle(self, study: _Study, step: str, config: Any, trial: Any, outcome: Outcome | None) -> None:
-        kept = outcome if outcome and (outcome.ms is not None or _is_verdict(outcome.reason)) else None
+        kept = outcome if outcome and (outcome.ms is not None or is_verdict(outcome.reason)) else None
         if kept is not None:
             _take(study, step, config, kept, alone=False)
         if trial is not None:
             self._try(lambda storage: _finish(storage, trial, step, kept), None)
         # A proof that takes too long may be float64's doing.
-        crashed = kept is not None and any(text in kept.reason for text in CRASHES if step == MEASURE or text != HANGS)
+        crashed = kept is not None and is_crash(kept.reason) and (step == MEASURE or HANGS not in kept.reason)
         if kept is not None and crashed and step not in RACES:
             self._write_crash(study.kernel, config, kept.reason)
 
@@ -612,8 +601,9 @@ def _config(config_type: type[Any], trial: FrozenTrial) -> Any | None:
         return None
 
 
-def _is_verdict(reason: str) -> bool:
-    return any(text in reason for text in VERDICTS)
+def is_verdict(reason: str) -> bool:
+    """Whether this is what a candidate did, and neither the machine nor whoever uses it too: others are forgotten."""
+    return is_crash(reason) or any(text in reason for text in VERDICTS)
 
 
 def _take(study: _Study, step: str, config: Any, outcome: Outcome, *, alone: bool) -> None:
