@@ -28,8 +28,8 @@ from tuning.__main__ import main
 from tuning.history import read
 from tuning.journal import FORGETS, PROVE, RACE, SUSPECT, Journal, Outcome
 from tuning.measurement import Gpu, Timing
-from tuning.problems import Problem
-from tuning.space import knob_values
+from tuning.problems import FORMS, Problem
+from tuning.space import WHOLE, knob_values
 
 FIRST, SECOND, THIRD = candidates()[:3]
 
@@ -86,6 +86,51 @@ def test_the_report_reads_past_what_is_kept_of_crashes(path: Path) -> None:
     assert journal.crashes(replace(PROBLEM, T=7)) == {SECOND: journal.remembered(PROBLEM, SECOND, {}).reason}
     assert journal.crashes(replace(PROBLEM, K=128)) == {}
     assert read(str(path), "H100").foreign == 0
+
+
+CHUNK = replace(PROBLEM, form="chunk", T=4096)
+CUT = FORMS["chunk"].config_type(L=256, BT=32, BV=64, num_warps=4, num_stages=3)
+
+
+@pytest.mark.parametrize(
+    ("crashed", "alike", "others"),
+    [
+        (
+            (CHUNK, replace(CUT, L=WHOLE)),
+            [(PROBLEM, CUT.whole), (replace(CHUNK, T=256), CUT), (CHUNK, replace(CUT, L=4096))],
+            [(CHUNK, CUT), (PROBLEM, replace(CUT.whole, BV=32))],
+        ),
+        (
+            (PROBLEM, CUT.whole),
+            [(CHUNK, replace(CUT, L=WHOLE)), (replace(CHUNK, T=200), CUT)],
+            [(CHUNK, CUT), (replace(PROBLEM, form="fused_chunk_gradients"), CUT.whole)],
+        ),
+        (
+            (CHUNK, CUT),
+            [(CHUNK, replace(CUT, L=512)), (replace(CHUNK, T=300), CUT)],
+            [(CHUNK, replace(CUT, L=32)), (CHUNK, replace(CUT, L=WHOLE)), (PROBLEM, CUT.whole)],
+        ),
+        ((CHUNK, replace(CUT, L=32)), [(replace(CHUNK, T=64), replace(CUT, L=32))], [(CHUNK, CUT)]),
+    ],
+    ids=["whole", "fused", "cut", "one chunk"],
+)
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+def test_a_crash_is_held_against_all_that_compile_to_the_same_kernel(
+    path: Path, *, old: bool, crashed: tuple[Problem, Any], alike: list[Any], others: list[Any]
+) -> None:
+    journal = open_journal(path)
+    if old:  # such a record names the form and the configuration that were launched
+        study = next(n for n in optuna.get_all_study_names(storage_of(path)) if n.startswith(journals.CRASHED))
+        attributes = {"kernel": journals._kernel_of(crashed[0]), "reason": "the kernel crashed"}
+        trial = journals._trial(crashed[1], TrialState.FAIL, attributes)
+        optuna.load_study(study_name=study, storage=storage_of(path)).add_trial(trial)
+    else:
+        journal.launch(*crashed, {}, lambda: Outcome(None, "the kernel crashed"))
+    for again in (journal, open_journal(path)):
+        for problem, config in (crashed, *alike):
+            assert again.crashes(problem)[config] == "the kernel crashed"
+        for problem, config in others:
+            assert config not in again.crashes(problem)
 
 
 def test_what_was_stopped_or_found_no_memory_is_not_remembered(path: Path) -> None:

@@ -125,15 +125,22 @@ class CompilePool:
 
 
 def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHING) -> tuple[Any, ...]:
-    """What a compiled kernel depends on: not B, T and H, its arguments; and chunk is fused_chunk where L reaches T.
+    """What a compiled kernel depends on: what `same_kernel` says, and what runs beside it where anything does."""
+    kernel, own = same_kernel(problem, config)
+    return kernel, own, *(extra.values() if kernel.form == problem.form else ())
 
-    Of L otherwise only whether a segment is one chunk, which decides the dtype of the states.
+
+def same_kernel(problem: Problem, config: Any) -> tuple[Problem, Any]:
+    """One problem and configuration for all that compile to one kernel, and one form for all that launch it.
+
+    Its arguments are B, T and H; and chunk is fused_chunk where L reaches T. Of L otherwise only whether a segment is
+    one chunk matters, which decides the dtype of the states.
     """
     if problem.form == "chunk" and config.L >= problem.T:
-        problem, config, extra = replace(problem, form="fused_chunk"), config.whole, NOTHING
+        problem, config = replace(problem, form="fused_chunk"), config.whole
     elif problem.form == "chunk":
         config = replace(config, L=config.BT if config.L == config.BT else max(LONGEST, 2 * config.BT))
-    return replace(problem, B=1, T=0, H=1), config, *extra.values()
+    return replace(problem, B=1, T=0, H=1), config
 
 
 def _executor(workers: int) -> ProcessPoolExecutor:

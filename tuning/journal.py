@@ -36,9 +36,10 @@ from generated.configuration import kernel_registry
 from generated.configuration_file import MOST
 from tuning import forkserver
 from tuning.compilation import Resources
+from tuning.compile_pool import same_kernel
 from tuning.measurement import HANGS, is_crash
-from tuning.problems import Problem
-from tuning.space import knob_values
+from tuning.problems import FORMS, Problem
+from tuning.space import WHOLE, knob_values
 from tuning.storage import Database, StorageError, Store, is_url, masked, open_store, reason_of
 
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
@@ -74,8 +75,8 @@ class _Study:
     """What is known of a search or of its finals: by step, what came of each configuration, and who is at it."""
 
     number: int | None
+    problem: Problem
     config_type: type[Any]
-    kernel: str  # and for which sizes it is compiled: what a crash is held against
     outcomes: dict[str, dict[Any, Outcome]] = field(default_factory=dict)
     busy: dict[str, set[Any]] = field(default_factory=dict)  # which other workers are launching
     barred: set[Any] = field(default_factory=set)  # from races
@@ -183,11 +184,22 @@ class Journal:
         return set(self._study(problem, extra, RACE).barred)
 
     def crashes(self, problem: Problem) -> dict[Any, str]:
-        """Which configurations of a kernel have ended a measuring process, at any shape with this compiler; and how."""
-        kernel, kind = _kernel_of(problem), type(problem.default())
+        """Which configurations have ended a measuring process as any that compile to the same kernel; and how.
+
+        At any shape and by any form, with this compiler.
+        """
         self._try(self._read_crashes, None)
-        known = [(_config(kind, trial), trial) for trial in self._crashes if trial.user_attrs.get("kernel") == kernel]
-        return {config: str(trial.user_attrs.get("reason")) for config, trial in known if config is not None}
+        # With a T that only a segment for all sequences reaches: none was written down.
+        kernels = {_kernel_of(one): one for one in (replace(problem, form=form, T=WHOLE) for form in FORMS)}
+        found: dict[Any, str] = {}
+        for trial in self._crashes:
+            one = kernels.get(str(trial.user_attrs.get("kernel")))
+            config = None if one is None else _config(type(one.default()), trial.params)
+            if one is not None and config is not None:
+                same, reason = same_kernel(one, config), str(trial.user_attrs.get("reason"))
+                alike = [own for own in _as_of(problem, config) if same_kernel(problem, own) == same]
+                found |= dict.fromkeys(alike, reason)
+        return found
 
     # What is written
 
@@ -379,11 +391,11 @@ class Journal:
         # A proof that takes too long may be float64's doing.
         crashed = kept is not None and is_crash(kept.reason) and (step == MEASURE or HANGS not in kept.reason)
         if kept is not None and crashed and step not in RACES:
-            self._write_crash(study.kernel, config, kept.reason)
+            self._write_crash(study.problem, config, kept.reason)
 
-    def _write_crash(self, kernel: str, config: Any, reason: str) -> None:
-        attributes = {"kernel": kernel, "reason": reason}
-        trial = _trial(config, TrialState.FAIL, attributes)
+    def _write_crash(self, problem: Problem, config: Any, reason: str) -> None:
+        kernel, own = same_kernel(problem, config)
+        trial = _trial(own, TrialState.FAIL, {"kernel": _kernel_of(kernel), "reason": reason})
         self._crashes.append(trial)
         self._try(lambda storage: storage.create_new_trial(self._crashed, trial), None)
 
@@ -401,7 +413,7 @@ class Journal:
         described = "".join(f"; {key} {knob_values(value)}" for key, value in sorted(extra.items()))
         name = self._name_of(problem) + described + ("" if step == MEASURE else "; finals")
         if name not in self._studies:
-            empty = _Study(None, type(problem.default()), _kernel_of(problem))
+            empty = _Study(None, problem, type(problem.default()))
             attributes = self._described(problem, extra, step)
             self._studies[name] = self._try(lambda storage: self._load(storage, name, empty, attributes), empty)
         return self._studies[name]
@@ -454,7 +466,7 @@ class Journal:
         worker, step = str(trial.user_attrs.get("worker")), str(trial.user_attrs.get("step", MEASURE))
         if trial.state == TrialState.RUNNING and worker == self._store.worker:
             return
-        config = _config(study.config_type, trial)
+        config = _config(study.config_type, trial.params)
         if trial.state == TrialState.RUNNING and config is not None and not self._store.is_dead(worker):
             if counts:
                 study.busy.setdefault(step, set()).add(config)
@@ -593,12 +605,23 @@ def _set(storage: Any, trial: int, name: str, value: Any) -> None:
         storage.set_trial_user_attr(trial, name, value)
 
 
-def _config(config_type: type[Any], trial: FrozenTrial) -> Any | None:
-    """The configuration of a trial, or None where its knobs are of another time."""
+def _config(config_type: type[Any], knobs: Mapping[str, Any]) -> Any | None:
+    """The configuration of a trial's knobs, or None where they are of another time."""
     try:
-        return config_type(**trial.params)
+        return config_type(**knobs)
     except (TypeError, ValueError):
         return None
+
+
+def _as_of(problem: Problem, config: Any) -> list[Any]:
+    """The configurations of a problem with the knobs of another's: with every length, where its segments have one."""
+    kind = type(problem.default())
+    names = {knob.name for knob in fields(kind)}
+    knobs = {name: value for name, value in knob_values(config).items() if name in names}
+    powers = range(WHOLE.bit_length()) if "L" in names else ()
+    lengths: list[dict[str, int]] = [{"L": 1 << power} for power in powers] or [{}]
+    made = [_config(kind, knobs | length) for length in lengths]
+    return [own for own in made if own is not None]
 
 
 def is_verdict(reason: str) -> bool:
