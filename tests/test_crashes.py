@@ -111,6 +111,16 @@ def test_killed_tuner_loses_the_point_it_measured_and_launches_it_never_again(ma
     assert "killed: the tuner died while this was measured" in output
 
 
+def test_what_killed_the_tuner_is_not_launched_by_runs_that_measure_anew_either(machine: Machine) -> None:
+    fatal = line("measure", BEST)
+    assert machine.tune(faults={fatal: "kill tuner"})[0] == -signal.SIGKILL
+    for _ in range(2):
+        code, output = machine.tune("--form", "fused_chunk", "--fresh")
+        assert code == 0, output
+    assert machine.launches()[fatal] == 1
+    assert max(machine.launches().values()) > 1
+
+
 @pytest.mark.parametrize("job", ["compare", "prove"])
 def test_tuner_killed_in_its_last_steps_measures_nothing_again(machine: Machine, job: str) -> None:
     assert machine.tune(faults={job: "kill tuner"})[0] == -signal.SIGKILL

@@ -279,6 +279,24 @@ def test_a_tuner_that_is_killed_again_and_again_loses_one_point_each_time(path: 
     ]
 
 
+def test_fresh_forgets_no_suspect_and_bars_from_races_whom_it_barred_before(path: Path) -> None:
+    process = forkserver.context().Process(target=measure_and_die, args=(path,))
+    process.start()
+    process.join(60)
+    known: list[Journal] = [open_journal(path, fresh=True), open_journal(path, fresh=True), open_journal(path)]
+    for journal in known:
+        assert journal.outcomes(PROBLEM, {}) == {SECOND: Outcome(None, SUSPECT)}
+        assert journal.claim(PROBLEM, SECOND, {}) is None
+        assert journal.barred(PROBLEM, {}) == {FIRST, THIRD}
+
+
+def measure_and_die(path: Path) -> None:
+    journal = open_journal(path)
+    measured(journal, FIRST, Outcome(1.0))
+    with journal.racing(PROBLEM, [FIRST, THIRD], {}, RACE), journal.measuring(PROBLEM, SECOND, {}):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_what_a_living_process_measures_is_no_suspect(path: Path) -> None:
     journal = open_journal(path)
     with journal.measuring(PROBLEM, FIRST, {}) as record:

@@ -6,8 +6,9 @@ and is this worker's claim to it: of the trials of one candidate the first count
 measures it, and the others take its outcome.
 
 A trial that a dead process has left running was the last thing that this process did, and may have been what killed
-it, or the machine: it counts as failed, and is never launched again. Of a race, each of those that took part may have
-been it: none of them is raced again, its own measurement is what is known of it, and it may still be proved, alone.
+it, or the machine: it counts as failed, and is never launched again, not by a run that measures anew either. Of a
+race, each of those that took part may have been it: none of them is raced again, its own measurement is what is known
+of it, and it may still be proved, alone.
 
 Measurements hold for as long as their context does. Races and proofs hold for the workers of one tuning, whenever they
 start, and for those who take up a tuning of the same effort that was stopped: a run after one that ended races and
@@ -98,9 +99,10 @@ class Journal:
     """The record of what was measured in one context: all that times depend on beside the problem.
 
     place: a journal file's path, or a database's URL (`tuning.storage`). context: by name, such as gpu and driver.
-    `fresh` forgets what it has of every problem that is asked about, once for all workers of one `session`. Where
-    nothing can be written, `say` is told so once, and tuning goes on without a record; but a database that is not
-    there from the start is a StorageError, also where it was opened beforehand and is given in place of its URL.
+    `fresh` forgets what it has of every problem that is asked about, but for suspects, once for all workers of one
+    `session`. Where nothing can be written, `say` is told so once, and tuning goes on without a record; but a database
+    that is not there from the start is a StorageError, also where it was opened beforehand and is given in place of
+    its URL.
     `effort`: races and proofs of another do not hold. `shared` says whether others may tune beside this one.
     """
 
@@ -457,11 +459,14 @@ class Journal:
             study.since = since
             study.outcomes.clear()
             study.barred.clear()
-        for trial in trials[study.since :]:
+            study.read.clear()
+        for trial in trials:
             if trial.number not in study.read:
-                self._take_in(storage, study, trial, counts=before is None or trial.number < before)
+                counts = trial.number >= study.since and (before is None or trial.number < before)
+                self._take_in(storage, study, trial, counts=counts)
 
     def _take_in(self, storage: Any, study: _Study, trial: FrozenTrial, *, counts: bool) -> None:
+        """Take in a trial that has ended, of those that were forgotten only suspects; who is at one that `counts`."""
         assert self._store is not None
         worker, step = str(trial.user_attrs.get("worker")), str(trial.user_attrs.get("step", MEASURE))
         if trial.state == TrialState.RUNNING and worker == self._store.worker:
@@ -472,7 +477,8 @@ class Journal:
                 study.busy.setdefault(step, set()).add(config)
             return
         study.read.add(trial.number)
-        if config is not None and (outcome := self._outcome(storage, trial, worker, step)) is not None:
+        outcome = None if config is None else self._outcome(storage, trial, worker, step)
+        if outcome is not None and (trial.number >= study.since or outcome.reason == SUSPECT):
             _take(study, step, config, outcome, alone=trial.user_attrs.get("rivals", 1) == 1)
 
     def _outcome(self, storage: Any, trial: FrozenTrial, worker: str, step: str) -> Outcome | None:
