@@ -41,7 +41,7 @@ from tuning.compile_pool import same_kernel
 from tuning.measurement import HANGS, is_crash
 from tuning.problems import FORMS, Problem
 from tuning.space import WHOLE, knob_values
-from tuning.storage import Database, StorageError, Store, is_url, masked, open_store, reason_of
+from tuning.storage import Database, StorageError, Store, is_url, masked, named, open_store, reason_of
 
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
@@ -117,7 +117,7 @@ class Journal:
         effort: str = "",
     ) -> None:
         self._context, self._say, self._fresh, self._effort = dict(context), say, fresh, effort
-        self._name = place.name if isinstance(place, Database) else masked(str(place))
+        self._name = place.name if isinstance(place, Database) else named(place)
         self._studies: dict[str, _Study] = {}
         self._ended: set[str] = set()  # workers whose races and proofs do not hold
         self._store: Store | None = None
