@@ -15,12 +15,14 @@ from typing import Any
 
 import fake_device
 import pytest
-from fakes import candidates, landscape
+from fakes import PROBLEM, Judge, candidates, landscape, tune
 
 from generated.configuration_file import parse_file
 from tuning import forkserver, rules, storage
+from tuning.journal import PROVE, Journal, Outcome
 from tuning.rules import Entry, Point
 from tuning.space import knob_values
+from tuning.tuner import Effort
 
 TESTS = Path(__file__).resolve().parent
 KERNEL = "retention_fused_chunk"
@@ -107,6 +109,16 @@ def test_killed_tuner_loses_the_point_it_measured_and_launches_it_never_again(ma
     assert len(after) > len(before)
     assert machine.used() != knob_values(BEST)
     assert "killed: the tuner died while this was measured" in output
+
+
+def test_what_killed_the_tuner_is_not_launched_by_runs_that_measure_anew_either(machine: Machine) -> None:
+    fatal = line("measure", BEST)
+    assert machine.tune(faults={fatal: "kill tuner"})[0] == -signal.SIGKILL
+    for _ in range(2):
+        code, output = machine.tune("--form", "fused_chunk", "--fresh")
+        assert code == 0, output
+    assert machine.launches()[fatal] == 1
+    assert max(machine.launches().values()) > 1
 
 
 @pytest.mark.parametrize("job", ["compare", "prove"])
@@ -301,6 +313,35 @@ def test_power_that_fails_while_a_damaged_journal_is_cut_off_leaves_what_it_held
                 break
     assert moment > 2
     assert journal.read_bytes() == data
+
+
+def test_power_that_fails_after_a_run_makes_no_suspect_of_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not synced is gone, and a file without its folder's entry too."""
+    path, left, safe, sync = tmp_path / "new" / "a.journal", tmp_path / "left.journal", {}, os.fsync
+
+    def synced(handle: int) -> None:
+        sync(handle)
+        state = os.fstat(handle)
+        safe[state.st_ino] = state.st_size
+
+    def say(message: str) -> None:
+        raise AssertionError(message)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    journal = Journal(path, {"gpu": "H100"}, say)
+    record = journal.run()
+    (winner,) = tune(Judge(), effort=Effort(10, 2, 5, 3), journal=journal).winners.values()
+    assert path.parent.stat().st_ino in safe
+    outcomes = journal.outcomes(PROBLEM, {})
+    left.write_bytes(path.read_bytes()[: safe[path.stat().st_ino]])
+    again = Journal(left, {"gpu": "H100"}, say)
+    assert again.outcomes(PROBLEM, {}) == outcomes
+    assert again.remembered(PROBLEM, winner.config, {}, step=PROVE) == Outcome(winner.error)
+    record.add(note="the last")
+    journal.close()
+    assert safe[path.stat().st_ino] == path.stat().st_size
 
 
 def every_moment() -> Iterator[int]:

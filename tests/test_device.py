@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tuning import device, forkserver
 from tuning.device import Gpu
-from tuning.journal import VERDICTS
-from tuning.measurement import MeasurementError, Measurer
+from tuning.journal import is_verdict
+from tuning.measurement import MeasurementError, Measurer, is_crash
 from tuning.problems import Problem
 
 TINY = Problem("fused_chunk", "float32", 1, 64, 2, 16, 16)
@@ -80,7 +80,25 @@ def test_a_gpu_that_fails_before_any_candidate_is_no_candidates_fault(monkeypatc
     monkeypatch.setattr(device, "serve", serve_a_broken_gpu)
     with pytest.raises(MeasurementError, match="does not start") as caught:
         Measurer()
-    assert not any(text in str(caught.value) for text in VERDICTS)
+    assert not is_verdict(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: the launch timed out and was terminated"),
+        RuntimeError("Triton Error [CUDA]: invalid program counter"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+        ArithmeticError("wrong result"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_what_ends_the_measuring_process_and_nothing_else_is_a_crash(error: Exception) -> None:
+    def job() -> None:
+        raise error
+
+    answer = device._answer(job, [])
+    assert is_crash(answer.value) is (answer.status == "sticky")
 
 
 # What is kept

@@ -8,7 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from generated.configuration_file import optional_knob
 from tuning import forkserver
 from tuning import journal as journals
 from tuning import run as run_module
@@ -27,8 +28,8 @@ from tuning.__main__ import main
 from tuning.history import read
 from tuning.journal import FORGETS, PROVE, RACE, SUSPECT, Journal, Outcome
 from tuning.measurement import Gpu, Timing
-from tuning.problems import Problem
-from tuning.space import knob_values
+from tuning.problems import FORMS, Problem
+from tuning.space import WHOLE, knob_values
 
 FIRST, SECOND, THIRD = candidates()[:3]
 
@@ -85,6 +86,51 @@ def test_the_report_reads_past_what_is_kept_of_crashes(path: Path) -> None:
     assert journal.crashes(replace(PROBLEM, T=7)) == {SECOND: journal.remembered(PROBLEM, SECOND, {}).reason}
     assert journal.crashes(replace(PROBLEM, K=128)) == {}
     assert read(str(path), "H100").foreign == 0
+
+
+CHUNK = replace(PROBLEM, form="chunk", T=4096)
+CUT = FORMS["chunk"].config_type(L=256, BT=32, BV=64, num_warps=4, num_stages=3)
+
+
+@pytest.mark.parametrize(
+    ("crashed", "alike", "others"),
+    [
+        (
+            (CHUNK, replace(CUT, L=WHOLE)),
+            [(PROBLEM, CUT.whole), (replace(CHUNK, T=256), CUT), (CHUNK, replace(CUT, L=4096))],
+            [(CHUNK, CUT), (PROBLEM, replace(CUT.whole, BV=32))],
+        ),
+        (
+            (PROBLEM, CUT.whole),
+            [(CHUNK, replace(CUT, L=WHOLE)), (replace(CHUNK, T=200), CUT)],
+            [(CHUNK, CUT), (replace(PROBLEM, form="fused_chunk_gradients"), CUT.whole)],
+        ),
+        (
+            (CHUNK, CUT),
+            [(CHUNK, replace(CUT, L=512)), (replace(CHUNK, T=300), CUT)],
+            [(CHUNK, replace(CUT, L=32)), (CHUNK, replace(CUT, L=WHOLE)), (PROBLEM, CUT.whole)],
+        ),
+        ((CHUNK, replace(CUT, L=32)), [(replace(CHUNK, T=64), replace(CUT, L=32))], [(CHUNK, CUT)]),
+    ],
+    ids=["whole", "fused", "cut", "one chunk"],
+)
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+def test_a_crash_is_held_against_all_that_compile_to_the_same_kernel(
+    path: Path, *, old: bool, crashed: tuple[Problem, Any], alike: list[Any], others: list[Any]
+) -> None:
+    journal = open_journal(path)
+    if old:  # such a record names the form and the configuration that were launched
+        study = next(n for n in optuna.get_all_study_names(storage_of(path)) if n.startswith(journals.CRASHED))
+        attributes = {"kernel": journals._kernel_of(crashed[0]), "reason": "the kernel crashed"}
+        trial = journals._trial(crashed[1], TrialState.FAIL, attributes)
+        optuna.load_study(study_name=study, storage=storage_of(path)).add_trial(trial)
+    else:
+        journal.launch(*crashed, {}, lambda: Outcome(None, "the kernel crashed"))
+    for again in (journal, open_journal(path)):
+        for problem, config in (crashed, *alike):
+            assert again.crashes(problem)[config] == "the kernel crashed"
+        for problem, config in others:
+            assert config not in again.crashes(problem)
 
 
 def test_what_was_stopped_or_found_no_memory_is_not_remembered(path: Path) -> None:
@@ -144,6 +190,50 @@ def test_optuna_reads_it_as_studies_and_trials(path: Path) -> None:
     assert study.trials[1].user_attrs["reason"] == "ArithmeticError: why"
 
 
+def test_a_knob_may_have_what_its_own_kernel_allows_though_another_has_one_of_its_name() -> None:
+    @dataclass(frozen=True)
+    class Other:
+        BT: int
+        descriptors: int = optional_knob(3)
+
+    for config, most in ((FIRST, 1), (Other(16), 3)):
+        known = journals.distributions_of(config)
+        assert known["descriptors"] == optuna.distributions.IntDistribution(0, most)
+        assert known["BT"] == journals.KNOB
+
+
+def races_and_proofs(path: Path, session: str = "", *, interrupted: bool = False) -> tuple[int, int]:
+    """How many of each a tuning does, which ends or is interrupted after all of them."""
+
+    class Counting(Judge):
+        races = proofs = 0
+
+        def rank(self, *job: Any) -> list[Timing]:
+            self.races += 1
+            return super().rank(*job)
+
+        def prove(self, *job: Any) -> float | None:
+            self.proofs += 1
+            return super().prove(*job)
+
+    judge, journal = Counting(), Journal(path, {"gpu": "H100"}, Said(), session=session, effort="quick")
+    record = journal.run()
+    assert tune(judge, journal=journal).winners
+    record.finish(1.0, interrupted=interrupted)
+    journal.close()
+    return judge.races, judge.proofs
+
+
+def test_races_and_proofs_of_an_interrupted_run_hold_until_one_that_took_it_up_has_ended(path: Path) -> None:
+    anew = races_and_proofs(path, interrupted=True)
+    assert min(anew) > 0
+    assert races_and_proofs(path, interrupted=True) == (0, 0)
+    assert races_and_proofs(path, "one") == (0, 0)
+    assert races_and_proofs(path, "one") == (0, 0)  # another worker of the run that took it up
+    assert races_and_proofs(path, "two") == anew
+    assert races_and_proofs(path, "two") == (0, 0)
+
+
 # A tuner that dies
 
 
@@ -189,6 +279,24 @@ def test_a_tuner_that_is_killed_again_and_again_loses_one_point_each_time(path: 
     ]
 
 
+def test_fresh_forgets_no_suspect_and_bars_from_races_whom_it_barred_before(path: Path) -> None:
+    process = forkserver.context().Process(target=measure_and_die, args=(path,))
+    process.start()
+    process.join(60)
+    known: list[Journal] = [open_journal(path, fresh=True), open_journal(path, fresh=True), open_journal(path)]
+    for journal in known:
+        assert journal.outcomes(PROBLEM, {}) == {SECOND: Outcome(None, SUSPECT)}
+        assert journal.claim(PROBLEM, SECOND, {}) is None
+        assert journal.barred(PROBLEM, {}) == {FIRST, THIRD}
+
+
+def measure_and_die(path: Path) -> None:
+    journal = open_journal(path)
+    measured(journal, FIRST, Outcome(1.0))
+    with journal.racing(PROBLEM, [FIRST, THIRD], {}, RACE), journal.measuring(PROBLEM, SECOND, {}):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_what_a_living_process_measures_is_no_suspect(path: Path) -> None:
     journal = open_journal(path)
     with journal.measuring(PROBLEM, FIRST, {}) as record:
@@ -211,6 +319,48 @@ def test_a_process_lives_as_long_as_it_holds_its_file(path: Path) -> None:
     left.touch()
     assert storage_module.is_dead(path, "left-by-a-process-that-was-killed")
     assert list(path.parent.iterdir()) == []
+
+
+def test_two_that_look_at_a_dead_process_at_once_both_find_it_dead(path: Path) -> None:
+    path.parent.mkdir()
+    left = storage_module.alive_path(path, "left")
+    left.touch()
+    looks: list[bool] = []
+
+    def look_too(*arguments: Any) -> None:
+        monkeypatch.undo()
+        lock(*arguments)
+        looks.append(storage_module.is_dead(path, "left"))
+
+    lock = storage_module.fcntl.flock
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(storage_module.fcntl, "flock", look_too)
+        looks.append(storage_module.is_dead(path, "left"))
+    assert looks == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "crash"),
+    [
+        ("invalid program counter", True),
+        ("hardware stack error", True),
+        ("operation not supported on global/shared address space", True),
+        ("the launch timed out and was terminated", True),
+        ("device-side assert triggered", True),
+        ("misaligned address", True),
+        ("out of memory", False),
+        ("uncorrectable ECC error encountered", False),
+        ("no CUDA-capable device is detected", False),
+        ("GPU is lost", False),
+    ],
+)
+@pytest.mark.parametrize("said", ["AcceleratorError: CUDA error: {}", "RuntimeError: Triton Error [CUDA]: {}"])
+def test_what_ends_the_process_by_an_error_of_cudas_is_a_crash_unless_it_is_the_machines(
+    path: Path, said: str, error: str, crash: bool
+) -> None:
+    measured(open_journal(path), FIRST, Outcome(None, said.format(error)))
+    assert (FIRST in open_journal(path).crashes(replace(PROBLEM, T=7))) is crash
+    assert (open_journal(path).remembered(PROBLEM, FIRST, {}) is not None) is crash
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import IntDistribution
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -23,7 +24,7 @@ from tuning import report as reports
 from tuning.__main__ import main
 from tuning.compilation import ARCHS
 from tuning.history import History, PastSearch, PastTrial, open_storage, read
-from tuning.journal import SUSPECT, distribution_of
+from tuning.journal import SUSPECT
 from tuning.landscape import DIRECTORY, Landscape
 from tuning.landscape import read as read_landscape
 from tuning.problems import PASSES, Problem
@@ -86,7 +87,7 @@ class Storage:
         state = TrialState.COMPLETE if value is not None else without
         given = {
             "params": knobs,
-            "distributions": {name: distribution_of(name) for name in knobs},
+            "distributions": dict.fromkeys(knobs, IntDistribution(0, 1 << 30)),
             "user_attrs": attributes,
         }
         trial = optuna.create_trial(state=state, value=value, **given)

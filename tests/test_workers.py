@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -31,7 +32,7 @@ from tuning.history import open_storage, read
 from tuning.journal import PROVE, RACE, SUSPECT, Journal, Outcome
 from tuning.run import RunError
 from tuning.search import constraints
-from tuning.storage import StorageError, masked
+from tuning.storage import StorageError, masked, named
 from tuning.tuner import Effort
 from tuning.workers import GpuBusyError, gpu_alone, without
 
@@ -358,6 +359,51 @@ def test_a_database_that_is_not_there_is_said_before_anything_and_without_its_pa
     assert "error: " in output
     assert "every user of this machine can read a password on a command line" in output
     assert "s3cr" not in output
+
+
+@pytest.mark.parametrize("between", [" ", "@", ":", "/", "?", "%20", "%40", "'", '"', "+", "\\", " ' @ "])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://tuner:{}@127.0.0.1:1/x",
+        "postgresql://a user:{}@127.0.0.1:1/x",
+        "postgresql://127.0.0.1:1/x?user=tuner&password={}",
+        "postgresql://127.0.0.1:1/x?sslPassword={}&user=tuner",
+        "postgresql://tuner:{0}@127.0.0.1:1/x?password={0}",
+    ],
+)
+def test_a_password_is_masked_whatever_it_is_of(
+    url: str, between: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "gpu_present", lambda: True)
+    monkeypatch.setattr(workers_module, "visible", lambda: ["0"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which the command sets; the next tests shall not see it
+    place = url.format(f"hunt{between}er2")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_secrets", set())  # a mistyped option is all that was heard of it
+        with pytest.raises(SystemExit):
+            main(["run", "--stroage", place])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_secrets", set())
+        patch.setenv(storage.VARIABLE, place)
+        assert main(["run"]) == 1
+    monkeypatch.setattr(storage, "_secrets", set())
+    assert main(["run", "--storage", place]) == 1
+    said = "".join(capsys.readouterr()) + named(place) + masked(shlex.join(["run", "--storage", place]))
+    assert said.count("error: ") == 3
+    assert not [part for part in ("hunt", "er2") if part in said]
+
+
+def test_a_password_is_masked_though_its_parameters_name_is_written_otherwise() -> None:
+    assert named("postgresql://host/db?pass%77ord=hunt er2&x=1") == "postgresql://host/db?pass%77ord=***&x=1"
+
+
+def test_of_a_text_nothing_else_is_masked() -> None:
+    named("postgresql://tuner:hunt er2@host/db?sslmode=require")
+    known = "run --storage 'postgresql://tuner:hunt er2@host/db?sslmode=require' --out a@b.yaml"
+    assert masked(known) == known.replace("hunt er2", "***")
+    for text in ("sqlite:////home/a:b/c@d.db", "postgresql://host:5432/db", "passes=3 of 4", "http://host/a?x=1"):
+        assert named(text) == masked(f"at {text}").removeprefix("at ") == text
 
 
 def test_a_password_is_in_no_record_and_no_traceback(postgres: Server) -> None:

@@ -124,24 +124,28 @@ class CompilePool:
         return outcome
 
 
-def same_launch(
-    problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHING
-) -> tuple[Problem, Any, Mapping[str, Any]]:
-    """What is launched, by the name that it has elsewhere: chunk is fused_chunk where L reaches T."""
+def same_launch(problem: Problem, config: Any) -> tuple[Problem, Any]:
+    """What is launched, by one name for all that come to it: chunk is fused_chunk where L reaches T."""
     if problem.form == "chunk" and config.L >= problem.T:
-        return replace(problem, form="fused_chunk"), config.whole, NOTHING
-    return problem, config, extra
+        return replace(problem, form="fused_chunk"), config.whole
+    return problem, config
 
 
 def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHING) -> tuple[Any, ...]:
-    """What a compiled kernel depends on: not B, T and H, its arguments.
+    """What a compiled kernel depends on: what `same_kernel` says, and what runs beside it where anything does."""
+    kernel, own = same_kernel(problem, config)
+    return kernel, own, *(extra.values() if kernel.form == problem.form else ())
 
-    Of L only whether a segment is one chunk, which decides the dtype of the states.
+
+def same_kernel(problem: Problem, config: Any) -> tuple[Problem, Any]:
+    """One problem and configuration for all that compile to one kernel, and one form for all that launch it.
+
+    Its arguments are B, T and H, and L but for whether a segment is one chunk, which decides the dtype of the states.
     """
-    problem, config, extra = same_launch(problem, config, extra)
+    problem, config = same_launch(problem, config)
     if problem.form == "chunk":
         config = replace(config, L=config.BT if config.L == config.BT else max(LONGEST, 2 * config.BT))
-    return replace(problem, B=1, T=0, H=1), config, *extra.values()
+    return replace(problem, B=1, T=0, H=1), config
 
 
 def _executor(workers: int) -> ProcessPoolExecutor:

@@ -34,7 +34,8 @@ COMPARE_SECONDS = 0.4
 COMPARE_ROUNDS = 8
 FIRST = Problem("fused_chunk", "bfloat16", 1, 64, 1, 16, 16)  # measured before any job: it loads what all need
 KEPT = 3  # problems whose inputs stay in memory: searches take turns
-STICKY = ("CUDA error", "[CUDA]")  # in torch's words for what a context does not recover from, and in Triton's
+# In torch's words for what a context does not recover from, and in Triton's.
+STICKY = ("AcceleratorError", "CUDA error", "[CUDA]")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _answer(job: Callable[..., Any], arguments: list[Any]) -> Answer:
     try:
         status, value = "ok", job(*arguments)
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
-        sticky = isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in STICKY)
+        sticky = any(text in f"{type(error).__name__}: {error}" for text in STICKY)
         status, value = "sticky" if sticky else "error", _in_a_line(error)
         if isinstance(error, (torch.OutOfMemoryError, ArithmeticError)):  # what is wrong may have written to them
             _inputs.cache_clear()

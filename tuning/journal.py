@@ -6,8 +6,9 @@ and is this worker's claim to it: of the trials of one candidate the first count
 measures it, and the others take its outcome.
 
 A trial that a dead process has left running was the last thing that this process did, and may have been what killed
-it, or the machine: it counts as failed, and is never launched again. Of a race, each of those that took part may have
-been it: none of them is raced again, its own measurement is what is known of it, and it may still be proved, alone.
+it, or the machine: it counts as failed, and is never launched again, not by a run that measures anew either. Of a
+race, each of those that took part may have been it: none of them is raced again, its own measurement is what is known
+of it, and it may still be proved, alone.
 
 Measurements hold for as long as their context does. Races and proofs hold for the workers of one tuning, whenever they
 start, and for those who take up a tuning of the same effort that was stopped: a run after one that ended races and
@@ -36,9 +37,11 @@ from generated.configuration import kernel_registry
 from generated.configuration_file import MOST
 from tuning import forkserver
 from tuning.compilation import Resources
-from tuning.problems import Problem
-from tuning.space import knob_values
-from tuning.storage import Database, StorageError, Store, is_url, masked, open_store, reason_of
+from tuning.compile_pool import same_kernel
+from tuning.measurement import HANGS, is_crash
+from tuning.problems import FORMS, Problem
+from tuning.space import WHOLE, knob_values
+from tuning.storage import Database, StorageError, Store, is_url, masked, named, open_store, reason_of
 
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
@@ -47,20 +50,8 @@ FORGETS = "forgets"  # of a mark among the trials: those before it do not count
 MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
 RACES = (RACE, FRESH)
 POLL_SECONDS = 0.05  # between two looks at what another worker is at
-# What a candidate does, and neither the machine nor whoever uses it too; other failures are not remembered.
-HANGS = "the kernel hangs"
-VERDICTS = (
-    "ArithmeticError",
-    HANGS,
-    "the kernel crashed",
-    "illegal memory access",
-    "misaligned address",
-    "illegal instruction",
-    "unspecified launch failure",
-    "out of resource",
-)
-# Those that end a measuring process: the candidate is not launched again at any shape, nor by a run that measures anew.
-CRASHES = tuple(verdict for verdict in VERDICTS if verdict not in ("ArithmeticError", "out of resource"))
+# What a candidate does beside crashes, which are held against it at every shape, also by a run that measures anew.
+VERDICTS = ("ArithmeticError", "out of resource")
 CRASHED = "crashes; "  # begins the name of the study that holds them
 T = TypeVar("T")
 
@@ -85,8 +76,8 @@ class _Study:
     """What is known of a search or of its finals: by step, what came of each configuration, and who is at it."""
 
     number: int | None
+    problem: Problem
     config_type: type[Any]
-    kernel: str  # and for which sizes it is compiled: what a crash is held against
     outcomes: dict[str, dict[Any, Outcome]] = field(default_factory=dict)
     busy: dict[str, set[Any]] = field(default_factory=dict)  # which other workers are launching
     barred: set[Any] = field(default_factory=set)  # from races
@@ -108,9 +99,10 @@ class Journal:
     """The record of what was measured in one context: all that times depend on beside the problem.
 
     place: a journal file's path, or a database's URL (`tuning.storage`). context: by name, such as gpu and driver.
-    `fresh` forgets what it has of every problem that is asked about, once for all workers of one `session`. Where
-    nothing can be written, `say` is told so once, and tuning goes on without a record; but a database that is not
-    there from the start is a StorageError, also where it was opened beforehand and is given in place of its URL.
+    `fresh` forgets what it has of every problem that is asked about, but for suspects, once for all workers of one
+    `session`. Where nothing can be written, `say` is told so once, and tuning goes on without a record; but a database
+    that is not there from the start is a StorageError, also where it was opened beforehand and is given in place of
+    its URL.
     `effort`: races and proofs of another do not hold. `shared` says whether others may tune beside this one.
     """
 
@@ -125,7 +117,7 @@ class Journal:
         effort: str = "",
     ) -> None:
         self._context, self._say, self._fresh, self._effort = dict(context), say, fresh, effort
-        self._name = place.name if isinstance(place, Database) else masked(str(place))
+        self._name = place.name if isinstance(place, Database) else named(place)
         self._studies: dict[str, _Study] = {}
         self._ended: set[str] = set()  # workers whose races and proofs do not hold
         self._store: Store | None = None
@@ -194,11 +186,22 @@ class Journal:
         return set(self._study(problem, extra, RACE).barred)
 
     def crashes(self, problem: Problem) -> dict[Any, str]:
-        """Which configurations of a kernel have ended a measuring process, at any shape with this compiler; and how."""
-        kernel, kind = _kernel_of(problem), type(problem.default())
+        """Which configurations have ended a measuring process as any that compile to the same kernel; and how.
+
+        At any shape and by any form, with this compiler.
+        """
         self._try(self._read_crashes, None)
-        known = [(_config(kind, trial), trial) for trial in self._crashes if trial.user_attrs.get("kernel") == kernel]
-        return {config: str(trial.user_attrs.get("reason")) for config, trial in known if config is not None}
+        # With a T that only a segment for all sequences reaches: none was written down.
+        kernels = {_kernel_of(one): one for one in (replace(problem, form=form, T=WHOLE) for form in FORMS)}
+        found: dict[Any, str] = {}
+        for trial in self._crashes:
+            one = kernels.get(str(trial.user_attrs.get("kernel")))
+            config = None if one is None else _config(type(one.default()), trial.params)
+            if one is not None and config is not None:
+                same, reason = same_kernel(one, config), str(trial.user_attrs.get("reason"))
+                alike = [own for own in _as_of(problem, config) if same_kernel(problem, own) == same]
+                found |= dict.fromkeys(alike, reason)
+        return found
 
     # What is written
 
@@ -327,17 +330,16 @@ class Journal:
         trial = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
         self._run = storage.create_new_trial(self._runs, trial)
         store.begin(self._runs, self._run)
-        self._ended = {str(run.user_attrs.get("worker")) for run in earlier if not self._goes_on(run)}
+        others = [run for run in earlier if run.user_attrs.get("session") != self._session]
+        last = max((run.number for run in others if run.state == TrialState.COMPLETE), default=-1)
+        over = [run for run in earlier if run.user_attrs.get("effort") != self._effort]
+        over += [run for run in others if run.number <= last]
+        self._ended = {str(run.user_attrs.get("worker")) for run in over}
         for run in earlier:
             if run.state == TrialState.RUNNING and store.is_dead(str(run.user_attrs.get("worker"))):
                 _close(storage, run._trial_id, TrialState.FAIL, {"reason": "killed"})
             elif run.state == TrialState.RUNNING:
                 self.rank += 1
-
-    def _goes_on(self, run: FrozenTrial) -> bool:
-        """Whether the tuning that an earlier run was a part of is this one."""
-        ended = run.state == TrialState.COMPLETE and run.user_attrs.get("session") != self._session
-        return not ended and run.user_attrs.get("effort") == self._effort
 
     def _others(self, storage: Any) -> set[str]:
         """The searches that other workers are at, by name."""
@@ -383,19 +385,19 @@ class Journal:
         return self._try(claim, unrecorded)
 
     def _settle(self, study: _Study, step: str, config: Any, trial: Any, outcome: Outcome | None) -> None:
-        kept = outcome if outcome and (outcome.ms is not None or _is_verdict(outcome.reason)) else None
+        kept = outcome if outcome and (outcome.ms is not None or is_verdict(outcome.reason)) else None
         if kept is not None:
             _take(study, step, config, kept, alone=False)
         if trial is not None:
             self._try(lambda storage: _finish(storage, trial, step, kept), None)
         # A proof that takes too long may be float64's doing.
-        crashed = kept is not None and any(text in kept.reason for text in CRASHES if step == MEASURE or text != HANGS)
+        crashed = kept is not None and is_crash(kept.reason) and (step == MEASURE or HANGS not in kept.reason)
         if kept is not None and crashed and step not in RACES:
-            self._write_crash(study.kernel, config, kept.reason)
+            self._write_crash(study.problem, config, kept.reason)
 
-    def _write_crash(self, kernel: str, config: Any, reason: str) -> None:
-        attributes = {"kernel": kernel, "reason": reason}
-        trial = _trial(config, TrialState.FAIL, attributes)
+    def _write_crash(self, problem: Problem, config: Any, reason: str) -> None:
+        kernel, own = same_kernel(problem, config)
+        trial = _trial(own, TrialState.FAIL, {"kernel": _kernel_of(kernel), "reason": reason})
         self._crashes.append(trial)
         self._try(lambda storage: storage.create_new_trial(self._crashed, trial), None)
 
@@ -413,7 +415,7 @@ class Journal:
         described = "".join(f"; {key} {knob_values(value)}" for key, value in sorted(extra.items()))
         name = self._name_of(problem) + described + ("" if step == MEASURE else "; finals")
         if name not in self._studies:
-            empty = _Study(None, type(problem.default()), _kernel_of(problem))
+            empty = _Study(None, problem, type(problem.default()))
             attributes = self._described(problem, extra, step)
             self._studies[name] = self._try(lambda storage: self._load(storage, name, empty, attributes), empty)
         return self._studies[name]
@@ -457,22 +459,26 @@ class Journal:
             study.since = since
             study.outcomes.clear()
             study.barred.clear()
-        for trial in trials[study.since :]:
+            study.read.clear()
+        for trial in trials:
             if trial.number not in study.read:
-                self._take_in(storage, study, trial, counts=before is None or trial.number < before)
+                counts = trial.number >= study.since and (before is None or trial.number < before)
+                self._take_in(storage, study, trial, counts=counts)
 
     def _take_in(self, storage: Any, study: _Study, trial: FrozenTrial, *, counts: bool) -> None:
+        """Take in a trial that has ended, of those that were forgotten only suspects; who is at one that `counts`."""
         assert self._store is not None
         worker, step = str(trial.user_attrs.get("worker")), str(trial.user_attrs.get("step", MEASURE))
         if trial.state == TrialState.RUNNING and worker == self._store.worker:
             return
-        config = _config(study.config_type, trial)
+        config = _config(study.config_type, trial.params)
         if trial.state == TrialState.RUNNING and config is not None and not self._store.is_dead(worker):
             if counts:
                 study.busy.setdefault(step, set()).add(config)
             return
         study.read.add(trial.number)
-        if config is not None and (outcome := self._outcome(storage, trial, worker, step)) is not None:
+        outcome = None if config is None else self._outcome(storage, trial, worker, step)
+        if outcome is not None and (trial.number >= study.since or outcome.reason == SUSPECT):
             _take(study, step, config, outcome, alone=trial.user_attrs.get("rivals", 1) == 1)
 
     def _outcome(self, storage: Any, trial: FrozenTrial, worker: str, step: str) -> Outcome | None:
@@ -551,11 +557,10 @@ def counts_since(trials: Sequence[FrozenTrial]) -> int:
     return max(first.values(), default=-1) + 1
 
 
-def distribution_of(knob: str) -> BaseDistribution:
-    """The values that a knob may have in a study, as Optuna is told of them."""
-    known = (one for kernel in kernel_registry().values() for one in fields(kernel.config_type))
-    most = next((one.metadata[MOST] for one in known if one.name == knob and MOST in one.metadata), None)
-    return KNOB if most is None else IntDistribution(0, most)
+def distributions_of(config: Any) -> dict[str, BaseDistribution]:
+    """The values that each knob of a configuration may have in a study, as Optuna is told of them."""
+    most = {knob.name: knob.metadata.get(MOST) for knob in fields(config)}
+    return {name: KNOB if limit is None else IntDistribution(0, limit) for name, limit in most.items()}
 
 
 def default_path(device: str) -> Path:
@@ -606,16 +611,28 @@ def _set(storage: Any, trial: int, name: str, value: Any) -> None:
         storage.set_trial_user_attr(trial, name, value)
 
 
-def _config(config_type: type[Any], trial: FrozenTrial) -> Any | None:
-    """The configuration of a trial, or None where its knobs are of another time."""
+def _config(config_type: type[Any], knobs: Mapping[str, Any]) -> Any | None:
+    """The configuration of a trial's knobs, or None where they are of another time."""
     try:
-        return config_type(**trial.params)
+        return config_type(**knobs)
     except (TypeError, ValueError):
         return None
 
 
-def _is_verdict(reason: str) -> bool:
-    return any(text in reason for text in VERDICTS)
+def _as_of(problem: Problem, config: Any) -> list[Any]:
+    """The configurations of a problem with the knobs of another's: with every length, where its segments have one."""
+    kind = type(problem.default())
+    names = {knob.name for knob in fields(kind)}
+    knobs = {name: value for name, value in knob_values(config).items() if name in names}
+    powers = range(WHOLE.bit_length()) if "L" in names else ()
+    lengths: list[dict[str, int]] = [{"L": 1 << power} for power in powers] or [{}]
+    made = [_config(kind, knobs | length) for length in lengths]
+    return [own for own in made if own is not None]
+
+
+def is_verdict(reason: str) -> bool:
+    """Whether this is what a candidate did, and neither the machine nor whoever uses it too: others are forgotten."""
+    return is_crash(reason) or any(text in reason for text in VERDICTS)
 
 
 def _take(study: _Study, step: str, config: Any, outcome: Outcome, *, alone: bool) -> None:
@@ -631,11 +648,10 @@ def _take(study: _Study, step: str, config: Any, outcome: Outcome, *, alone: boo
 def _trial(
     config: Any, state: TrialState, attributes: dict[str, Any], constraints: Mapping[str, float] | None = None
 ) -> FrozenTrial:
-    params = knob_values(config)
     return create_trial(
         state=state,
-        params=params,
-        distributions={name: distribution_of(name) for name in params},
+        params=knob_values(config),
+        distributions=distributions_of(config),
         user_attrs=attributes,
         constraints=dict(constraints) if constraints else None,
     )

@@ -21,8 +21,31 @@ from tuning.workers import GpuBusyError, gpu_alone
 
 # Seconds after which a job counts as hung: a candidate is timed in a fraction of one, a proof takes a few.
 DEADLINES = {"start": 180.0, "measure": 30.0, "compare": 60.0, "prove": 120.0}
+HANGS, DIED = "the kernel hangs", "the kernel crashed"
+# Of CUDA's errors those that the machine makes, or whoever uses it too.
+MACHINES = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "ECC",
+    "NVLink",
+    "MPS",
+    "no CUDA-capable device",
+    "lost",
+    "unavailable",
+)
 
-__all__ = ["Gpu", "MeasurementError", "Measurer", "StartError", "Timing", "describe_gpu", "gpu_fields", "gpu_present"]
+__all__ = [
+    "HANGS",
+    "Gpu",
+    "MeasurementError",
+    "Measurer",
+    "StartError",
+    "Timing",
+    "describe_gpu",
+    "gpu_fields",
+    "gpu_present",
+    "is_crash",
+]
 
 
 class MeasurementError(Exception):
@@ -132,7 +155,7 @@ class Measurer:
     def _receive(self) -> Any:
         """The answer to what was sent last."""
         assert self._pipe is not None
-        seconds, silence = DEADLINES[self._job], "it does not start" if self._job == "start" else "the kernel hangs"
+        seconds, silence = DEADLINES[self._job], "it does not start" if self._job == "start" else HANGS
         answer = None
         try:
             if not self._pipe.poll(max(0.0, self._sent + seconds - time.monotonic())):
@@ -141,7 +164,7 @@ class Measurer:
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             self.renew()
-            cause = "while it started" if self._job == "start" else "the kernel crashed"
+            cause = "while it started" if self._job == "start" else DIED
             raise MeasurementError(f"the measuring process died: {cause}") from None
         except KeyboardInterrupt:
             self.renew()  # its answer to this job must not be taken for the next one's
@@ -155,6 +178,12 @@ class Measurer:
         if answer.status != "ok":
             raise MeasurementError(answer.value)
         return answer.value
+
+
+def is_crash(reason: str) -> bool:
+    """Whether this says that a candidate ended the measuring process: whatever did, but for what the machine does."""
+    by_cuda = any(text in reason for text in device.STICKY) and not any(text in reason for text in MACHINES)
+    return by_cuda or HANGS in reason or DIED in reason
 
 
 def gpu_present() -> bool:

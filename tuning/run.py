@@ -36,7 +36,7 @@ from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, Probl
 from tuning.progress import SearchProgress
 from tuning.samplers import check_available
 from tuning.space import knob_values
-from tuning.storage import VARIABLE, Database, check_place, is_url, masked
+from tuning.storage import VARIABLE, Database, check_place, is_url, named
 from tuning.tuner import EFFORTS, Funnel, GpuJudge, Judge, ModelJudge, Tuner, Winner
 from tuning.workers import SESSION, chosen, run_all, without
 from tuning.workloads import Workload, parse
@@ -134,7 +134,7 @@ def _devices(options: argparse.Namespace) -> list[str]:
 def _store(options: argparse.Namespace, console: Console) -> Database | Path | None:
     """Where measurements are to be kept, a database opened before anything is started; None for the default place."""
     place = options.storage or os.environ.get(VARIABLE)
-    if options.storage and masked(options.storage) != options.storage:
+    if options.storage and named(options.storage) != options.storage:
         console.print(
             f"note: every user of this machine can read a password on a command line; {VARIABLE}, PGPASSWORD and "
             "~/.pgpass are not seen",

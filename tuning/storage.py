@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote, quote_plus, unquote
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
@@ -45,6 +45,7 @@ POSTGRES_ARGUMENTS = {
     "tcp_user_timeout": 20_000,
     "options": "-c lock_timeout=20s -c idle_in_transaction_session_timeout=60s",
 }
+SYNCED = (JournalOperation.CREATE_TRIAL, JournalOperation.SET_TRIAL_STATE_VALUES)
 _secrets: set[str] = set()
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -93,13 +94,23 @@ def open_store(place: str | Path, say: Callable[[str], None]) -> Store:
     return Database(str(place)) if is_url(place) else JournalFile(Path(place), say)
 
 
+def named(place: str | Path) -> str:
+    """A storage as it may be printed: passwords in its URL are known from here on."""
+    if is_url(place):
+        _remember_secrets(str(place))
+    return masked(str(place))
+
+
 def masked(text: str) -> str:
-    """A text without the passwords of URLs: of those that stand in it, and of those that were opened."""
-    text = re.sub(r"(://[^\s:/@]*):[^\s]*@", r"\1:***@", text)
-    text = re.sub(r"\b(\w*pass(word|wd)?=)[^\s&;]*", r"\1***", text, flags=re.IGNORECASE)
+    """A text without the passwords of URLs: of those that stand in it, and of those that were named before.
+
+    Of one that was not, nobody can tell where it ends in a text: all up to the line's last @, or to its end, is taken
+    for it.
+    """
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return text
+    text = re.sub(r"(pass(?:w\w*)?=)(?!\*\*\*)[^&\n]*", r"\1***", text, flags=re.IGNORECASE)
+    return re.sub(r"(://[^:/\n]*):(?!\*\*\*@).*@", r"\1:***@", text)
 
 
 # Databases
@@ -109,7 +120,7 @@ class Database:
     """A database by its URL, whose users give signs of life."""
 
     def __init__(self, url: str) -> None:
-        self.name, self.worker = masked(url), uuid.uuid4().hex
+        self.name, self.worker = named(url), uuid.uuid4().hex
         self.storage: Any = connected(url)
         self._runs = -1
         self._alive: set[str] = set()
@@ -156,7 +167,7 @@ class Database:
 
 def connected(url: str) -> BaseStorage:
     """A database, its tables made; the driver is given the password, and nobody else. StorageError where it cannot."""
-    name = masked(url)
+    name = named(url)
     bare, arguments = _arguments(url, name)
     for left in reversed(range(OPEN_TRIES)):
         reason = ""
@@ -195,9 +206,8 @@ def _arguments(url: str, name: str) -> tuple[str, dict[str, Any]]:
     from sqlalchemy.engine import make_url  # noqa: PLC0415 - takes 0.2 s, which a journal file need not pay
 
     authority = url.partition("://")[2]
-    if authority.count("@") > 1:
-        raise StorageError("a storage's URL holds more than one @: in a password, write it as %40")
-    _remember_secrets(authority)
+    if authority.count("@") > 1 or "@" in authority.partition("?")[2]:
+        raise StorageError("a storage's URL holds an @ that is not before its host: in a password, write it as %40")
     try:
         parsed = make_url(url)
     except Exception:  # noqa: BLE001 - may hold the URL
@@ -218,17 +228,22 @@ def _arguments(url: str, name: str) -> tuple[str, dict[str, Any]]:
     return bare.render_as_string(hide_password=False), arguments
 
 
-def _remember_secrets(authority: str) -> None:
-    """A password as it is written in a URL, whatever becomes of the URL."""
-    user, at, _ = authority.rpartition("@")
-    password = user.partition(":")[2]
-    if at and password:
-        _secrets.add(password)
+def _remember_secrets(url: str) -> None:
+    """A URL's passwords, as they are written and as they are meant, whatever becomes of the URL."""
+    given = re.findall(r"(?<=[?&])([^=&?]+)=(?=([^&]*))", url)
+    secrets = [value for name, value in given if value and "pass" in unquote(name).lower()]
+    for secret in secrets:  # or an @ in it would be taken for the one before the host
+        url = url.replace(secret, "")
+    authority = url.partition("://")[2]
+    if not authority.startswith("/"):  # as a file's path does
+        secrets.append(authority.rpartition("@")[0].partition(":")[2])
+    _secrets.update(form for secret in secrets for meant in (secret, unquote(secret)) for form in _forms(meant))
 
 
 def _forms(secret: str) -> set[str]:
-    """A password as it may stand in a text."""
-    return {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), repr(secret)[1:-1]} - {""}
+    """A password as it may stand in a text, or in a command's quotes."""
+    quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret), secret.replace("'", "'\"'\"'")}
+    return {secret, repr(secret)[1:-1], *quoted} - {""}
 
 
 class Pulse:
@@ -289,7 +304,9 @@ class JournalFile:
         return is_dead(self._path, worker)
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Let go of the lock, once all that was written is safe."""
+        with contextlib.suppress(OSError):  # a disk that is full or gone
+            _sync(self._path)
         self._alive.end()
 
 
@@ -311,22 +328,34 @@ def _open(path: Path, say: Callable[[str], None]) -> JournalStorage:
 class _Backend(JournalFileBackend):
     """Optuna's, which makes sure of every line; this one of those that must not be lost, and of all before them.
 
-    That is a new trial's line, written before its candidate is launched: if power is lost, so is at most what came of
-    the one before.
+    Those are where a trial begins and where it ends: one of which power that is lost leaves only the beginning would be
+    taken for what ended the machine.
     """
 
     def __init__(self, path: Path) -> None:
         self._held = _Lock(path)
         lock: Any = self._held  # Optuna asks for a class of its own
+        new = not path.exists()
         super().__init__(str(path), lock)
+        if new:
+            _sync(path.parent)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write whole lines at the file's end."""
         with self._held as file:
             file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
             file.flush()
-            if any(log["op_code"] == JournalOperation.CREATE_TRIAL for log in logs):
+            if any(log["op_code"] in SYNCED for log in logs):
                 os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Let what was written to a file, or what a folder holds, outlive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _cut(path: Path) -> tuple[int, int, Path]:
@@ -435,11 +464,11 @@ def alive_path(path: Path, name: str) -> Path:
 
 
 def is_dead(path: Path, name: str) -> bool:
-    """Whether the process that wrote this name into a journal has ended."""
+    """Whether the process that wrote this name into a journal has ended; others may look at the same time."""
     file = alive_path(path, name)
     try:
         with file.open("rb") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return True
     except BlockingIOError:

@@ -970,7 +970,7 @@ class _Task:
     def _code(self, config: Any) -> Any:
         """What makes a launch, of this search or another: the compiled code, where it is known, and its arguments."""
         needs = self.found.needs.get(config)
-        problem, same, _ = same_launch(self.problem, config, self.tuner.extra(self.problem))
+        problem, same = same_launch(self.problem, config)
         return (problem, needs, *launched(same)) if needs and needs.digest else (self.problem, config)
 
 
