@@ -194,7 +194,7 @@ def test_a_knob_may_have_what_its_own_kernel_allows_though_another_has_one_of_it
     @dataclass(frozen=True)
     class Other:
         BT: int
-        descriptors: int = optional_knob(3)
+        descriptors: int = optional_knob(3, zero="none")
 
     for config, most in ((FIRST, 1), (Other(16), 3)):
         known = journals.distributions_of(config)
