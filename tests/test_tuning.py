@@ -216,7 +216,7 @@ def test_what_fused_chunk_was_measured_with_is_not_measured_again_as_chunk() -> 
 
     whole = replace(PROBLEM, form="chunk")
     judge = Judge()
-    tuner = tune(judge, problems=[PROBLEM, whole], pool=Told())
+    tuner = tune(judge, problems=[PROBLEM, whole], pool=Told(), effort=Effort(20, 2, 5, 3))
     tiles = {(config.BT, config.BV, config.num_warps, config.num_stages, config.maxnreg, config.descriptors)
              for config in judge.timed if not hasattr(config, "L")}  # fmt: skip
     again = [config for config in judge.timed if getattr(config, "L", 0) >= PROBLEM.T]

@@ -91,26 +91,18 @@ def test_wheel_carries_the_license(wheel: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.network
-class TestInstalled:
-    """In an empty environment with the wheel and its requirements."""
+def test_operators_gen_and_tuning_run_from_the_installed_wheel(python: Path, tmp_path: Path) -> None:
+    """One test, because the environment takes long to make."""
+    run(python, tmp_path, "-W", "error", "-c", FIRST_CALL)
+    where = run(python, tmp_path, "-c", "import generated; print(generated.__file__)").strip()
+    assert Path(where).is_relative_to(python.parent.parent)
 
-    def test_an_operator_runs_forward_and_backward(self, python: Path, tmp_path: Path) -> None:
-        run(python, tmp_path, "-W", "error", "-c", FIRST_CALL)
+    assert "retention/chunk.py" in run(python, tmp_path, "-m", "gen", "list")
+    run(python, tmp_path, "-m", "gen", "build", "--check")
 
-    def test_it_is_the_installed_package_that_is_imported(self, python: Path, tmp_path: Path) -> None:
-        where = run(python, tmp_path, "-c", "import generated; print(generated.__file__)").strip()
-        assert Path(where).is_relative_to(python.parent.parent)
-
-    def test_gen_lists_and_checks_the_installed_output(self, python: Path, tmp_path: Path) -> None:
-        assert "retention/chunk.py" in run(python, tmp_path, "-m", "gen", "list")
-        run(python, tmp_path, "-m", "gen", "build", "--check")
-
-    def test_tuning_runs_and_writes_a_file(self, python: Path, tmp_path: Path) -> None:
-        out = tmp_path / "rules.yaml"
-        workload = ("--workload", "small", "--form", "fused_chunk")
-        run(python, tmp_path, "-m", "tuning", "run", "--budget", "20", *workload, "--out", str(out))
-        assert "retention_fused_chunk" in out.read_text(encoding="utf-8")
-        read = (
-            f"from generated.configuration import parse_file; from pathlib import Path; parse_file(Path({str(out)!r}))"
-        )
-        run(python, tmp_path, "-c", read)
+    out = tmp_path / "rules.yaml"
+    workload = ("--workload", "small", "--form", "fused_chunk")
+    run(python, tmp_path, "-m", "tuning", "run", "--budget", "20", *workload, "--out", str(out))
+    assert "retention_fused_chunk" in out.read_text(encoding="utf-8")
+    read = f"from generated.configuration import parse_file; from pathlib import Path; parse_file(Path({str(out)!r}))"
+    run(python, tmp_path, "-c", read)

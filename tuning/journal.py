@@ -313,6 +313,10 @@ class Journal:
         run.add(**attributes)
         return run
 
+    def sync(self) -> None:
+        """Let what was written outlive a loss of power: rules are to name nothing that is forgotten then."""
+        self._try(lambda storage: self._store.sync() if self._store else None, None)
+
     def close(self) -> None:
         """End the record; what this worker has not finished is another's to judge."""
         if self._store is not None:

@@ -45,7 +45,6 @@ POSTGRES_ARGUMENTS = {
     "tcp_user_timeout": 20_000,
     "options": "-c lock_timeout=20s -c idle_in_transaction_session_timeout=60s",
 }
-SYNCED = (JournalOperation.CREATE_TRIAL, JournalOperation.SET_TRIAL_STATE_VALUES)
 _secrets: set[str] = set()
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -70,6 +69,9 @@ class Store(Protocol):
 
     def is_dead(self, worker: str) -> bool:
         """Whether the process that wrote this name into the storage has ended."""
+
+    def sync(self) -> None:
+        """What was written outlives a loss of power from now on."""
 
     def close(self) -> None:
         """This process is no user any more."""
@@ -151,6 +153,9 @@ class Database:
         if worker not in self._alive:
             self._dead.add(worker)
         return worker in self._dead
+
+    def sync(self) -> None:
+        """A database sees to that itself."""
 
     def close(self) -> None:
         """Give no more signs of life."""
@@ -303,10 +308,14 @@ class JournalFile:
         """Whether nobody holds its lock."""
         return is_dead(self._path, worker)
 
+    def sync(self) -> None:
+        """Wait for the disk."""
+        _sync(self._path)
+
     def close(self) -> None:
         """Let go of the lock, once all that was written is safe."""
         with contextlib.suppress(OSError):  # a disk that is full or gone
-            _sync(self._path)
+            self.sync()
         self._alive.end()
 
 
@@ -328,8 +337,8 @@ def _open(path: Path, say: Callable[[str], None]) -> JournalStorage:
 class _Backend(JournalFileBackend):
     """Optuna's, which makes sure of every line; this one of those that must not be lost, and of all before them.
 
-    Those are where a trial begins and where it ends: one of which power that is lost leaves only the beginning would be
-    taken for what ended the machine.
+    That is a new trial's line, written before its candidate is launched: if power is lost, so is at most what came of
+    the one before. What came of the last is for `JournalFile.sync`: the GPU waits for every line that is made sure of.
     """
 
     def __init__(self, path: Path) -> None:
@@ -345,7 +354,7 @@ class _Backend(JournalFileBackend):
         with self._held as file:
             file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
             file.flush()
-            if any(log["op_code"] in SYNCED for log in logs):
+            if any(log["op_code"] == JournalOperation.CREATE_TRIAL for log in logs):
                 os.fsync(file.fileno())
 
 

@@ -359,6 +359,8 @@ class Tuner:
             with self._interruptible():
                 self._share()
         self.prove()
+        if self.journal:
+            self.journal.sync()
 
     def _share(self) -> None:
         """Put in front of each problem's ranking what others of the same kernel use too, where it is as good."""
