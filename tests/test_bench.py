@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -41,6 +40,17 @@ def row(
     return Row(variant=variant, speedups=list(speedups), extra_mib=32.0, errors=named, **places)
 
 
+class Replayed:
+    """Stands in for a CUDA graph, whose calls take 40 ms."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.times = lambda: [40.0]
+
+    @classmethod
+    def release(cls) -> None:
+        pass
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stand in for CUDA: every call is made and takes 60 ms; the numbers of calls that were asked for."""
@@ -57,8 +67,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(bench, "_extra_mib", lambda call: 1.0)
     monkeypatch.setattr(bench, "gpu_present", lambda: True)
     monkeypatch.setattr(bench, "describe_gpu", lambda: Gpu("Imagined GPU", "sm90", 132, 80, "1.2"))
-    monkeypatch.setattr(bench, "Replay", lambda call: SimpleNamespace(times=lambda: [40.0]))
-    monkeypatch.setattr(bench, "release", lambda: None)
+    monkeypatch.setattr(bench, "Replay", Replayed)
     return asked
 
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import statistics
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from generated.configuration import ConfigurationWarning, active_rules, defaults
 from tuning import bench_plots, plots
 from tuning.measurement import describe_gpu, gpu_present
 from tuning.oracle import gradients_reference, relative_error, retnet_rates, sweep_reference
-from tuning.peers import PEERS, Peer, find
+from tuning.peers import PEERS, Peer, find, in_a_line
 from tuning.proof import error_limit
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
@@ -166,7 +165,7 @@ def _measure(
         inputs = make_inputs(workload, DEVICE)
         expected = reference(*inputs)
     except RuntimeError as error:  # too large, or an earlier failure has broken the GPU's context
-        yield [Failure(workload.name, workload.shape, "every form", "", _in_a_line(error))]
+        yield [Failure(workload.name, workload.shape, "every form", "", in_a_line(error))]
         return
     for form in forms:
         own = generated.retention if form == "auto" else getattr(generated, f"{form}_retention")
@@ -182,7 +181,7 @@ def _measure(
         tuned, *others = contenders
         yield [tuned.row(workload, form), *(other.row(workload, form, tuned) for other in others)]
         del contenders, tuned, others  # and with them their graphs, before the memory of all is given back
-        release()
+        Replay.release()
 
 
 def make_inputs(workload: Workload, device: str) -> tuple[Tensor, ...]:
@@ -307,7 +306,7 @@ def race(contenders: list[Contender]) -> None:
                     warnings.simplefilter("ignore", ConfigurationWarning)
                     contender.turn() if number else contender.prepare()
             except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-                contender.failure = _in_a_line(error)
+                contender.failure = in_a_line(error)
 
 
 def _replay(call: Callable[[], object]) -> Replay | None:
@@ -317,11 +316,6 @@ def _replay(call: Callable[[], object]) -> Replay | None:
     except RuntimeError:  # it asks the GPU for something, or does what no graph can hold
         torch.cuda.synchronize()
         return None
-
-
-def release() -> None:
-    """Give back the memory of the graphs that are gone."""
-    Replay.release()
 
 
 def _extra_mib(call: Callable[[], object]) -> float:
@@ -335,10 +329,6 @@ def _extra_mib(call: Callable[[], object]) -> float:
 def _spread(times: list[float]) -> float:
     quartiles = statistics.quantiles(times, n=4)
     return quartiles[2] - quartiles[0]
-
-
-def _in_a_line(error: Exception) -> str:
-    return traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
 
 
 def line(row: Row | Failure) -> str:

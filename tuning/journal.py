@@ -292,8 +292,12 @@ class Journal:
         action: Callable[[list[Any]], list[Outcome]],
         *,
         step: str,
+        keep: bool = True,
     ) -> dict[Any, Outcome]:
-        """As `launch`, for a race; without those that may not be raced, and empty where fewer than two are left."""
+        """As `launch`, for a race; without those that may not be raced, and empty where fewer than two are left.
+
+        keep: unless a later run is to hold it again. It is written down while it lasts, in case it ends this process.
+        """
         while True:
             if known := self.raced(problem, extra, step):
                 return {config: outcome for config, outcome in known.items() if outcome.ms is not None}
@@ -303,7 +307,8 @@ class Journal:
             with self.racing(problem, fit, extra, step) as record:
                 if record is not None:
                     outcomes = action(fit)
-                    record(outcomes)
+                    if keep:
+                        record(outcomes)
                     return {c: outcome for c, outcome in zip(fit, outcomes, strict=True) if outcome.ms is not None}
             time.sleep(POLL_SECONDS)
 

@@ -6,6 +6,7 @@ PyTorch's attention computes something else, softmax and no decay, from the same
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +40,12 @@ def find(name: str) -> Peer:
     except ImportError:
         return Peer(name, "not installed")
     except Exception as error:  # noqa: BLE001 - whatever ails the peer, the run goes on
-        return Peer(name, f"does not import ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})")
+        return Peer(name, f"does not import ({in_a_line(error)})")
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error is and says, in its first line."""
+    return traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
 
 
 def _fla() -> Peer:

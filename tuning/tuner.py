@@ -400,19 +400,19 @@ class Tuner:
         So that the GPU can be kept busy from its first candidate on. What the others are going to begin with is
         guessed, unless other workers may be at them first.
         """
-        now, guesses = time.monotonic(), 0
+        now, guesses = time.monotonic(), list[Future[Compiled]]()
         guessed = set(waiting) if self.journal and self.journal.shared else set()
         while time.monotonic() < now + BUILD_UP * (self.deadline - now):
             if self._start(waiting, tasks):
                 tasks[-1].ask()
             elif self.pool.outstanding() >= self.pool.workers:
-                asked = sum(len(task.batch) for task in tasks) + guesses
+                asked = sum(len(task.batch) for task in tasks) + len(guesses)
                 self.progress(max(0, asked - self.pool.outstanding()), asked, tasks[-1].problem, "compiling", "")
                 time.sleep(POLL_SECONDS)
             elif problem := next((problem for problem in waiting if problem not in guessed), None):
                 guessed.add(problem)
                 likely = [problem.default(), *likely_first(problem, self.arch)[: self.effort.first]]
-                guesses += len([self.pool.submit(problem, config) for config in likely])
+                guesses += [self.pool.submit(problem, config) for config in likely]
             else:
                 return
 
@@ -595,26 +595,14 @@ class Tuner:
             return [Outcome(timing.ms, figures=timing.figures) for timing in timings]
 
         step = RACE if first else FRESH
-        if self.journal and not found.cut_short:
-            raced = self.journal.race(found.problem, configs, extra, rank, step=step)
+        if self.journal:
+            raced = self.journal.race(found.problem, configs, extra, rank, step=step, keep=not found.cut_short)
         else:
-            raced = self._race_for_now(found.problem, configs, rank, step)
-        timed = {config: outcome for config, outcome in raced.items() if outcome.ms is not None}
-        known = {c: Timing.recalled(o.ms or 0.0, o.figures) for c, o in timed.items() if c in found.timings}
+            raced = {c: outcome for c, outcome in zip(configs, rank(configs), strict=True) if outcome.ms is not None}
+        known = {c: Timing.recalled(o.ms or 0.0, o.figures) for c, o in raced.items() if c in found.timings}
         found.take(list(known), list(known.values()), first=first)
         self._rank(found, count)
         return len(known)
-
-    def _race_for_now(
-        self, problem: Problem, configs: list[Any], rank: Callable[[list[Any]], list[Outcome]], step: str
-    ) -> dict[Any, Outcome]:
-        """A race that a later run is to hold again: written down while it lasts, in case it ends this process."""
-        if self.journal is None:
-            return dict(zip(configs, rank(configs), strict=True))
-        barred = self.journal.barred(problem, self.extra(problem))
-        fit = [config for config in configs if config not in barred]
-        with self.journal.racing(problem, fit, self.extra(problem), step) as record:
-            return {} if record is None else dict(zip(fit, rank(fit), strict=True))
 
     def _shareable(self, found: Found) -> list[Any]:
         """What other shapes of the kernel use, and what seems as fast here: raced too, so that they may share it."""
