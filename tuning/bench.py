@@ -230,7 +230,7 @@ class Contender:
     ) -> None:
         self.variant, self.form, self.context, self.failure = variant, form, context, ""
         self._function, self._inputs, self._expected = function, inputs, expected
-        self._leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        self._leaves = self._new_leaves()
         self._calls: tuple[Callable[[], object], ...] = (self._forward, self._both)
         self._samples: list[int] = []  # of each call in a turn
         self._times: tuple[list[float], ...] = ([], [])
@@ -255,7 +255,8 @@ class Contender:
         estimates = [time_calls(call, 2)[1] for call in self._calls]
         self._samples = [max(1, min(50, int(BUDGET_MS / (ms + 0.05))) // ROUNDS) for ms in estimates]
         self._extra_mib = _extra_mib(self._both)
-        self._replays = [_replay(call) for call in self._calls]
+        # A graph is captured on a stream of its own, and autograd wants leaves to stay on the one that they came to first.
+        self._replays = [_replay(self._forward), _replay(lambda: self._both(self._new_leaves()))]
 
     def turn(self) -> None:
         """Time some calls of each kind, after one that finds the configurations again and fills the queue."""
@@ -288,9 +289,13 @@ class Contender:
             o: Tensor = self._function(*self._inputs[:3])[0]
         return o
 
-    def _both(self) -> tuple[Tensor, ...]:
-        o: Tensor = self._function(*self._leaves)[0]
-        return o, *torch.autograd.grad(o, self._leaves, self._inputs[3])
+    def _both(self, leaves: list[Tensor] | None = None) -> tuple[Tensor, ...]:
+        leaves = leaves or self._leaves
+        o: Tensor = self._function(*leaves)[0]
+        return o, *torch.autograd.grad(o, leaves, self._inputs[3])
+
+    def _new_leaves(self) -> list[Tensor]:
+        return [x.detach().requires_grad_() for x in self._inputs[:3]]
 
 
 def race(contenders: list[Contender]) -> None:
