@@ -22,6 +22,7 @@ import generated
 from generated import configuration
 from generated.configuration import ActiveRule, ConfigurationError, ConfigurationWarning, Gpu, parse_file, select_config
 from generated.configuration_file import optional_knob
+from generated.retention.fused_chunk import FusedChunkConfig
 
 ROOT = Path(generated.__file__).resolve().parent.parent
 H100 = Gpu("NVIDIA H100 80GB HBM3", "sm90")
@@ -950,7 +951,7 @@ def test_rule_that_is_written_is_used_by_the_next_process(tmp_path: Path) -> Non
         (tmp_path / "mine.yaml").write_text(real_document(BT))
         lines, errors = run_new_process(PRETEND, tmp_path)
         assert "mine.yaml" not in errors
-        assert lines == [f"FusedChunkConfig(BT={BT}, BV=32, num_warps=4, num_stages=3, maxnreg=0, descriptors=0)"] * 2
+        assert lines == [str(FusedChunkConfig(BT=BT, BV=32, num_warps=4, num_stages=3))] * 2
 
 
 @pytest.mark.parametrize(
@@ -979,11 +980,11 @@ def test_file_that_cannot_be_used_costs_the_next_process_one_warning(
 LAUNCHED = """
 import torch, generated
 from generated.retention import fused_chunk
-real = fused_chunk.output_launch
+real = fused_chunk.output_launches
 def launch(*arguments, **options):
     print(next(a for a in [*arguments, *options.values()] if isinstance(a, fused_chunk.FusedChunkConfig)))
     return real(*arguments, **options)
-fused_chunk.output_launch = launch
+fused_chunk.output_launches = launch
 torch.manual_seed(0)
 q, k, v = (torch.randn(8, 2048, 8, D, device="cuda", dtype=torch.bfloat16) for D in (256, 256, 512))
 o = generated.fused_chunk_retention(q, k, v)[0].float()
@@ -998,7 +999,9 @@ def test_operator_launches_with_the_rule_that_was_written(tmp_path: Path) -> Non
     gpu = Gpu(properties.name, f"sm{properties.major}{properties.minor}")
     (tmp_path / "mine.yaml").write_text(real_document(32).replace(H100.name, gpu.name).replace("sm90", gpu.arch))
     lines, _ = run_new_process(LAUNCHED, tmp_path)
-    assert lines == ["FusedChunkConfig(BT=32, BV=32, num_warps=4, num_stages=3, maxnreg=0, descriptors=0)"]
+    assert lines == [
+        "FusedChunkConfig(BT=32, BV=32, num_warps=4, num_stages=3, maxnreg=0, descriptors=0, transposed=0, scores=0)"
+    ]
 
 
 @pytest.mark.gpu

@@ -129,6 +129,7 @@ class Mutant(Problem):
     def run(self, inputs: tuple[torch.Tensor, ...], config: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
         given |= {"adjoint": False, "reverse": False} | options
+        given.pop("turned", None)
         return (mutant_module(self.path).fused_chunk_sweep(*inputs, self.K**-0.5, config=config, **given),)
 
 
@@ -145,7 +146,7 @@ def mutant_module(path: str) -> Any:
 
 
 OUTPUT, MASK = "o + i_r * H * V + p_v", "mask=m_t[:, None] & m_v[None, :]"
-UPDATE = "b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)"
+UPDATE = "b_h = product(tl.trans(b_k), b_v, b_h, TRANSPOSED, PRECISION)"
 ADDED = ("(b_o * scale)", f"(b_o * scale + tl.load({OUTPUT}, {MASK}, other=0.0).to(tl.float32))")
 # What is wrong: what stands in the text and what instead, as often as needed, and what the proof says.
 MUTANTS: dict[str, tuple[list[tuple[str, str]], str]] = {

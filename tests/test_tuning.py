@@ -783,8 +783,8 @@ def test_candidates_of_equal_code_and_launch_are_measured_once() -> None:
     judge = Judge(lambda config: 1.0 + config.BT / config.BV)
     pool = Pool(needs=lambda problem, config, variant: replace(NEEDS, digest=f"{config.BT} {config.BV}"))
     tuner = tune(judge, pool=pool)
-    tiles = [(config.BT, config.BV) for config in judge.timed]
-    assert len(tiles) == len(set(tiles))
+    launches = [(config.BT, config.BV, config.scores) for config in judge.timed]
+    assert len(launches) == len(set(launches))
     assert tuner.funnel.same_code > 0
     assert tuner.funnel.timed == len(judge.timed)
 

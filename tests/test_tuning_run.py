@@ -19,7 +19,7 @@ import torch
 from generated import configuration
 from generated.configuration_file import File, Rule, parse_file
 from generated.retention import fused_chunk
-from generated.tiles import TILES
+from generated.tiles import PRODUCTS
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem
@@ -29,8 +29,8 @@ WORKLOAD = "B=2,T=128,H=2,K=16,V=16"
 PROBLEM = Problem("fused_chunk", "bfloat16", 2, 128, 2, 16, 16)
 # What `--form fused_chunk` tunes, and the kernels: K is V.
 KERNELS = {
-    PROBLEM: fused_chunk.fused_chunk_kernel,
-    replace(PROBLEM, form=GRADIENTS): fused_chunk.fused_chunk_gradients_kernel,
+    PROBLEM: (fused_chunk.chunk_scores_kernel, fused_chunk.fused_chunk_kernel),
+    replace(PROBLEM, form=GRADIENTS): (fused_chunk.fused_chunk_gradients_kernel,),
 }
 
 every_problem = pytest.mark.parametrize("problem", KERNELS, ids=lambda problem: problem.form)
@@ -75,7 +75,7 @@ def only_rule(file: File, problem: Problem) -> Rule:
 def check_resources(problem: Problem, config: Any, arch: str) -> None:
     pool = CompilePool(arch, 1)
     try:
-        for variant in problem.variants():
+        for variant in problem.variants(config):
             needs = pool.result(problem, config, variant=variant)
             assert isinstance(needs, Resources), needs
             assert needs.shared <= ARCHS[arch].shared
@@ -91,11 +91,11 @@ def test_rule_is_modelled_and_its_kernel_fits_and_does_not_spill(modelled: tuple
     assert (file.device.arch, file.device.name, rule.proof) == ("sm90", None, "modelled")
     assert rule.figures["spills"] == 0
     assert 0 < rule.figures["ms"] <= rule.figures["default_ms"]
-    assert file.kernels[problem.kernel].source == configuration.source_hash(KERNELS[problem], *TILES)
+    assert file.kernels[problem.kernel].source == configuration.source_hash(*KERNELS[problem], *PRODUCTS)
     assert rule.when.matches("bfloat16", K=16, V=16, BH=4, T=128)
     assert not rule.when.matches("float16", K=16, V=16, BH=4, T=128)
     assert not rule.when.matches("bfloat16", K=17, V=16, BH=4, T=128)
-    check_resources(problem, fused_chunk.FusedChunkConfig(**rule.use), "sm90")
+    check_resources(problem, FORMS[problem.form].config_type(**rule.use), "sm90")
     assert "modelling sm90" in output
     assert "2 searches for 1 workload" in output
     assert "wrote 2 rules to" in output
@@ -144,11 +144,13 @@ def pretended_gpu(modelled: tuple[File, str], monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.filterwarnings("ignore::generated.configuration.ConfigurationWarning")
 @pytest.mark.usefixtures("pretended_gpu")
 def test_written_rule_is_what_the_launcher_asks_for(modelled: tuple[File, str], problem: Problem) -> None:
-    def chosen(T: int) -> fused_chunk.FusedChunkConfig | None:
-        shape = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "K": 16, "V": 16, "BH": 4, "T": T}
-        return configuration.select_config(problem.kernel, fused_chunk.FusedChunkConfig, None, **shape)
+    config_type = FORMS[problem.form].config_type
 
-    assert chosen(128) == fused_chunk.FusedChunkConfig(**only_rule(modelled[0], problem).use)
+    def chosen(T: int) -> Any:
+        shape = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "K": 16, "V": 16, "BH": 4, "T": T}
+        return configuration.select_config(problem.kernel, config_type, None, **shape)
+
+    assert chosen(128) == config_type(**only_rule(modelled[0], problem).use)
     assert chosen(128 * 100) is None
 
 

@@ -255,7 +255,7 @@ class Contender:
         estimates = [time_calls(call, 2)[1] for call in self._calls]
         self._samples = [max(1, min(50, int(BUDGET_MS / (ms + 0.05))) // ROUNDS) for ms in estimates]
         self._extra_mib = _extra_mib(self._both)
-        # A graph is captured on a stream of its own, and autograd wants leaves to stay on the one that they came to first.
+        # A graph is captured on a stream of its own, and autograd wants leaves to stay on the first that they came to.
         self._replays = [_replay(self._forward), _replay(lambda: self._both(self._new_leaves()))]
 
     def turn(self) -> None:

@@ -203,7 +203,7 @@ def launches_of(place: Place) -> list[Launch]:
     for point, figures in (rules.points_of(place.rule) or {farthest: place.rule.figures}).items():
         problem = problem_at(place.kernel, point.dtype, point.K, point.V, point.BH, point.T)
         config = config_type(**place.rule.use)
-        for variant in problem.variants():
+        for variant in problem.variants(config):
             key = compile_key(problem, config), variant
             found.setdefault(key, Launch(place, problem, config, variant, figures))
     return list(found.values())

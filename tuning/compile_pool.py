@@ -176,7 +176,7 @@ def _compile(
     problem: Problem, config: Any, arch: str, variant: str, extra: Mapping[str, Any], seconds: int
 ) -> Compiled:
     before = _core_seconds()
-    needs = _needs(problem, config, arch, {**problem.variants()[variant], **extra}, seconds)
+    needs = _needs(problem, config, arch, {**problem.variants(config)[variant], **extra}, seconds)
     return Compiled(needs, _core_seconds() - before)
 
 

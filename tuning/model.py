@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from generated.retention import fused_chunk
 from tuning.compilation import Arch, Resources
 from tuning.problems import GRADIENTS, Problem
 
@@ -68,12 +69,12 @@ def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None =
         resident * work.bytes * rates.sms / (2 * rates.bytes_per_ms),
         work.latency,
     )
-    launches = 2 if problem.form == "chunk" and config.L < problem.T else 1
+    launches = 1 + (problem.form == "chunk" and config.L < problem.T) + getattr(config, "scores", 0)
     spilled = 1 + needs.spills / 256  # every spilled word goes through memory and back
     return (
         spilled * waves * work.steps * step
         + launches * LAUNCH_MS
-        + _states_traffic(problem, config) / rates.bytes_per_ms
+        + (_states_traffic(problem, config) + _scores_traffic(problem, config)) / rates.bytes_per_ms
     )
 
 
@@ -101,8 +102,11 @@ def _work(problem: Problem, config: Any) -> Work:
     length = min(T, getattr(config, "L", T))
     sweeps = 3 if problem.form == GRADIENTS else 1
     programs = sweeps * _blocks(V, config.BV) * _blocks(T, length) * rows
-    flops = 2.0 * config.BT * (config.BT * (K + config.BV) + 2 * K * config.BV)
-    return Work(programs, length / config.BT, flops, size * config.BT * (2 * K + 2 * config.BV), 1.5 * hidden)
+    BK = fused_chunk.state_rows(K, config)
+    scored = config.BV if getattr(config, "scores", 0) else BK + config.BV
+    flops = 2.0 * config.BT * (config.BT * scored + 2 * BK * config.BV)
+    parts = _blocks(K, BK)  # launches one after the other
+    return Work(programs, parts * length / config.BT, flops, size * config.BT * (2 * BK + 2 * config.BV), 1.5 * hidden)
 
 
 def _states_traffic(problem: Problem, config: Any) -> float:
@@ -112,6 +116,14 @@ def _states_traffic(problem: Problem, config: Any) -> float:
     rows, size = problem.B * problem.H, problem.torch_dtype.itemsize
     stored = rows * (problem.T / config.L) * problem.K * problem.V * size
     return float(2 * stored + rows * problem.T * (problem.K + problem.V) * size)
+
+
+def _scores_traffic(problem: Problem, config: Any) -> float:
+    """Bytes of q and k, read again for the chunks' scores, and of these, written once and read by each block of v."""
+    if not getattr(config, "scores", 0):
+        return 0.0
+    stored = config.BT * (1 + _blocks(problem.V, config.BV))
+    return float(problem.B * problem.H * problem.T * (2 * problem.K + stored) * problem.torch_dtype.itemsize)
 
 
 def _blocks(size: int, block: int) -> int:

@@ -94,7 +94,7 @@ def _wait_for_best(tuner: Tuner) -> None:
         (problem, config, variant)
         for problem, found in tuner.found.items()
         for config in dict.fromkeys([found.default, *found.incumbents, *_best(tuner, problem)])
-        for variant in problem.variants()
+        for variant in problem.variants(config)
     ]
     wanted += [(problem, config, PLAIN) for problem in tuner.found for config in _borrowed(tuner, problem)]
     for problem, config, variant in wanted:

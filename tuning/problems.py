@@ -51,7 +51,9 @@ def _fused_chunk_gradients(
 
 FORMS = {
     "fused_chunk": Form(fused_chunk.FusedChunkConfig, fused_chunk.default_config, fused_chunk.fused_chunk_sweep),
-    "fused_chunk_gradients": Form(fused_chunk.FusedChunkConfig, fused_chunk.default_config, _fused_chunk_gradients),
+    "fused_chunk_gradients": Form(
+        fused_chunk.FusedChunkGradientsConfig, fused_chunk.default_gradients_config, _fused_chunk_gradients
+    ),
     "chunk_states": Form(chunk.ChunkStatesConfig, chunk.default_states_config, _chunk_states_sweep),
     "chunk": Form(chunk.ChunkConfig, chunk.default_config, chunk.chunk_sweep),
     "parallel": Form(parallel.ParallelConfig, parallel.default_config, parallel.parallel_sweep),
@@ -124,8 +126,8 @@ class Problem:
             return None
         return Workload("", self.B, self.T, self.H, self.K, self.V, self.dtype).floor_ms(backward=False)
 
-    def variants(self) -> dict[str, dict[str, Any]]:
-        """The launches that compile to kernels of their own, by name: options of `run`, of shapes only."""
+    def variants(self, config: Any) -> dict[str, dict[str, Any]]:
+        """The launches with a configuration that compile to kernels of their own: options of `run`, of shapes only."""
         shape, states = (self.B, self.H, self.K, self.V), {}
         if self.form in WITH_STATES:
             states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
@@ -135,13 +137,21 @@ class Problem:
         if self.form != "chunk_states":
             offsets = torch.empty(self.B + 1, dtype=torch.int64, device="meta")
             found["packed"] = {"cu_seqlens": offsets, "adjoint": bool(states), **states}
+        if getattr(config, "scores", 0):
+            found["turned"] = {"reverse": True, "turned": True}
         return found
 
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
-        """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results."""
+        """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results.
+
+        `turned`: if it reads scores, those of the other direction, as the gradient of k does.
+        """
         given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
-        given |= {"adjoint": False, "reverse": False} | options
-        results = FORMS[self.form].run(*inputs, self.K**-0.5, config=config, **given)
+        given |= {"adjoint": False, "reverse": False, "config": config} | options
+        if given.pop("turned", False):
+            q, k, _, g_gamma = inputs
+            given |= fused_chunk.shared_scores(k, q, g_gamma, config, cu_seqlens=None, reverse=False)
+        results = FORMS[self.form].run(*inputs, self.K**-0.5, **given)
         return results if isinstance(results, tuple) else (results,)
 
 

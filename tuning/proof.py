@@ -44,6 +44,7 @@ class Draw:
     states: bool = False
     reverse: bool = False
     adjoint: bool = False
+    turned: bool = False
 
 
 def draws(problem: Problem, config: Any) -> list[Draw]:
@@ -58,6 +59,8 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         Draw("large numbers", (TOKENS,), log2_size=size),
         Draw("tiny numbers", (TOKENS,), log2_size=-size),
     ]
+    if getattr(config, "scores", 0):  # of whole chunks, the gradient of k reads those of q's
+        found.append(Draw("scores turned", (tokens // config.BT * config.BT,), reverse=True, turned=True))
     states = problem.form in WITH_STATES
     if states:
         found.append(Draw("states", (tokens,), states=True, steady=True))
@@ -141,7 +144,7 @@ def guarded_runs(
 
 def _examine(problem: Problem, config: Any, extra: dict[str, Any], draw: Draw, generator: torch.Generator) -> float:
     inputs, offsets, initial = _inputs(problem, draw, generator)
-    order = {"cu_seqlens": offsets, "reverse": draw.reverse, "adjoint": draw.adjoint, **extra}
+    order = {"cu_seqlens": offsets, "reverse": draw.reverse, "adjoint": draw.adjoint, "turned": draw.turned, **extra}
     once, again = guarded_runs(problem, config, inputs, [order, order], initial=initial)
     limits = [ERROR_LIMITS[problem.dtype]] * len(once)
     if draw.steady:

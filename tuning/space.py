@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from generated.launch import ALIGNMENT, padded
+from generated.retention.fused_chunk import WIDEST_PART
 from tuning.compilation import Arch, Resources
 from tuning.known_bad import known_bad
 
@@ -84,13 +85,28 @@ def _operands(place: Place, rows: int, config: Any) -> int:
 # the byte, by descriptors but for the few bytes of their barriers. For others an estimate, which SLACK is for.
 
 
+def _state_rows(K: int, c: Any) -> int:
+    return min(K, WIDEST_PART) if getattr(c, "transposed", 0) else K
+
+
 def _sweep_registers(K: int, c: Any) -> float:
-    return float((1.5 * K * c.BV + c.BT * c.BV + c.BT * c.BT + (0 if c.BT >= 64 else K * c.BT)) / (32 * c.num_warps))
+    made = 0 if getattr(c, "scores", 0) else c.BT * c.BT
+    if getattr(c, "transposed", 0):
+        held = 1.5 * _state_rows(K, c) * c.BV + 2 * c.BT * c.BV + 4 * made
+    else:
+        held = 1.5 * K * c.BV + c.BT * c.BV + made + (0 if c.BT >= 64 else K * c.BT)
+    return float(held / (32 * c.num_warps))
 
 
 def _sweep_shared(place: Place, c: Any) -> int:
+    if getattr(c, "transposed", 0):  # the state stays in registers; all tiles are operands
+        held = _state_rows(place.width, c)
+        rows = 2 * held + c.BV + (c.BT if getattr(c, "scores", 0) and c.num_stages > 1 else 0)
+        sums = c.BT * c.BV if held < place.width else 0
+        return int(c.BT * rows * c.num_stages + sums)
     rows = 2 * c.BT * place.width * _operands(place, c.BT, c)  # of q and k
-    return int(rows + c.BT * c.BV * _ahead(c) + place.width * c.BV)
+    scores = c.BT * c.BT * _operands(place, c.BT, c) if getattr(c, "scores", 0) else 0
+    return int(rows + scores + c.BT * c.BV * _ahead(c) + place.width * c.BV)
 
 
 def _states_registers(K: int, c: Any) -> float:
@@ -231,9 +247,39 @@ class Warps(Powers):
     in_the_code = True
 
 
+class Transposed(Knob):
+    """Whether the products have the state on their left.
+
+    It then stays in registers, where an architecture can multiply from there what a group of four warps holds whole: 64
+    columns. Elsewhere, and for float32, nothing is gained.
+    """
+
+    name = "transposed"
+    in_the_code = True
+    ARCHS = ("sm90",)
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """Not, and so where it may gain."""
+        possible = place.arch.name in self.ARCHS and place.itemsize == 2
+        return (0, 1) if possible and 16 * chosen.num_warps <= chosen.BV else (0,)
+
+
+class Scores(Knob):
+    """Whether the chunks' scores are made by a launch before, or by the sweep."""
+
+    name = "scores"
+    FEWEST, MOST = 32, 64  # tokens a chunk: of those that the sweep multiplies itself, and of those that are stored
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """With the state transposed: of very few rows always by a launch, of many never."""
+        if not chosen.transposed or chosen.BT > self.MOST:
+            return (0,)
+        return (0, 1) if chosen.BT >= self.FEWEST else (1,)
+
+
 @dataclass(frozen=True)
 class Stages(Knob):
-    """Steps whose loads are in flight at once."""
+    """Steps whose loads are in flight at once; one more where the state leaves shared memory to them."""
 
     most: int
     name = "num_stages"
@@ -241,7 +287,7 @@ class Stages(Knob):
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """From one, no load ahead, on."""
-        return range(1, self.most + 1)
+        return range(1, self.most + 1 + getattr(chosen, "transposed", 0))
 
 
 @dataclass(frozen=True)
@@ -255,7 +301,12 @@ class RegisterLimit(Knob):
     LEAST_SHARE = 0.6  # of what is needed: with less, spills cost more than company gains
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
-        """None, and those with which one more program fits than without, by the estimates."""
+        """None, and those with which one more program fits than without, by the estimates.
+
+        A state that lies in registers leaves nothing to save.
+        """
+        if getattr(chosen, "transposed", 0):
+            return [0]
         free = self.needs.estimate(place, chosen)
         held, values = free.blocks_per_sm(place.arch), [0]
         for limit in self.LIMITS:
@@ -333,13 +384,12 @@ def _nested(knobs: tuple[Knob, ...], place: Place, chosen: dict[str, int]) -> It
         yield from _nested(knobs[1:], place, {**chosen, knobs[0].name: value})
 
 
-FUSED = Space((BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP), Descriptors()), SWEEP)
+TILES = (BT(16, 128), BV(16, 128), Warps(4, 8), Transposed())
+LAUNCH = (Stages(3), RegisterLimit(SWEEP), Descriptors())
 SPACES = {
-    "fused_chunk": FUSED,
-    "fused_chunk_gradients": FUSED,
-    "chunk": Space(
-        (L(128, LONGEST), BT(16, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(SWEEP), Descriptors()), SWEEP
-    ),
+    "fused_chunk": Space((*TILES, Scores(), *LAUNCH), SWEEP),
+    "fused_chunk_gradients": Space((*TILES, *LAUNCH), SWEEP),
+    "chunk": Space((L(128, LONGEST), *TILES, Scores(), *LAUNCH), SWEEP),
     "chunk_states": Space(
         (BT(32, 128), BK(32, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(STATES), Descriptors()), STATES
     ),

@@ -515,7 +515,7 @@ class Tuner:
     def _compile_variants(self, winner: Winner) -> list[Future[Compiled]]:
         """Let the compiler have what a proof launches: the process with the GPU then only loads it."""
         problem, config, extra = winner.problem, winner.config, self._expected_extra(winner.problem)
-        return [self.pool.submit(problem, config, variant=variant, extra=extra) for variant in problem.variants()]
+        return [self.pool.submit(problem, config, variant=variant, extra=extra) for variant in problem.variants(config)]
 
     def _wait(self, tasks: list[_Task]) -> None:
         """Until something more is compiled, or another worker may have ended what is waited for."""
@@ -710,7 +710,7 @@ class Tuner:
     def _unfit(self, winner: Winner) -> str | None:
         """Why a variant of the launch can't run."""
         problem, config, extra = winner.problem, winner.config, self._final_extra(winner.problem)
-        for variant in problem.variants():
+        for variant in problem.variants(config):
             needs = self.pool.result(problem, config, variant=variant, extra=extra)
             if isinstance(needs, str):
                 return f"{variant}: {needs}"

@@ -139,7 +139,14 @@ def test_any_chunk_size_gives_the_same_results(
 
 
 @pytest.mark.forms("chunk")
-@pytest.mark.parametrize("tiles", [{"L": 64, "BT": 16, "BV": 16}, {"L": 32, "BT": 32, "BV": 64, "descriptors": 1}])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        {"L": 64, "BT": 16, "BV": 16},
+        {"L": 32, "BT": 32, "BV": 64, "descriptors": 1},
+        {"L": 32, "BT": 16, "BV": 32, "transposed": 1, "scores": 1},
+    ],
+)
 def test_other_tiles_of_chunk_are_right(
     function: Function, tiles: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +159,17 @@ def test_other_tiles_of_chunk_are_right(
 
 
 @pytest.mark.forms("fused_chunk")
-@pytest.mark.parametrize("tiles", [{"BT": 16, "BV": 16}, {"BT": 128, "BV": 64}, {"BT": 16, "BV": 32, "descriptors": 1}])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        {"BT": 16, "BV": 16},
+        {"BT": 128, "BV": 64},
+        {"BT": 16, "BV": 32, "descriptors": 1},
+        {"BT": 32, "BV": 64, "transposed": 1},
+        {"BT": 16, "BV": 32, "transposed": 1, "scores": 1, "descriptors": 1},
+        {"BT": 32, "BV": 32, "scores": 1},
+    ],
+)
 def test_other_tiles_of_fused_chunk_are_right(
     function: Function, tiles: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +178,31 @@ def test_other_tiles_of_fused_chunk_are_right(
     monkeypatch.setattr(fused_chunk, "choose_config", lambda *_: config)
     check(function, make_problem(1, 100, 1, 40, 36))
     check(function, make_problem(1, 100, 2, 36, 36, lengths=[33, 1, 66], states=False))
+
+
+@pytest.mark.forms("chunk", "fused_chunk", "auto")
+@pytest.mark.parametrize("lengths", [None, [33, 1, 30]])
+@pytest.mark.parametrize(("T", "K", "V"), [(64, 24, 40), (60, 24, 40), (64, 24, 24)])
+def test_scores_may_be_read_and_a_wide_k_taken_in_parts(
+    function: Function, T: int, K: int, V: int, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused_chunk = importlib.import_module("generated.retention.fused_chunk")
+    chunk = importlib.import_module("generated.retention.chunk")
+    made = []
+    monkeypatch.setattr(fused_chunk, "WIDEST_PART", 16)
+    monkeypatch.setattr(fused_chunk, "share_a_launch", lambda *_: False)
+    for module in (fused_chunk, chunk):
+        make = module.make_scores
+        monkeypatch.setattr(module, "make_scores", lambda *args, make=make: made.append(1) or make(*args))
+    tiles = {"BT": 16, "BV": 32, "num_warps": 4, "num_stages": 1, "transposed": 1, "scores": 1}
+    configs = {"chunk": chunk.ChunkConfig(L=32, **tiles), "fused_chunk": fused_chunk.FusedChunkConfig(**tiles)}
+    for name, config in configs.items():
+        monkeypatch.setattr(
+            importlib.import_module(f"generated.retention.{name}"), "default_config", lambda *_, c=config: c
+        )
+    check(function, make_problem(1, sum(lengths) if lengths else T, 2, K, V, lengths=lengths))
+    # The outputs', one for dq and, of whole chunks, for dk, and dv's.
+    assert len(made) == (3 if T % 16 == 0 and lengths is None else 4)
 
 
 @pytest.mark.forms("fused_recurrent")

@@ -42,7 +42,8 @@ EXTRA = {"chunk": {"states_config": KERNELS["chunk_states"][2]}}
 PARTS = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk")}
 STORE = "(b_o * scale).to(b_v.dtype)"
 MASKED = "b_o, mask=m_t[:, None] & m_v[None, :])"
-UPDATE = "b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)"
+OUTPUTS_MASK = "m_o = m_t[:, None] & m_v[None, :]"
+UPDATE = "b_h = product(tl.trans(b_k), b_v, b_h, TRANSPOSED, PRECISION)"
 START = "b_h = tl.zeros([BK, BV], dtype=tl.float32)"
 LOADED = "b_h += tl.load(p_h0, mask=m_h, other=0.0).to(tl.float32)"
 OUTPUT = "o += (bos * H + i_h) * V + i_v * BV"
@@ -65,7 +66,7 @@ FAULTS = {
     "missing scale": (STORE, STORE.replace(" * scale", ""), WRONG),
     "wrong factor of dh0": ("b_h *= scale", "b_h *= 1.0", WRONG),
     "wrong factor of dht": ("b_h /= scale", "b_h /= 1.0", WRONG),
-    "last chunk stored without a mask": (MASKED, MASKED.replace("m_t[:, None] & ", ""), ""),
+    "last chunk stored without a mask": (OUTPUTS_MASK, OUTPUTS_MASK.replace("m_t[:, None] & ", ""), ""),
     "rows of the batch taken for one": (
         "(i_nh // H).to(tl.int64)",
         "(i_nh // H * 0).to(tl.int64)",
@@ -99,6 +100,15 @@ GRADIENTS_FAULTS = {
         WRONG,
     ),
     "last chunk stored without a mask": (MASKED, MASKED.replace("m_t[:, None] & ", ""), ""),
+}
+SCORED_FAULTS = {
+    "scores as the other direction has them": (
+        "product(tl.trans(b_s), b_v",
+        "product(b_s, b_v",
+        "scores turned: " + WRONG,
+    ),
+    "scores of the chunk before": ("load_tile(scores, i_t *", "load_tile(scores, tl.maximum(i_t - 1, 0) *", WRONG),
+    "sum of one part of K left out": ("b_o += b_p", "b_o += 0.0", WRONG),
 }
 STATES_FAULTS = {
     "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
@@ -220,6 +230,22 @@ def test_every_fault_is_found(form: str, finds: Callable[..., None], fault: str)
 @pytest.mark.parametrize("fault", GRADIENTS_FAULTS)
 def test_every_fault_of_gradients_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
     finds(GRADIENTS, *GRADIENTS_FAULTS[fault])
+
+
+@pytest.mark.forms("fused_chunk")
+@pytest.mark.parametrize("fault", [*SCORED_FAULTS, None])
+def test_every_fault_of_scores_that_are_read_is_found(
+    form: str, plant: Plant, either_order: None, fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(form, *(SCORED_FAULTS[fault][:2] if fault else ("b_h *= b_dh", "b_h = b_h * b_dh")))
+    monkeypatch.setattr(problems.fused_chunk, "WIDEST_PART", 16)
+    monkeypatch.setattr(proof, "TOKENS", 40)
+    problem, config = replace(SMALL, K=24), replace(CONFIG, BT=16, transposed=1, scores=1)
+    if fault is None:
+        assert 0 < proof.prove(problem, config, {}, "cpu") < proof.ERROR_LIMITS["float16"]
+        return
+    with pytest.raises(ArithmeticError, match=SCORED_FAULTS[fault][2]):
+        proof.prove(problem, config, {}, "cpu")
 
 
 @pytest.mark.forms("chunk")
