@@ -128,15 +128,28 @@ def test_tuner_killed_in_its_last_steps_measures_nothing_again(machine: Machine,
     code, output = machine.tune()
     assert code == 0, output
     assert machine.launches() == before
-    assert len(machine.used()) > 0
+    assert machine.used() == knob_values(BEST)
 
 
-def test_what_killed_the_tuner_while_it_was_proven_is_not_proven_again(machine: Machine) -> None:
-    fatal = line("prove", BEST)
-    assert machine.tune(faults={fatal: "kill tuner"})[0] == -signal.SIGKILL
+@pytest.mark.parametrize(("job", "kills"), [("compare", 1), ("compare", 2), ("prove", 1)])
+def test_a_rule_in_use_stays_whatever_kills_the_tuners_after_it(machine: Machine, job: str, kills: int) -> None:
     assert machine.tune()[0] == 0
-    assert machine.launches("prove")[fatal] == 1
-    assert machine.used() != knob_values(BEST)
+    assert machine.used() == knob_values(BEST)
+    for _ in range(kills):
+        assert machine.tune("--form", "fused_chunk", "--fresh", faults={job: "kill tuner"})[0] == -signal.SIGKILL
+    code, output = machine.tune("--form", "fused_chunk", "--effort", "full")
+    assert code == 0, output
+    assert machine.used() == knob_values(BEST)
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_what_a_tuner_was_killed_at_while_it_was_proven_is_proven_once_more(machine: Machine, kills: int) -> None:
+    fatal = line("prove", BEST)
+    for _ in range(kills):
+        assert machine.tune(faults={fatal: "kill tuner"})[0] == -signal.SIGKILL
+    assert machine.tune()[0] == 0
+    assert machine.launches("prove")[fatal] == 2
+    assert (machine.used() == knob_values(BEST)) == (kills == 1)
 
 
 def test_killed_measuring_process_costs_its_candidate_alone(machine: Machine) -> None:

@@ -279,6 +279,7 @@ def test_a_tuner_that_is_killed_again_and_again_loses_one_point_each_time(path: 
     ]
 
 
+@pytest.mark.usefixtures("started_again")
 def test_fresh_forgets_no_suspect_and_bars_from_races_whom_it_barred_before(path: Path) -> None:
     process = forkserver.context().Process(target=measure_and_die, args=(path,))
     process.start()
@@ -288,6 +289,12 @@ def test_fresh_forgets_no_suspect_and_bars_from_races_whom_it_barred_before(path
         assert journal.outcomes(PROBLEM, {}) == {SECOND: Outcome(None, SUSPECT)}
         assert journal.claim(PROBLEM, SECOND, {}) is None
         assert journal.barred(PROBLEM, {}) == {FIRST, THIRD}
+
+
+@pytest.fixture
+def started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is not as it was when other processes' runs began: it may have gone down with them."""
+    monkeypatch.setattr(journals, "boot_id", lambda: "another")
 
 
 def measure_and_die(path: Path) -> None:
@@ -443,6 +450,7 @@ def test_a_search_that_a_deadline_cut_short_goes_on_in_the_next_run(path: Path) 
     assert len(judge.timed) + again.funnel.remembered == len(candidates())
 
 
+@pytest.mark.usefixtures("started_again")
 def test_a_deadline_does_not_race_again_what_killed_a_race(path: Path) -> None:
     process = forkserver.context().Process(target=race_and_die, args=(path,))
     process.start()
@@ -466,6 +474,7 @@ def test_a_deadline_does_not_race_again_what_killed_a_race(path: Path) -> None:
     assert barred.isdisjoint(raced)
 
 
+@pytest.mark.usefixtures("started_again")
 def test_a_race_that_killed_another_worker_is_not_held_again_by_one_that_waited_for_it(path: Path) -> None:
     waiting = open_journal(path)
     assert waiting.barred(PROBLEM, {}) == set()
@@ -473,6 +482,14 @@ def test_a_race_that_killed_another_worker_is_not_held_again_by_one_that_waited_
     process.start()
     process.join(60)
     assert waiting.race(PROBLEM, [FIRST, SECOND], {}, lambda configs: pytest.fail("launched"), step=RACE) == {}
+
+
+def test_a_race_whose_tuner_was_killed_is_held_again_once_where_the_machine_has_lived_on(path: Path) -> None:
+    for barred in (set(), {FIRST, SECOND}):
+        process = forkserver.context().Process(target=race_and_die, args=(path,))
+        process.start()
+        process.join(60)
+        assert open_journal(path).barred(PROBLEM, {}) == open_journal(path, fresh=True).barred(PROBLEM, {}) == barred
 
 
 def race_and_die(path: Path) -> None:
@@ -607,6 +624,22 @@ def test_of_a_damaged_file_what_lies_before_the_damage_is_kept_and_nothing_is_ta
     assert len(said) == 1
     assert str(aside) in said[0]
     assert open_journal(path).outcomes(PROBLEM, {}) == {FIRST: Outcome(1.0), THIRD: Outcome(3.0)}
+
+
+@pytest.mark.parametrize(("behind", "known"), [(b"", {FIRST: Outcome(None, SUSPECT)}), (b'{"op_code":9}\n', {})])
+def test_what_may_have_ended_behind_a_damage_is_no_suspect(
+    path: Path, behind: bytes, known: dict[Any, Outcome]
+) -> None:
+    process = forkserver.context().Process(target=claim_and_die, args=(path,))
+    process.start()
+    process.join(60)
+    path.write_bytes(path.read_bytes() + b"[]\n" + behind)
+    assert Journal(path, {"gpu": "H100"}, Said()).outcomes(PROBLEM, {}) == known
+
+
+def claim_and_die(path: Path) -> None:
+    with open_journal(path).measuring(PROBLEM, FIRST, {}):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_tuners_that_find_a_damage_at_once_keep_a_copy_each(path: Path) -> None:

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from generated.configuration_file import parse_file
-from tuning import rules
+from tuning import compile_pool, forkserver, rules
 from tuning import run as run_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS
@@ -230,6 +230,46 @@ def test_a_signal_that_is_ignored_stays_ignored(parts: SimpleNamespace, tmp_path
     assert main([*RUN, "--out", str(tmp_path / "a.yaml")]) == 0
     assert len(parts.judge.timed) > 7
     assert signal.getsignal(sent) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], indirect=True)
+def test_a_signal_while_a_process_starts_is_held_also_where_ctrl_c_is_ignored(sent: signal.Signals) -> None:
+    before, ended = signal.signal(signal.SIGINT, signal.SIG_IGN), False
+    try:
+        with run_module._termination_as_interrupt() as told:
+            try:
+                with forkserver.uninterrupted():
+                    os.kill(os.getpid(), sent)
+                    started = True
+            except KeyboardInterrupt:
+                ended = True
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started
+    assert (ended, told) == ((True, [sent]) if sent == signal.SIGTERM else (False, []))
+
+
+def test_a_cache_that_cannot_be_written_to_ends_a_run_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(compile_pool.knobs.cache, "dir", str(tmp_path / "file" / "cache"))
+    assert main([*RUN, "--arch", "sm90", "--out", str(tmp_path / "a.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/file/cache: Triton's cache can't be written to: Not a directory; ")
+    assert "set TRITON_CACHE_DIR" in said
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="was not written: No space left on device") as caught:
+        rules.write_whole(tmp_path / "a.yaml", "text")
+    assert caught.value.filename == str(tmp_path / "a.yaml")
+    assert list(tmp_path.iterdir()) == []
 
 
 LOCKING = """

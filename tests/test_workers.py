@@ -539,13 +539,20 @@ def test_gpus_that_are_not_there_are_refused(
     assert said in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_all_workers_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_workers_in_order(tmp_path: Path, sent: signal.Signals) -> None:
     gpus = Gpus(tmp_path)
-    process = gpus.start("--effort", "full")
+    # A script's `&` ignores Ctrl-C, and what it starts inherits that.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if sent == signal.SIGTERM else None
+    try:
+        process = gpus.start("--effort", "full")
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
     while not gpus.log.exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + sent, output
     assert "Traceback" not in output
     assert "ended by signal" not in output

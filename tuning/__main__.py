@@ -145,7 +145,7 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         choices=SAMPLERS,
         default=INFORMED,
         help=f"which way to search: {INFORMED} by a model, the compiler's figures and what was measured, the others "
-        f"are Optuna's (default: {INFORMED})",
+        f"are Optuna's; gp takes seconds a candidate (default: {INFORMED})",
     )
     _add_budget(
         parser,

@@ -8,10 +8,14 @@ import multiprocessing
 import os
 import resource
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from triton import knobs
 
 from tuning import forkserver
 from tuning.compilation import ARCHS, Resources, compile_launch
@@ -19,6 +23,7 @@ from tuning.problems import PLAIN, Problem
 from tuning.space import LONGEST
 
 COMPILE_SECONDS = 20
+CACHED_BYTES = 1 << 18  # about what one compiled kernel takes in Triton's cache
 NOTHING: Mapping[str, Any] = {}
 STUCK = 2  # times that: a compiler that never comes back to Python does not hear the alarm, and its process is ended
 
@@ -31,10 +36,27 @@ class Compiled:
     seconds: float
 
 
+def check_cache() -> None:
+    """Raise OSError where nothing can be written to Triton's cache: every candidate would be compiled in vain."""
+    folder = Path(knobs.cache.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(CACHED_BYTES))
+    except OSError as error:
+        remedy = "make room there, or set TRITON_CACHE_DIR to another folder"
+        text = f"Triton's cache can't be written to: {error.strerror}; {remedy}"
+        raise OSError(error.errno, text, str(folder)) from error
+
+
 class CompilePool:
-    """Workers that compile for one architecture, no candidate for longer than `seconds`, and the results so far."""
+    """Workers that compile for one architecture, no candidate for longer than `seconds`, and the results so far.
+
+    OSError where they could not write what they compile.
+    """
 
     def __init__(self, arch: str, workers: int | None = None, seconds: int = COMPILE_SECONDS) -> None:
+        check_cache()
         self._arch, self._seconds = arch, seconds
         self._futures: dict[Any, Future[Compiled]] = {}
         self._broken: set[Any] = set()  # at which the compiler has died once

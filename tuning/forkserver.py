@@ -41,7 +41,10 @@ def _wait_for_parent() -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within it Ctrl-C waits until the end: a process whose start is interrupted is known to nobody."""
+    """Within it Ctrl-C waits until the end: a process whose start is interrupted is known to nobody.
+
+    So do other signals whose handlers call that of Ctrl-C, also where that one is ignored.
+    """
     if threading.current_thread() is not threading.main_thread():  # which Ctrl-C does not reach
         yield
         return
@@ -51,5 +54,8 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        if held and callable(previous):
-            previous(*held[0])
+        if callable(previous):
+            for number, frame in held[:1]:
+                previous(number, frame)
+        elif any(number != signal.SIGINT for number, _ in held):
+            raise KeyboardInterrupt

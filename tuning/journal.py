@@ -46,6 +46,7 @@ from tuning.storage import Database, StorageError, Store, is_url, masked, named,
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
 SUSPECT = "killed: the tuner died while this was measured, so it is not launched again"
+KILLED = "killed"  # of what was being raced or proven when its tuner was
 FORGETS = "forgets"  # of a mark among the trials: those before it do not count
 MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
 RACES = (RACE, FRESH)
@@ -81,6 +82,7 @@ class _Study:
     outcomes: dict[str, dict[Any, Outcome]] = field(default_factory=dict)
     busy: dict[str, set[Any]] = field(default_factory=dict)  # which other workers are launching
     barred: set[Any] = field(default_factory=set)  # from races
+    spared: set[Any] = field(default_factory=set)  # steps and configurations at which a tuner was killed once
     read: set[int] = field(default_factory=set)  # numbers of trials that have ended, and need not be read again
     since: int = 0  # the number of the first trial that is not forgotten
 
@@ -335,7 +337,8 @@ class Journal:
         compiler = {name: value for name, value in self._context.items() if name in ("gpu", "triton")}
         self._crashed = _study_number(storage, CRASHED + _text(compiler), {"context": compiler})
         earlier = storage.get_all_trials(self._runs, deepcopy=False)
-        attributes = {"worker": store.worker, "session": self._session, "effort": self._effort, **self._about}
+        attributes = {"worker": store.worker, "session": self._session, "effort": self._effort, "boot": boot_id()}
+        attributes |= self._about
         trial = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
         self._run = storage.create_new_trial(self._runs, trial)
         store.begin(self._runs, self._run)
@@ -486,6 +489,14 @@ class Journal:
                 study.busy.setdefault(step, set()).add(config)
             return
         study.read.add(trial.number)
+        # What is raced or proven has run before. If its tuner goes twice, that may be for the memory that it takes.
+        spared = step != MEASURE and (step, config) not in study.spared
+        if trial.state == TrialState.RUNNING and spared and self._was_killed(storage, worker):
+            _close(storage, trial._trial_id, TrialState.PRUNED, {KILLED: True})
+            study.spared.add((step, config))
+            return
+        if trial.user_attrs.get(KILLED):
+            study.spared.add((step, config))
         outcome = None if config is None else self._outcome(storage, trial, worker, step)
         if outcome is not None and (trial.number >= study.since or outcome.reason == SUSPECT):
             _take(study, step, config, outcome, alone=trial.user_attrs.get("rivals", 1) == 1)
@@ -501,6 +512,12 @@ class Journal:
             _finish(storage, trial._trial_id, step, Outcome(None, SUSPECT))
             return Outcome(None, SUSPECT)
         return None
+
+    def _was_killed(self, storage: Any, worker: str) -> bool:
+        """Whether a tuner is gone, but its machine was not started again since: it was killed from outside."""
+        runs = storage.get_all_trials(self._runs, deepcopy=False)
+        boots = {run.user_attrs.get("boot") for run in runs if run.user_attrs.get("worker") == worker}
+        return boots == {boot_id()} != {""}
 
     def _try(self, action: Callable[[Any], T], otherwise: T) -> T:
         if self._store is None:
@@ -554,6 +571,14 @@ class Run:
         state = TrialState.PRUNED if interrupted else TrialState.COMPLETE
         values = None if interrupted else [total]
         self._journal._try(lambda storage: _close(storage, self._journal._run, state, {}, values), None)
+
+
+def boot_id() -> str:
+    """What tells this machine's start from any other's; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def counts_since(trials: Sequence[FrozenTrial]) -> int:

@@ -274,6 +274,8 @@ def write_whole(path: Path, text: str, readable: Callable[[Path], object] = Path
         readable(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"was not written: {error.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -209,7 +209,7 @@ def _figures(tuner: Tuner, log: dict[str, Any], gpu: str) -> dict[str, Any]:
         "funnel": stages,
         "counts": counts | {"dropped": dict(funnel.dropped), "failures": funnel.failures},
         "seconds": funnel.seconds,
-        "gpu": {"idle_share": funnel.idle_share, "busy_seconds": tuner.judge.busy, **log},
+        "gpu": {"idle_share": funnel.idle_share(), "busy_seconds": tuner.judge.busy, **log},
         "flips": {"compared": funnel.compared, "changed": funnel.flipped},
         "winners": [_winner(winner, gpu) for winner in tuner.winners.values()],
     }
@@ -382,10 +382,11 @@ def _report(
         console.print(f"{funnel.flipped} of {_count(funnel.compared, 'rule')} in use before changed ({share:.0%})")
     if not tuner.judge.modelled:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in funnel.seconds.items())
-        console.print(f"{phases}; the GPU waited {funnel.idle_share:.0%} of the search")
+        waited = f"{funnel.idle_share():.0%} of all measuring, {funnel.idle_share('search'):.0%} of the search"
+        console.print(f"{phases}; the GPU waited {waited}")
         if log:
             console.print(escape(f"while measuring: {log}"))
-    for line in funnel.rejected:
+    for line in funnel.rejected or ([] if winners else funnel.examples.values()):
         console.print(escape(f"not used: {line}"), soft_wrap=True)
     if tuner.unfinished or tuner.interrupted:
         cause = "stopped" if tuner.interrupted else f"the budget of {budget:g} s is spent"

@@ -28,6 +28,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
+from optuna.trial import TrialState
 
 HEARTBEAT_SECONDS = 5  # between two signs of life in a database
 GRACE_SECONDS = 20  # without one, after which a worker counts as dead
@@ -328,10 +329,28 @@ def _open(path: Path, say: Callable[[str], None]) -> JournalStorage:
     except Exception as error:  # noqa: BLE001 - whatever damaged lines lead Optuna to
         kept, lines, aside = _cut(path)
         say(
-            f"{path} is damaged ({type(error).__name__}): the {kept} of its {lines} lines before the damage are kept, "
-            f"and {aside} is a copy of it all"
+            f"{path} is damaged ({type(error).__name__}): the {kept} of its {len(lines)} lines before the damage are "
+            f"kept, and {aside} is a copy of it all"
         )
-        return JournalStorage(_Backend(path))
+        storage = JournalStorage(_Backend(path))
+        if any(map(_is_whole, lines[kept + 1 :])):
+            _forgive(storage, path)
+        return storage
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _forgive(storage: JournalStorage, path: Path) -> None:
+    """Count as not tried what dead processes seem to have been at: that it ended may be told behind the damage."""
+    for study in storage.get_all_studies():
+        for trial in storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.params and is_dead(path, str(trial.user_attrs.get("worker"))):
+                storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
 
 
 class _Backend(JournalFileBackend):
@@ -367,8 +386,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _cut(path: Path) -> tuple[int, int, Path]:
-    """Cut a damaged journal off where the damage begins; lines that are left, lines that there were, and the copy.
+def _cut(path: Path) -> tuple[int, list[bytes], Path]:
+    """Cut a damaged journal off where the damage begins; how many lines are left, those that there were, and the copy.
 
     Optuna counts trials by their lines: what follows a line that is lost would be taken for other trials'.
     """
@@ -379,7 +398,7 @@ def _cut(path: Path) -> tuple[int, int, Path]:
         aside = _copy(path, data)
         file.truncate(sum(map(len, lines[:kept])))  # at once, unlike writing
         os.fsync(file.fileno())
-    return kept, len(lines), aside
+    return kept, lines, aside
 
 
 def _copy(path: Path, data: bytes) -> Path:

@@ -68,6 +68,9 @@ class Winner:
         return self.timing.ms
 
 
+MEASURING = ("search", "confirm", "prove")  # and the races, within the search
+
+
 @dataclass
 class Funnel:
     """How many candidates came how far, how long each phase took, and for how long of it the judge was busy."""
@@ -89,21 +92,25 @@ class Funnel:
     busy: dict[str, float] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)  # of the enumerated, by closed-form filter
     failures: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)  # of each kind of failure the first, in its own words
     rejected: list[str] = field(default_factory=list)
 
-    @property
-    def idle_share(self) -> float:
-        """The part of the search in which nothing was measured."""
-        searched = self.seconds.get("search", 0.0)
-        return 1 - self.busy.get("search", 0.0) / searched if searched else 0.0
+    def idle_share(self, *phases: str) -> float:
+        """The part of these phases, or of all in which something is measured, in which nothing was."""
+        seconds, busy = (
+            sum(times.get(name, 0.0) for name in phases or MEASURING) for times in (self.seconds, self.busy)
+        )
+        return 1 - busy / seconds if seconds else 0.0
 
     def fail(self, reason: str) -> None:
         """Count a candidate that came no further."""
-        self.failures[reason] = self.failures.get(reason, 0) + 1
+        kind = _kind(reason)
+        self.failures[kind] = self.failures.get(kind, 0) + 1
+        self.examples.setdefault(kind, reason)
 
     def reject(self, problem: Problem, config: Any, reason: str) -> None:
         """Count a candidate that the GPU did not run right, and say which it was."""
-        self.fail(_kind(reason))
+        self.fail(reason)
         self.rejected.append(
             f"{problem.form} K={problem.K} V={problem.V} {problem.dtype} {knob_values(config)}: {reason}"
         )
@@ -235,6 +242,10 @@ class Found:
         fastest = self._order()[:count]
         return fastest + [c for c in self.timings if (c in self.in_use or c == self.default) and c not in fastest]
 
+    def raced_against(self, config: Any) -> dict[Any, Timing]:
+        """The figures of what was raced, with this configuration; its own alone where it was not raced."""
+        return {c: self.figures[c] for c in (self.raced if config in self.raced else {config})}
+
     def take(self, configs: list[Any], timings: list[Timing], *, first: bool) -> None:
         """Take the times of a race: in place of single measurements, or beside those of an earlier race."""
         for config, timing in zip(configs, timings, strict=True):
@@ -270,7 +281,7 @@ class Found:
             key=lambda config: (self._is_slower(config), config not in self.raced, self.timings[config].ms),
         )
         held = next((config for config in ordered if config in self.in_use and not self._is_slower(config)), None)
-        unraced = held in self.incumbents and not self.raced
+        unraced = held in self.incumbents and held not in self.raced
         if held is not None and (unraced or not beats(self.timings[ordered[0]], self.timings[held], self.noise)):
             ordered.remove(held)
             ordered.insert(0, held)
@@ -370,7 +381,7 @@ class Tuner:
         for problems in kernels.values():
             found = {problem: self.found[problem] for problem in problems}
             first = {problem: self.ranked[problem][0] for problem in problems}
-            raced = {p: {c: own.figures[c] for c in own.timings if c in own.raced} for p, own in found.items()}
+            raced = {problem: own.raced_against(first[problem].config) for problem, own in found.items()}
             # What seems to be faster than the first, but not beyond the noise, counts as no faster.
             shared = assign(
                 {p: {c: max(timing.ms, first[p].ms) for c, timing in own.items()} for p, own in raced.items()},
@@ -590,7 +601,7 @@ class Tuner:
             except StartError:
                 raise
             except MeasurementError as error:
-                self.funnel.fail(_kind(str(error)))
+                self.funnel.fail(str(error))
                 return [Outcome(None, str(error))] * len(configs)
             return [Outcome(timing.ms, figures=timing.figures) for timing in timings]
 
@@ -927,7 +938,7 @@ class _Task:
         reason = self.search.compiled(config, evidence or needs)
         if isinstance(needs, str) or reason:
             self.tried.add(config)
-            count = funnel.reject if evidence else lambda problem, config, reason: funnel.fail(_kind(reason))
+            count = funnel.reject if evidence else lambda problem, config, reason: funnel.fail(reason)
             count(self.problem, config, str(reason))
         else:
             self.found.needs[config] = needs

@@ -88,7 +88,7 @@ def run_all(
     def stop(signum: int, frame: object) -> None:
         told.append(signum)
         for child in children:
-            child.send_signal(signal.SIGINT if len(told) == 1 else signal.SIGKILL)
+            child.send_signal(signum if len(told) == 1 else signal.SIGKILL)
 
     asked = [number for number in STOP if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup, such as
     previous = [signal.signal(number, stop) for number in asked]
@@ -96,7 +96,7 @@ def run_all(
         for device in devices:
             children.append(_start([*arguments, "--workers", each], shared | {"CUDA_VISIBLE_DEVICES": device}))
             if told:  # while it started, when nobody could tell it
-                children[-1].send_signal(signal.SIGINT)
+                children[-1].send_signal(told[0])
                 break
         threads = [
             threading.Thread(target=_repeat, args=(child, f"gpu {device}", say), daemon=True)
@@ -112,7 +112,7 @@ def run_all(
             signal.signal(number, handler)
         for child in children:
             child.kill()  # where starting the next has failed
-    return 130 if told else min(code if code >= 0 else 1 for code in codes)
+    return 128 + told[0] if told else min(code if code >= 0 else 1 for code in codes)
 
 
 def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
