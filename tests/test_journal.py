@@ -304,6 +304,35 @@ def measure_and_die(path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.parametrize(("settled", "suspects"), [(False, {FIRST}), (True, {SECOND})])
+def test_what_was_still_to_follow_when_the_tuner_died_is_no_suspect(
+    path: Path, settled: bool, suspects: set[Any]
+) -> None:
+    process = forkserver.context().Process(target=claim_two_and_die, args=(path, settled))
+    process.start()
+    process.join(60)
+    for journal in (open_journal(path), open_journal(path, fresh=True)):
+        assert {c for c, found in journal.outcomes(PROBLEM, {}).items() if found.reason == SUSPECT} == suspects
+
+
+@pytest.mark.usefixtures("started_again")
+def test_where_the_machine_may_have_died_what_was_to_follow_is_a_suspect_too(path: Path) -> None:
+    process = forkserver.context().Process(target=claim_two_and_die, args=(path, False))
+    process.start()
+    process.join(60)
+    assert open_journal(path).outcomes(PROBLEM, {}) == dict.fromkeys((FIRST, SECOND), Outcome(None, SUSPECT))
+
+
+def claim_two_and_die(path: Path, settled: bool) -> None:
+    journal = open_journal(path)
+    first = journal.claim(PROBLEM, FIRST, {})
+    assert first is not None
+    assert journal.claim(PROBLEM, SECOND, {}, behind=first) is not None
+    if settled:
+        first.settle(Outcome(1.0))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_what_a_living_process_measures_is_no_suspect(path: Path) -> None:
     journal = open_journal(path)
     with journal.measuring(PROBLEM, FIRST, {}) as record:

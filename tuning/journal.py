@@ -222,13 +222,15 @@ class Journal:
         needs: Resources | None = None,
         constraints: Mapping[str, float] | None = None,
         spare: bool = False,
+        behind: Claim | None = None,
     ) -> Claim | None:
         """Write a candidate down, to be launched now; None, where another worker is at it or it is known by now.
 
-        `constraints` are Optuna's: feasible up to 0.
+        `constraints` are Optuna's: feasible up to 0. `behind`: it is launched when that one is settled.
         """
         study = self._study(problem, extra, step)
         attributes = ({"needs": asdict(needs)} if needs else {}) | ({"spare": True} if spare else {})
+        attributes |= {"behind": behind.trial} if behind else {}
         trials = self._claim(study, [config], step, attributes, constraints)
         return None if trials is None else Claim(self, study, step, config, trials[0])
 
@@ -497,6 +499,13 @@ class Journal:
             return
         if trial.user_attrs.get(KILLED):
             study.spared.add((step, config))
+        if (
+            trial.state == TrialState.RUNNING
+            and self._was_waiting(storage, trial)
+            and self._was_killed(storage, worker)
+        ):
+            _close(storage, trial._trial_id, TrialState.PRUNED, {})
+            return
         outcome = None if config is None else self._outcome(storage, trial, worker, step)
         if outcome is not None and (trial.number >= study.since or outcome.reason == SUSPECT):
             _take(study, step, config, outcome, alone=trial.user_attrs.get("rivals", 1) == 1)
@@ -512,6 +521,12 @@ class Journal:
             _finish(storage, trial._trial_id, step, Outcome(None, SUSPECT))
             return Outcome(None, SUSPECT)
         return None
+
+    def _was_waiting(self, storage: Any, trial: FrozenTrial) -> bool:
+        """Whether it was not launched yet: what it was to follow has not been settled."""
+        behind = trial.user_attrs.get("behind")
+        first = None if behind is None else storage.get_trial(behind)
+        return first is not None and (first.state == TrialState.RUNNING or first.user_attrs.get("reason") == SUSPECT)
 
     def _was_killed(self, storage: Any, worker: str) -> bool:
         """Whether a tuner is gone, but its machine was not started again since: it was killed from outside."""

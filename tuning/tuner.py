@@ -428,26 +428,28 @@ class Tuner:
                 return
 
     def _search(self, waiting: list[Problem], tasks: list[_Task], searches: int) -> None:
-        """Measure one candidate after another; the next is chosen while the GPU is at the one before.
+        """Measure one candidate after another; the next is chosen and written down while the GPU is at the one before.
 
         And what that one took is learned from while the GPU is at the next.
         """
         measuring: _Measuring | None = None
+        upcoming: _Measuring | None = None
         try:
             while tasks or waiting:
                 started = self._start(waiting, tasks)
                 chosen = self._choose(tasks, measuring)
+                upcoming = chosen[0].prepare(*chosen[1:], behind=measuring) if chosen else None
                 ended = measuring
                 outcome = ended.end() if ended else None
                 measuring = None
-                later = ended is not None and chosen is not None and not ended.task.finished
+                later = ended is not None and upcoming is not None and not ended.task.finished
                 try:
                     if ended and outcome and not later:
                         ended.tell(outcome)
                     self._end_finished(tasks)
-                    if chosen:
-                        task, config, spare = chosen
-                        measuring = task.begin(config, spare=spare)
+                    if upcoming and upcoming.launch():
+                        measuring = upcoming
+                    upcoming = None
                 finally:
                     if ended and outcome and later:
                         ended.tell(outcome)
@@ -456,6 +458,8 @@ class Tuner:
                 if not (chosen or started or ended or self._prove_early(tasks)):
                     self._wait(tasks)
         finally:
+            if upcoming:
+                upcoming.withdraw()
             if measuring:
                 measuring.abandon()
 
@@ -833,36 +837,38 @@ class _Task:
             self.ask()
         return None
 
-    def begin(self, config: Any, *, spare: bool) -> _Measuring | None:
-        """Launch a candidate, unless what comes of it is known already or another worker is at it."""
+    def prepare(self, config: Any, spare: bool, *, behind: _Measuring | None) -> _Measuring | None:
+        """Write down what is going to be launched, behind what is being measured; None where that is of no use.
+
+        It is known already, or another worker is at it.
+        """
         journal, extra = self.tuner.journal, self.tuner.extra(self.problem)
-        if outcome := self._known(config, extra):
+        if outcome := self._known(config, extra) or self._crashed(config):
             self.tell(config, outcome)
-            return None
-        if reason := self.tuner.crashes(self.problem).get(config):  # of another search, since it was compiled
-            self.tell(config, Outcome(None, reason))
             return None
         claim = None
         if journal:
             needs = self.found.needs[config]
             limits = constraints(needs, self.tuner.arch)
-            claim = journal.claim(self.problem, config, extra, needs=needs, constraints=limits, spare=spare)
+            before = behind.claim if behind else None
+            claim = journal.claim(
+                self.problem, config, extra, needs=needs, constraints=limits, spare=spare, behind=before
+            )
             if claim is None:
                 self.awaited = config
                 return None
-        best = min(self.search.results.values(), default=float("inf"))
-        try:
-            answer = self.tuner.judge.begin(
-                self.problem, config, self.found.needs[config], CLEARLY_SLOWER * best, extra
-            )
-        except BaseException:  # it may have been launched
-            try:
-                self.tuner.judge.renew()
-            finally:
-                if claim:
-                    claim.settle(None)
-            raise
-        return _Measuring(self, config, answer, claim, spare)
+        return _Measuring(self, config, claim, spare)
+
+    def _crashed(self, config: Any) -> Outcome | None:
+        """What another search, since it was compiled, has found to crash."""
+        reason = self.tuner.crashes(self.problem).get(config)
+        return Outcome(None, reason) if reason else None
+
+    def found_since(self, config: Any) -> Outcome | None:
+        """What has come, since it was prepared, of another candidate of the same code."""
+        if same := self.tuner.measured.get(self._code(config)):
+            self.tuner.funnel.same_code += 1
+        return same or self._crashed(config)
 
     def tell(self, config: Any, outcome: Outcome) -> None:
         """Take what came of one that was chosen."""
@@ -977,16 +983,39 @@ class _Task:
 
 @dataclass
 class _Measuring:
-    """A candidate that was launched: it must be ended or abandoned before anything else is."""
+    """A candidate that is written down: it is launched, and then ended or abandoned, or else withdrawn."""
 
     task: _Task
     config: Any
-    answer: Callable[[], Timing]
     claim: Claim | None
     spare: bool
+    answer: Callable[[], Timing] | None = None
+
+    def launch(self) -> bool:
+        """Have it measured; False where it was withdrawn, because it is known by now what comes of it."""
+        task, tuner = self.task, self.task.tuner
+        if outcome := task.found_since(self.config):
+            self.withdraw()
+            task.tell(self.config, outcome)
+            return False
+        limit = CLEARLY_SLOWER * min(task.search.results.values(), default=float("inf"))
+        needs, extra = task.found.needs[self.config], tuner.extra(task.problem)
+        try:
+            self.answer = tuner.judge.begin(task.problem, self.config, needs, limit, extra)
+        except BaseException:  # it may have been launched
+            self.abandon()
+            raise
+        return True
+
+    def withdraw(self) -> None:
+        """Count it as not tried."""
+        if self.claim:
+            self.claim.settle(None)
+            self.claim = None
 
     def end(self) -> Outcome:
         """Wait for its times, and write them down; `tell` what they are before its search goes on."""
+        assert self.answer is not None
         try:
             timing = self.answer()
             outcome = Outcome(timing.ms, figures=timing.figures, spare=self.spare)
@@ -1010,8 +1039,7 @@ class _Measuring:
         try:
             self.task.tuner.judge.renew()
         finally:
-            if self.claim:
-                self.claim.settle(None)
+            self.withdraw()
 
 
 def _kind(reason: str) -> str:
