@@ -859,7 +859,8 @@ def test_full_disk_is_a_line_and_not_a_traceback(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
         assert main([*RUN, "--out", str(tmp_path / "a.yaml")]) == 1
-    assert capsys.readouterr().err == "error: No space left on device\n"
+    place = tmp_path / "a.yaml"
+    assert capsys.readouterr().err == f"error: {place}: was not written: No space left on device\n"
     assert list(tmp_path.iterdir()) == []
 
 
