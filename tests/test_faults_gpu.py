@@ -176,12 +176,13 @@ MUTANTS: dict[str, tuple[list[tuple[str, str]], str]] = {
 
 def mutant(folder: Path, edits: list[tuple[str, str]]) -> Mutant:
     """A problem with more rows than a draw has, run by what the edits make of fused_chunk."""
-    text = Path(fused_chunk.__file__).read_text(encoding="utf-8").partition("\nregister_kernel(")[0]
+    whole = Path(fused_chunk.__file__).read_text(encoding="utf-8").partition("\nregister_kernel(")[0]
+    before, kernel, text = whole.partition("def fused_chunk_kernel(")
     for old, new in edits:
         assert old in text
         text = text.replace(old, new, 1)
     path = folder / "mutant.py"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(before + kernel + text, encoding="utf-8")
     return Mutant("fused_chunk", "bfloat16", 4, 256, 8, 32, 32, str(path))
 
 

@@ -216,7 +216,8 @@ def test_two_workers_on_one_file_measure_no_point_twice_though_one_is_killed(kin
 def test_workers_share_the_budget_of_a_search_and_fresh_forgets_once_for_all_of_them(tmp_path: Path) -> None:
     place = tmp_path / "a.journal"
     before = set(run_workers(place, 2, tmp_path, session="one"))
-    assert len(before) <= len(PROBLEMS) * (SMALL.measurements + 1)  # two workers may be at the last one at once
+    # Two workers may be at the last one at once, and each has the next written down by then.
+    assert len(before) <= len(PROBLEMS) * (SMALL.measurements + 2)
     assert run_workers(place, 2, tmp_path, session="two") == []
     again = run_workers(place, 2, tmp_path, session="three", fresh=True)
     assert len(again) == len(set(again)) > len(PROBLEMS)
@@ -561,7 +562,5 @@ def test_a_signal_ends_all_workers_in_order(tmp_path: Path, sent: signal.Signals
     process.send_signal(sent)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + sent, output
-    assert "stopped: " in output
-    if sent == signal.SIGINT:  # any other ends a worker that has just begun to start
-        assert "Traceback" not in output
-        assert "ended by signal" not in output
+    assert "Traceback" not in output
+    assert "ended by signal" not in output

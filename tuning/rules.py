@@ -275,7 +275,7 @@ def write_whole(path: Path, text: str, readable: Callable[[Path], object] = Path
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise OSError(error.errno, f"was not written: {error.strerror}", str(path)) from error
+        raise OSError(error.errno, f"was not written: {error.strerror or error}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

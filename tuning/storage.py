@@ -350,7 +350,8 @@ def _forgive(storage: JournalStorage, path: Path) -> None:
     for study in storage.get_all_studies():
         for trial in storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.params and is_dead(path, str(trial.user_attrs.get("worker"))):
-                storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another tuner has, just now
+                    storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
 
 
 class _Backend(JournalFileBackend):

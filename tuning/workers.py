@@ -86,17 +86,20 @@ def run_all(
     told: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
+        if signum not in asked:
+            return
         told.append(signum)
         for child in children:
-            child.send_signal(signum if len(told) == 1 else signal.SIGKILL)
+            child.send_signal(signal.SIGINT if len(told) == 1 else signal.SIGKILL)
 
     asked = [number for number in STOP if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup, such as
-    previous = [signal.signal(number, stop) for number in asked]
+    # Ctrl-C also where it is ignored: the workers would inherit that, and it is what ends them.
+    previous = {number: signal.signal(number, stop) for number in {*asked, signal.SIGINT}}
     try:
         for device in devices:
             children.append(_start([*arguments, "--workers", each], shared | {"CUDA_VISIBLE_DEVICES": device}))
             if told:  # while it started, when nobody could tell it
-                children[-1].send_signal(told[0])
+                children[-1].send_signal(signal.SIGINT)
                 break
         threads = [
             threading.Thread(target=_repeat, args=(child, f"gpu {device}", say), daemon=True)
@@ -108,7 +111,7 @@ def run_all(
         for thread in threads:
             thread.join()
     finally:
-        for number, handler in zip(asked, previous, strict=True):
+        for number, handler in previous.items():
             signal.signal(number, handler)
         for child in children:
             child.kill()  # where starting the next has failed
