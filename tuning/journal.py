@@ -6,9 +6,10 @@ and is this worker's claim to it: of the trials of one candidate the first count
 measures it, and the others take its outcome.
 
 A trial that a dead process has left running was the last thing that this process did, and may have been what killed
-it, or the machine: it counts as failed, and is never launched again, not by a run that measures anew either. Of a
-race, each of those that took part may have been it: none of them is raced again, its own measurement is what is known
-of it, and it may still be proved, alone.
+it, or the machine: it counts as failed, and is never launched again, not by a run that measures anew either; but not
+one that was to follow another, which had not ended. What was raced or proven has run before: where the machine was not
+started since, the process was killed from outside, and that is done once more. Otherwise each of those in a race may
+have been it: none of them is raced again, its own measurement is what is known of it, and it may be proved, alone.
 
 Measurements hold for as long as their context does. Races and proofs hold for the workers of one tuning, whenever they
 start, and for those who take up a tuning of the same effort that was stopped: a run after one that ended races and
