@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from generated.launch import ALIGNMENT, padded
-from generated.retention.fused_chunk import WIDEST_PART
+from generated.retention.fused_chunk import state_rows
 from tuning.compilation import Arch, Resources
 from tuning.known_bad import known_bad
 
@@ -85,22 +85,18 @@ def _operands(place: Place, rows: int, config: Any) -> int:
 # the byte, by descriptors but for the few bytes of their barriers. For others an estimate, which SLACK is for.
 
 
-def _state_rows(K: int, c: Any) -> int:
-    return min(K, WIDEST_PART) if getattr(c, "transposed", 0) else K
-
-
 def _sweep_registers(K: int, c: Any) -> float:
     made = 0 if getattr(c, "scores", 0) else c.BT * c.BT
-    if getattr(c, "transposed", 0):
-        held = 1.5 * _state_rows(K, c) * c.BV + 2 * c.BT * c.BV + 4 * made
+    if c.transposed:
+        held = 1.5 * state_rows(K, c) * c.BV + 2 * c.BT * c.BV + 4 * made
     else:
         held = 1.5 * K * c.BV + c.BT * c.BV + made + (0 if c.BT >= 64 else K * c.BT)
     return float(held / (32 * c.num_warps))
 
 
 def _sweep_shared(place: Place, c: Any) -> int:
-    if getattr(c, "transposed", 0):  # the state stays in registers; all tiles are operands
-        held = _state_rows(place.width, c)
+    if c.transposed:  # the state stays in registers; all tiles are operands
+        held = state_rows(place.width, c)
         rows = 2 * held + c.BV + (c.BT if getattr(c, "scores", 0) and c.num_stages > 1 else 0)
         sums = c.BT * c.BV if held < place.width else 0
         return int(c.BT * rows * c.num_stages + sums)
