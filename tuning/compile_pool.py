@@ -17,6 +17,7 @@ from typing import Any
 
 from triton import knobs
 
+from generated.launch import blocks
 from tuning import forkserver
 from tuning.compilation import ARCHS, Resources, compile_launch
 from tuning.problems import PLAIN, Problem
@@ -211,6 +212,8 @@ def _core_seconds() -> float:
 def _needs(problem: Problem, config: Any, arch: str, options: Mapping[str, Any], seconds: int) -> Resources | str:
     try:
         with _time_limit(seconds):
+            if options.get("turned"):  # scores are, of whole chunks
+                problem = replace(problem, T=blocks(problem.T, config.BT) * config.BT)
             inputs = problem.inputs("meta")
             # The launch that is tuned is the last one: chunk's pass over the states comes before it.
             return compile_launch(lambda: problem.run(inputs, config, **options), ARCHS[arch])[-1]

@@ -69,12 +69,14 @@ def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None =
         resident * work.bytes * rates.sms / (2 * rates.bytes_per_ms),
         work.latency,
     )
-    launches = 1 + (problem.form == "chunk" and config.L < problem.T) + getattr(config, "scores", 0)
+    parts = _parts(problem, config)
+    launches = parts + (problem.form == "chunk" and config.L < problem.T) + getattr(config, "scores", 0)
     spilled = 1 + needs.spills / 256  # every spilled word goes through memory and back
     return (
         spilled * waves * work.steps * step
         + launches * LAUNCH_MS
-        + (_states_traffic(problem, config) + _scores_traffic(problem, config)) / rates.bytes_per_ms
+        + (_states_traffic(problem, config) + _scores_traffic(problem, config) + _sums_traffic(problem, parts))
+        / rates.bytes_per_ms
     )
 
 
@@ -105,8 +107,8 @@ def _work(problem: Problem, config: Any) -> Work:
     BK = fused_chunk.state_rows(K, config)
     scored = config.BV if getattr(config, "scores", 0) else BK + config.BV
     flops = 2.0 * config.BT * (config.BT * scored + 2 * BK * config.BV)
-    parts = _blocks(K, BK)  # launches one after the other
-    return Work(programs, parts * length / config.BT, flops, size * config.BT * (2 * BK + 2 * config.BV), 1.5 * hidden)
+    steps = _parts(problem, config) * length / config.BT
+    return Work(programs, steps, flops, size * config.BT * (2 * BK + 2 * config.BV), 1.5 * hidden)
 
 
 def _states_traffic(problem: Problem, config: Any) -> float:
@@ -124,6 +126,17 @@ def _scores_traffic(problem: Problem, config: Any) -> float:
         return 0.0
     stored = config.BT * (1 + _blocks(problem.V, config.BV))
     return float(problem.B * problem.H * problem.T * (2 * problem.K + stored) * problem.torch_dtype.itemsize)
+
+
+def _sums_traffic(problem: Problem, parts: int) -> float:
+    """Bytes of the float32 sums that each part of K but the last leaves to the next."""
+    return float(2 * 4 * (parts - 1) * problem.B * problem.H * problem.T * problem.V)
+
+
+def _parts(problem: Problem, config: Any) -> int:
+    """How many launches, one after the other, share K between them."""
+    transposed = getattr(config, "transposed", 0)
+    return _blocks(problem.K, fused_chunk.state_rows(problem.K, config)) if transposed else 1
 
 
 def _blocks(size: int, block: int) -> int:

@@ -139,6 +139,7 @@ class Problem:
             found["packed"] = {"cu_seqlens": offsets, "adjoint": bool(states), **states}
         if getattr(config, "scores", 0):
             found["turned"] = {"reverse": True, "turned": True}
+            found["turned, states"] = {"reverse": True, "turned": True, "adjoint": True, **states}
         return found
 
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:

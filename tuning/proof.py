@@ -60,7 +60,9 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         Draw("tiny numbers", (TOKENS,), log2_size=-size),
     ]
     if getattr(config, "scores", 0):  # of whole chunks, the gradient of k reads those of q's
-        found.append(Draw("scores turned", (tokens // config.BT * config.BT,), reverse=True, turned=True))
+        whole = (tokens // config.BT * config.BT,)
+        found.append(Draw("scores turned", whole, reverse=True, turned=True))
+        found.append(Draw("scores turned, states", whole, states=True, adjoint=True, reverse=True, turned=True))
     states = problem.form in WITH_STATES
     if states:
         found.append(Draw("states", (tokens,), states=True, steady=True))

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from generated.launch import ALIGNMENT, padded
-from generated.retention.fused_chunk import state_rows
+from generated.retention.fused_chunk import WIDEST_PART, state_rows
 from tuning.compilation import Arch, Resources
 from tuning.known_bad import known_bad
 
@@ -243,6 +243,7 @@ class Warps(Powers):
     in_the_code = True
 
 
+@dataclass(frozen=True)
 class Transposed(Knob):
     """Whether the products have the state on their left.
 
@@ -250,13 +251,14 @@ class Transposed(Knob):
     columns. Elsewhere, and for float32, nothing is gained.
     """
 
+    widest: int = WHOLE  # K of a kernel that can't take it in parts
     name = "transposed"
     in_the_code = True
     ARCHS = ("sm90",)
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """Not, and so where it may gain."""
-        possible = place.arch.name in self.ARCHS and place.itemsize == 2
+        possible = place.arch.name in self.ARCHS and place.itemsize == 2 and place.width <= self.widest
         return (0, 1) if possible and 16 * chosen.num_warps <= chosen.BV else (0,)
 
 
@@ -380,12 +382,12 @@ def _nested(knobs: tuple[Knob, ...], place: Place, chosen: dict[str, int]) -> It
         yield from _nested(knobs[1:], place, {**chosen, knobs[0].name: value})
 
 
-TILES = (BT(16, 128), BV(16, 128), Warps(4, 8), Transposed())
+TILES = (BT(16, 128), BV(16, 128), Warps(4, 8))
 LAUNCH = (Stages(3), RegisterLimit(SWEEP), Descriptors())
 SPACES = {
-    "fused_chunk": Space((*TILES, Scores(), *LAUNCH), SWEEP),
-    "fused_chunk_gradients": Space((*TILES, *LAUNCH), SWEEP),
-    "chunk": Space((L(128, LONGEST), *TILES, Scores(), *LAUNCH), SWEEP),
+    "fused_chunk": Space((*TILES, Transposed(), Scores(), *LAUNCH), SWEEP),
+    "fused_chunk_gradients": Space((*TILES, Transposed(WIDEST_PART), *LAUNCH), SWEEP),
+    "chunk": Space((L(128, LONGEST), *TILES, Transposed(), Scores(), *LAUNCH), SWEEP),
     "chunk_states": Space(
         (BT(32, 128), BK(32, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(STATES), Descriptors()), STATES
     ),
