@@ -11,7 +11,7 @@ from fakes import NEEDS, PROBLEM, SM90, Judge, candidates, landscape, tune
 from optuna.trial import TrialState
 
 from tuning.compilation import Resources
-from tuning.samplers import INFORMED, SAMPLERS, SamplerError, check_available
+from tuning.samplers import INFORMED, SAMPLERS, Candidates, SamplerError, check_available
 from tuning.search import MAX_SPILLS, Effort, Search
 from tuning.tuner import Tuner, distance
 
@@ -22,7 +22,8 @@ every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 def search_for(listed: list[Any] | None = None, **options: Any) -> Search:
     """A search over all candidates of the problem, or over some."""
     given: dict[str, Any] = {"kept": [PROBLEM.default()], "effort": EVERYTHING} | options
-    return Search(PROBLEM, listed or candidates(), given.pop("kept"), SM90, given.pop("effort"), **given)
+    over = Candidates(PROBLEM, listed or candidates(), SM90, kept=given.pop("kept"))
+    return Search(over, given.pop("effort"), **given)
 
 
 def run(search: Search, needs: Resources = NEEDS, ms: Any = landscape) -> list[Any]:

@@ -383,7 +383,7 @@ def _report(
     if not tuner.judge.modelled:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in funnel.seconds.items())
         waited = f"{funnel.idle_share():.0%} of all measuring, {funnel.idle_share('search'):.0%} of the search"
-        console.print(f"{phases}; the GPU waited {waited}")
+        console.print(f"{phases}; the GPU waited {waited}; {funnel.waited:.1f} s of these for the compiler")
         if log:
             console.print(escape(f"while measuring: {log}"))
     for line in funnel.rejected or ([] if winners else funnel.examples.values()):

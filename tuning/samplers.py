@@ -10,7 +10,7 @@ import copy
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,12 +55,18 @@ def check_available(name: str) -> None:
 
 
 class Candidates:
-    """The finite list in numbers: for Optuna each knob's rank, for the surrogate features and the model's estimates."""
+    """The finite list in numbers: for Optuna each knob's rank, for the surrogate features and the model's estimates.
 
-    def __init__(self, problem: Problem, configs: list[Any], arch: Arch) -> None:
-        self.problem, self.configs, self.arch = problem, configs, arch
-        self.numbers = {config: number for number, config in enumerate(configs)}
-        rows = [knob_values(config) for config in configs]
+    First what is `kept`, whether it is among the others or not; then these, those that the model likes best first.
+    """
+
+    def __init__(self, problem: Problem, configs: Iterable[Any], arch: Arch, *, kept: Iterable[Any] = ()) -> None:
+        self.problem, self.arch, self.kept = problem, arch, list(dict.fromkeys(kept))
+        estimates = {config: predict(problem, config, arch) for config in (*self.kept, *configs)}
+        others = [config for config in estimates if config not in self.kept]
+        self.configs = [*self.kept, *sorted(others, key=estimates.__getitem__)]
+        self.numbers = {config: number for number, config in enumerate(self.configs)}
+        rows = [knob_values(config) for config in self.configs]
         levels = {name: sorted({row[name] for row in rows}, key=_order) for name in rows[0]}
         self.distributions: dict[str, BaseDistribution] = {
             name: IntDistribution(0, len(values) - 1) for name, values in levels.items()
@@ -68,7 +74,7 @@ class Candidates:
         self.ranks = np.array([[levels[name].index(row[name]) for name in levels] for row in rows], dtype=float)
         self._by_rank = {tuple(map(int, ranks)): number for number, ranks in enumerate(self.ranks)}
         self.features, self.learned = self._features(rows), 0
-        self.estimates = np.log2([predict(problem, config, arch) for config in configs])
+        self.estimates = np.log2([estimates[config] for config in self.configs])
 
     def learn(self, config: Any, needs: Resources) -> None:
         """Estimate anew with what the compiler says that the kernel needs: registers, spills, occupancy."""

@@ -19,7 +19,6 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from tuning.compilation import TENSOR_MEMORY, Arch, Resources
-from tuning.problems import Problem
 from tuning.samplers import INFORMED, Candidates, Informed, sampler
 
 MAX_SPILLS = 1024  # bytes a thread; of the shipped landscapes' candidates within 1.5 of the best none has over 816
@@ -51,25 +50,21 @@ class Effort:
 class Search:
     """A study over a finite list of configurations.
 
-    candidates: what may be tried. kept: what is in use now, which need not be on the list: tried first, one trial more
-    for each beyond the first. first: what is tried next, such as other searches' winners. max_spills: with more bytes
-    spilled a thread, only what is kept is measured. `left` is how many measurements the budget still allows.
+    candidates: what may be tried. What it keeps is in use now: tried first, one trial more for each beyond the first.
+    max_spills: with more bytes spilled a thread, only what is kept is measured. `left` is how many measurements the
+    budget still allows.
     """
 
     def __init__(
         self,
-        problem: Problem,
-        candidates: list[Any],
-        kept: list[Any],
-        arch: Arch,
+        candidates: Candidates,
         effort: Effort,
         *,
         name: str = INFORMED,
         max_spills: int = MAX_SPILLS,
         seed: int = 0,
     ) -> None:
-        self._kept, self._effort, self._max_spills = list(dict.fromkeys(kept)), effort, max_spills
-        self._list = Candidates(problem, list(dict.fromkeys([*kept, *candidates])), arch)
+        self._list, self._kept, self._effort, self._max_spills = candidates, candidates.kept, effort, max_spills
         self._queue = list(self._kept)
         self._first: set[Any] = set()  # asked for from the queue: measured as they come
         self._sampler = sampler(name, self._list, seed)

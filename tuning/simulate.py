@@ -27,7 +27,7 @@ from tuning import landscape, plots, rules
 from tuning.compilation import ARCHS
 from tuning.landscape import Landscape
 from tuning.run import RunError
-from tuning.samplers import INFORMED, check_available
+from tuning.samplers import INFORMED, Candidates, check_available
 from tuning.search import Effort, Search
 from tuning.tuner import EFFORTS
 
@@ -64,7 +64,7 @@ def replay(known: Landscape, sampler: str, effort: Effort, seed: int = 0) -> Rep
     started = time.perf_counter()
     arch, default = ARCHS[known.gpu.arch], known.problem.default()
     kept = [default] if default in answers else []
-    search = Search(known.problem, list(answers), kept, arch, effort, name=sampler, seed=seed)
+    search = Search(Candidates(known.problem, answers, arch, kept=kept), effort, name=sampler, seed=seed)
     times: list[float | None] = []
     compiled = 0
     while not search.finished:

@@ -20,9 +20,9 @@ from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, Measurer, StartError, Timing
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
-from tuning.samplers import INFORMED
+from tuning.samplers import INFORMED, Candidates
 from tuning.search import MAX_SPILLS, Effort, Search, constraints
-from tuning.space import knob_values, launched
+from tuning.space import Sifted, knob_values, launched
 
 NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
 # Which runs the others' kernels too, or starts from their winners.
@@ -90,6 +90,7 @@ class Funnel:
     flipped: int = 0  # those of them that replace it
     seconds: dict[str, float] = field(default_factory=dict)
     busy: dict[str, float] = field(default_factory=dict)
+    waited: float = 0.0  # seconds of the search in which nothing that could be measured was compiled
     dropped: Counter[str] = field(default_factory=Counter)  # of the enumerated, by closed-form filter
     failures: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)  # of each kind of failure the first, in its own words
@@ -341,12 +342,13 @@ class Tuner:
         self.measured: dict[Any, Outcome] = {}  # by compiled code and what else makes a launch
         self._proofs: dict[Any, Outcome] = {}
         self._extras: dict[Problem, dict[str, Any]] = {}
+        self._listed: dict[Problem, tuple[Sifted, Candidates]] = {}
         self._search_began = 0.0, 0.0  # and for how long the judge had been busy by then
 
     def run(self, problems: list[Problem]) -> None:
         """Search for every problem; what is found by the deadline, or by Ctrl-C, is kept in `ranked`."""
         tasks: list[_Task] = []
-        problems = spread(problems, self.journal.rank if self.journal else 0)
+        problems = spread(sorted(problems, key=_compiling_cost, reverse=True), self.journal.rank if self.journal else 0)
         try:
             waiting = list(problems)
             if not self.judge.modelled:
@@ -413,19 +415,31 @@ class Tuner:
         """
         now, guesses = time.monotonic(), list[Future[Compiled]]()
         guessed = set(waiting) if self.journal and self.journal.shared else set()
+        unlisted = iter([problem for problem in waiting if problem not in guessed])
         while time.monotonic() < now + BUILD_UP * (self.deadline - now):
             if self._start(waiting, tasks):
                 tasks[-1].ask()
+            elif (problem := next(unlisted, None)) is not None:
+                self.listed(problem)
             elif self.pool.outstanding() >= self.pool.workers:
                 asked = sum(len(task.batch) for task in tasks) + len(guesses)
                 self.progress(max(0, asked - self.pool.outstanding()), asked, tasks[-1].problem, "compiling", "")
                 time.sleep(POLL_SECONDS)
             elif problem := next((problem for problem in waiting if problem not in guessed), None):
                 guessed.add(problem)
-                likely = [problem.default(), *likely_first(problem, self.arch)[: self.effort.first]]
+                likely = self.listed(problem)[1].configs[: 1 + self.effort.first]
                 guesses += [self.pool.submit(problem, config) for config in likely]
             else:
                 return
+
+    def listed(self, problem: Problem) -> tuple[Sifted, Candidates]:
+        """What a search is over, all but what is known to crash; made once, because it takes a tenth of a second."""
+        if problem not in self._listed:
+            sifted, crashes = problem.sift(self.arch), self.crashes(problem)
+            candidates = [config for config in sifted.candidates if config not in crashes]
+            kept = [*self.incumbents(problem), problem.default()]
+            self._listed[problem] = sifted, Candidates(problem, candidates, self.arch, kept=kept)
+        return self._listed[problem]
 
     def _search(self, waiting: list[Problem], tasks: list[_Task], searches: int) -> None:
         """Measure one candidate after another; the next is chosen and written down while the GPU is at the one before.
@@ -447,7 +461,7 @@ class Tuner:
                     if ended and outcome and not later:
                         ended.tell(outcome)
                     self._end_finished(tasks)
-                    if upcoming and upcoming.launch():
+                    if upcoming and upcoming.launch(outcome):
                         measuring = upcoming
                     upcoming = None
                 finally:
@@ -493,6 +507,7 @@ class Tuner:
                 task.finished = True
             return None
         others = [task for task in tasks if not (measuring and task is measuring.task)]
+        others.sort(key=lambda task: _compiling_cost(task.problem), reverse=True)
         for spare in (False,) if measuring else (False, True):
             for task in others:
                 if spare and (task.finished or task.awaited is not None):
@@ -534,12 +549,14 @@ class Tuner:
 
     def _wait(self, tasks: list[_Task]) -> None:
         """Until something more is compiled, or another worker may have ended what is waited for."""
+        began = time.monotonic()
         compiling = [future for task in tasks for future in task.compiling()]
         seconds = POLL_SECONDS if any(task.awaited for task in tasks) or not compiling else LOOK_SECONDS
         if compiling:
             wait(compiling, seconds, FIRST_COMPLETED)
         else:
             time.sleep(seconds)
+        self.funnel.waited += time.monotonic() - began
 
     def _tell_others(self, tasks: list[_Task]) -> None:
         if self.journal:
@@ -781,18 +798,18 @@ def spread(problems: list[Problem], rank: int) -> list[Problem]:
     return problems[start:] + problems[:start]
 
 
+def _compiling_cost(problem: Problem) -> int:
+    """How long its candidates are compiled, by rank: the slowest searches come first, so as not to be waited for."""
+    return problem.K
+
+
 def _states_problem(problem: Problem) -> Problem:
     return replace(problem, form="chunk_states")
 
 
 def likely_first(problem: Problem, arch: Arch) -> list[Any]:
     """The configurations worth compiling for a problem, none known bad, those that the model likes best first."""
-    return by_model(problem, arch, problem.sift(arch).candidates)
-
-
-def by_model(problem: Problem, arch: Arch, configs: list[Any]) -> list[Any]:
-    """Configurations in the order in which the model likes them."""
-    return sorted(configs, key=lambda config: predict(problem, config, arch))
+    return sorted(problem.sift(arch).candidates, key=lambda config: predict(problem, config, arch))
 
 
 class _Task:
@@ -800,17 +817,15 @@ class _Task:
 
     def __init__(self, tuner: Tuner, problem: Problem) -> None:
         self.tuner, self.problem = tuner, problem
-        sifted = problem.sift(tuner.arch)
+        sifted, candidates = tuner.listed(problem)
         tuner.funnel.enumerated += sifted.enumerated
         tuner.funnel.dropped.update(sifted.dropped)
         self.crashes = tuner.crashes(problem)
-        candidates = [c for c in by_model(problem, tuner.arch, sifted.candidates) if c not in self.crashes]
         self.default = problem.default()
         incumbents = tuner.incumbents(problem)
         # To a model, compiling is measuring: looking ahead would tell it nothing.
         effort, max_spills = (replace(tuner.effort, ahead=0), 0) if tuner.judge.modelled else (tuner.effort, MAX_SPILLS)
-        kept = [*incumbents, self.default]
-        self.search = Search(problem, candidates, kept, tuner.arch, effort, name=tuner.sampler, max_spills=max_spills)
+        self.search = Search(candidates, effort, name=tuner.sampler, max_spills=max_spills)
         noise = MODEL_NOISE if tuner.judge.modelled else HELD
         self.found = Found(problem, self.default, set(incumbents), noise=noise)
         self.tried: set[Any] = set()
@@ -864,11 +879,11 @@ class _Task:
         reason = self.tuner.crashes(self.problem).get(config)
         return Outcome(None, reason) if reason else None
 
-    def found_since(self, config: Any) -> Outcome | None:
-        """What has come, since it was prepared, of another candidate of the same code."""
+    def found_since(self, config: Any, before: Outcome | None) -> Outcome | None:
+        """What has come, since it was prepared, of another candidate of the same code: of the one before."""
         if same := self.tuner.measured.get(self._code(config)):
             self.tuner.funnel.same_code += 1
-        return same or self._crashed(config)
+        return same or (self._crashed(config) if before and before.reason else None)
 
     def tell(self, config: Any, outcome: Outcome) -> None:
         """Take what came of one that was chosen."""
@@ -991,10 +1006,13 @@ class _Measuring:
     spare: bool
     answer: Callable[[], Timing] | None = None
 
-    def launch(self) -> bool:
-        """Have it measured; False where it was withdrawn, because it is known by now what comes of it."""
+    def launch(self, before: Outcome | None) -> bool:
+        """Have it measured; False where it was withdrawn, because it is known by now what comes of it.
+
+        before: what came of the one that was launched before.
+        """
         task, tuner = self.task, self.task.tuner
-        if outcome := task.found_since(self.config):
+        if outcome := task.found_since(self.config, before):
             self.withdraw()
             task.tell(self.config, outcome)
             return False
