@@ -27,7 +27,7 @@ from tuning.landscape import Landscape
 from tuning.measurement import MeasurementError, Timing
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PLAIN, Problem, problem_at
 from tuning.rules import Entry
-from tuning.space import SWEEPS, Transposed, knob_values
+from tuning.space import SWEEPS, knob_values
 from tuning.tuner import EFFORTS, HELD, NOISE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -407,10 +407,7 @@ class Measured(Judge):
 
 
 @pytest.mark.parametrize("effort", ["quick", "full"])
-def test_a_run_with_the_gpus_times_asks_for_little_that_was_not_compiled_ahead(
-    effort: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Transposed, "ARCHS", ())  # of which the landscapes know nothing yet
+def test_a_run_with_the_gpus_times_asks_for_little_that_was_not_compiled_ahead(effort: str) -> None:
     known = [one for one in landscape.shipped() if replace(one.problem, form=ONE.form) == ONE]
     problems = [one.problem for one in known]
     assert {problem.form for problem in problems} >= {"chunk", "chunk_states", "fused_chunk", GRADIENTS}
