@@ -39,9 +39,11 @@ def serve(pipe: Connection) -> None:
     pipe.send(Answer("ok", GPU))
     while True:
         try:
-            job, problem, configs, *_ = pipe.recv()
+            job, problem, configs, *_, mark = pipe.recv()
         except EOFError:
             return
+        if mark:
+            mark.make()
         group = configs if isinstance(configs, list) else [configs]
         fault = next((fault for config in group if (fault := _launch(job, problem.form, config))), None)
         with contextlib.suppress(BrokenPipeError):  # the tuner was killed

@@ -55,7 +55,8 @@ class Judge:
         self.busy, self.renewed = 0.0, 0
 
     def begin(self, *job: Any) -> Callable[[], Timing]:
-        return partial(self.time, *job)
+        *asked, _ = job
+        return partial(self.time, *asked)
 
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]

@@ -16,13 +16,16 @@ from typing import Any
 import fake_device
 import pytest
 from fakes import PROBLEM, Judge, candidates, landscape, tune
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 
 from generated.configuration_file import parse_file
 from tuning import forkserver, rules, storage
-from tuning.journal import PROVE, Journal, Outcome
+from tuning.journal import PROVE, SUSPECT, Journal, Outcome
 from tuning.rules import Entry, Point
 from tuning.space import knob_values
-from tuning.tuner import Effort
+from tuning.tuner import AHEAD, Effort
 
 TESTS = Path(__file__).resolve().parent
 KERNEL = "retention_fused_chunk"
@@ -109,6 +112,28 @@ def test_killed_tuner_loses_the_point_it_measured_and_launches_it_never_again(ma
     assert len(after) > len(before)
     assert machine.used() != knob_values(BEST)
     assert "killed: the tuner died while this was measured" in output
+
+
+def test_of_what_was_handed_over_to_the_gpu_only_what_killed_the_tuner_is_lost(machine: Machine) -> None:
+    shapes = [SHAPE.replace("=64", f"={width}") for width in (64, 128, 256)]  # no two of which have a kernel in common
+    workloads = [argument for shape in shapes for argument in ("--workload", shape)]
+    journal = machine.directory / "a.journal"
+    command = ["run", *workloads, "--out", str(machine.rules), "--form", "fused_chunk", "--storage", str(journal)]
+    code, _ = ended(*machine.start_command(command, faults={line("measure", BEST): "kill tuner"}))
+    assert code == -signal.SIGKILL
+    assert 2 <= len(of_candidates(journal, TrialState.RUNNING)) <= 2 + AHEAD  # one may have been written down alone
+    code, output = ended(*machine.start_command(command))
+    assert code == 0, output
+    (suspect,) = [trial for trial in of_candidates(journal, TrialState.FAIL) if trial.user_attrs["reason"] == SUSPECT]
+    assert suspect.params == knob_values(BEST)
+    assert of_candidates(journal, TrialState.RUNNING) == []
+
+
+def of_candidates(journal: Path, state: TrialState) -> list[FrozenTrial]:
+    """The trials in a state that are of candidates."""
+    read = JournalStorage(JournalFileBackend(str(journal)))
+    trials = [trial for study in read.get_all_studies() for trial in read.get_all_trials(study._study_id)]
+    return [trial for trial in trials if trial.params and trial.state == state]
 
 
 def test_what_killed_the_tuner_is_not_launched_by_runs_that_measure_anew_either(machine: Machine) -> None:

@@ -25,8 +25,9 @@ from tuning import journal as journals
 from tuning import run as run_module
 from tuning import storage as storage_module
 from tuning.__main__ import main
+from tuning.device import OTHER
 from tuning.history import read
-from tuning.journal import FORGETS, PROVE, RACE, SUSPECT, Journal, Outcome
+from tuning.journal import FORGETS, PROVE, RACE, SUSPECT, Claim, Journal, Outcome
 from tuning.measurement import Gpu, Timing
 from tuning.problems import FORMS, Problem
 from tuning.space import WHOLE, knob_values
@@ -315,6 +316,42 @@ def test_what_was_still_to_follow_when_the_tuner_died_is_no_suspect(
         assert {c for c, found in journal.outcomes(PROBLEM, {}).items() if found.reason == SUSPECT} == suspects
 
 
+@pytest.mark.parametrize(("launched", "suspects"), [(0, {FIRST}), (1, {SECOND}), (2, {THIRD}), (OTHER, set())])
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_what_a_killed_tuner_had_handed_over_what_was_launched_last_is_the_suspect(
+    path: Path, launched: int, suspects: set[Any], order: int
+) -> None:
+    process = forkserver.context().Process(target=hand_over_three_and_die, args=(path, launched))
+    process.start()
+    process.join(60)
+    for _ in range(2):
+        journal = open_journal(path)
+        found = {config: journal.outcomes(problem, {}).get(config) for problem, config in HANDED_OVER[::order]}
+        assert found == {c: Outcome(None, SUSPECT) if c in suspects else None for _, c in HANDED_OVER}
+        for problem, config in HANDED_OVER:
+            claim = journal.claim(problem, config, {})
+            assert (claim is None) == (config in suspects)
+            if claim:
+                claim.settle(None)
+        journal.run().finish(1.0)
+        journal.close()
+
+
+HANDED_OVER = [(replace(PROBLEM, T=T), config) for T, config in ((256, FIRST), (512, SECOND), (1024, THIRD))]
+
+
+def hand_over_three_and_die(path: Path, launched: int) -> None:
+    journal, claims = open_journal(path), list[Claim]()
+    for problem, config in HANDED_OVER:
+        claim = journal.claim(problem, config, {}, behind=claims[-1] if claims else None)
+        assert claim is not None
+        claims.append(claim)
+    mark = claims[launched].mark
+    assert mark is not None
+    (mark._replace(trial=OTHER) if launched == OTHER else mark).make()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.usefixtures("started_again")
 def test_where_the_machine_may_have_died_what_was_to_follow_is_a_suspect_too(path: Path) -> None:
     process = forkserver.context().Process(target=claim_two_and_die, args=(path, False))
@@ -351,10 +388,23 @@ def test_a_process_lives_as_long_as_it_holds_its_file(path: Path) -> None:
     assert not storage_module.is_dead(path, name)
     del alive
     assert storage_module.is_dead(path, name)
+    assert list(path.parent.iterdir()) == []
     left = storage_module.alive_path(path, "left-by-a-process-that-was-killed")
     left.touch()
     assert storage_module.is_dead(path, "left-by-a-process-that-was-killed")
-    assert list(path.parent.iterdir()) == []
+
+
+def test_what_a_killed_process_leaves_is_gone_when_a_later_run_has_ended(path: Path) -> None:
+    process = forkserver.context().Process(target=claim_two_and_die, args=(path, False))
+    process.start()
+    process.join(60)
+    (left,) = path.parent.glob(".*.alive")
+    for there in (True, False):
+        journal = open_journal(path)
+        assert left.exists() is there
+        journal.run().finish(1.0)
+        journal.close()
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_two_that_look_at_a_dead_process_at_once_both_find_it_dead(path: Path) -> None:
@@ -560,7 +610,9 @@ def test_the_command_goes_on_where_it_was_and_begins_again_where_it_is_told_to(
         gpu = Gpu("Any GPU", "sm90", 132, 80, "580.1")
         busy = 0.0
 
-        def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
+        def measure(
+            self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any], *_: Any
+        ) -> Timing:
             return timing(float(config.BV))
 
         def begin(self, *job: Any) -> Callable[[], Timing]:

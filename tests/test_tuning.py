@@ -587,6 +587,53 @@ def test_child_that_dies_is_an_error_of_that_job_alone(measurer_of: Callable[[An
     assert timing.ms == measurer._process.pid
 
 
+def test_jobs_that_are_asked_for_at_once_are_answered_in_their_order(measurer_of: Callable[[Any], Measurer]) -> None:
+    measurer, config = measurer_of(echo_child), PROBLEM.default()
+    first, second = (measurer.begin(PROBLEM, replace(config, BT=BT), math.inf, {}) for BT in (16, 32))
+    assert measurer.measure(PROBLEM, replace(config, BT=64), math.inf, {}) == 64
+    assert (second(), first()) == (32, 16)
+
+
+@pytest.mark.parametrize("fatal", [16, 32])
+def test_what_follows_a_job_that_kills_the_child_is_answered_by_another(
+    measurer_of: Callable[[Any], Measurer], fatal: int
+) -> None:
+    measurer, config = measurer_of(echo_child_with_a_fault), PROBLEM.default()
+    asked = {BT: measurer.begin(PROBLEM, replace(config, BT=BT), fatal, {}) for BT in (16, 32, 64)}
+    for BT, answer in asked.items():
+        if fatal == BT:
+            with pytest.raises(MeasurementError, match="died"):
+                answer()
+        else:
+            assert answer() == BT
+
+
+def echo_child_with_a_fault(pipe: Connection) -> None:
+    pipe.send(device.Answer("ok", Gpu("Fake GPU", "sm90", 132, 80, "580.1")))
+    while True:
+        _, _, config, fatal, *_ = pipe.recv()
+        if fatal == config.BT:
+            os._exit(1)
+        pipe.send(device.Answer("ok", config.BT))
+
+
+def test_a_job_has_its_time_from_when_the_one_before_it_has_ended(
+    measurer_of: Callable[[Any], Measurer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(measurement.DEADLINES, "measure", 1.0)
+    measurer, config = measurer_of(slow_child), PROBLEM.default()
+    asked = [measurer.begin(PROBLEM, replace(config, BT=BT), math.inf, {}) for BT in (16, 32, 64)]
+    assert [answer() for answer in asked] == [16, 32, 64]
+
+
+def slow_child(pipe: Connection) -> None:
+    pipe.send(device.Answer("ok", Gpu("Fake GPU", "sm90", 132, 80, "580.1")))
+    while True:
+        _, _, config, *_ = pipe.recv()
+        time.sleep(0.6)
+        pipe.send(device.Answer("ok", config.BT))
+
+
 def test_child_that_hangs_is_killed(measurer_of: Callable[[Any], Measurer], monkeypatch: pytest.MonkeyPatch) -> None:
     measurer = measurer_of(child_that_hangs)
     monkeypatch.setitem(measurement.DEADLINES, "prove", 0.3)
@@ -624,7 +671,7 @@ def test_an_answer_that_an_interrupt_left_behind_is_nobodys(
     with monkeypatch.context() as patch:
         if moment == "_start":
             measurer.renew()
-            patch.setattr(measurer, "_receive", interrupted)
+            patch.setattr(measurer, "_hear", interrupted)
         else:
             send = measurer._pipe.send
             patch.setattr(measurer._pipe, "send", lambda job: (send(job), interrupted()))
@@ -633,7 +680,7 @@ def test_an_answer_that_an_interrupt_left_behind_is_nobodys(
     assert measurer.measure(PROBLEM, replace(config, BT=64), math.inf, {}) == 64
 
 
-def interrupted() -> None:
+def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 

@@ -5,6 +5,7 @@ It answers one job after another, until the process that started it is gone. A j
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ COMPARE_SECONDS = 0.4
 COMPARE_ROUNDS = 8
 FIRST = Problem("fused_chunk", "bfloat16", 1, 64, 1, 16, 16)  # measured before any job: it loads what all need
 KEPT = 3  # problems whose inputs stay in memory: searches take turns
+MARK_LENGTH = 20
+OTHER = -1  # the mark of what is no candidate of a search
 # In torch's words for what a context does not recover from, and in Triton's.
 STICKY = ("AcceleratorError", "CUDA error", "[CUDA]")
 
@@ -58,6 +61,26 @@ class Answer:
     status: str  # ok, error, or sticky: the process has ended itself
     value: Any
     seconds: float = 0.0
+
+
+class Mark(NamedTuple):
+    """A file in which this process says what it is going to launch, and the number of that in the tuner's record.
+
+    So that it is known which of two was launched last where the tuner is killed.
+    """
+
+    file: str
+    trial: int
+
+    def make(self) -> None:
+        """Write it over the last; what a full disk does not take stays as it was."""
+        with contextlib.suppress(OSError):
+            os.pwrite(_opened(self.file), f"{self.trial:<{MARK_LENGTH}}".encode("ascii"), 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(file: str) -> int:
+    return os.open(file, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def describe_gpu() -> Gpu:
@@ -90,9 +113,11 @@ def serve(pipe: Connection) -> None:
     pipe.send(started)
     while started.status == "ok":
         try:
-            name, *arguments = pipe.recv()
+            name, *arguments, mark = pipe.recv()
         except EOFError:
             return
+        if mark:
+            mark.make()
         answer = _answer(JOBS[name], arguments)
         pipe.send(answer)
         if answer.status == "sticky":

@@ -39,6 +39,7 @@ from generated.configuration_file import MOST
 from tuning import forkserver
 from tuning.compilation import Resources
 from tuning.compile_pool import same_kernel
+from tuning.device import Mark
 from tuning.measurement import HANGS, is_crash
 from tuning.problems import FORMS, Problem
 from tuning.space import WHOLE, knob_values
@@ -227,7 +228,7 @@ class Journal:
     ) -> Claim | None:
         """Write a candidate down, to be launched now; None, where another worker is at it or it is known by now.
 
-        `constraints` are Optuna's: feasible up to 0. `behind`: it is launched when that one is settled.
+        `constraints` are Optuna's: feasible up to 0. `behind`: it is launched when that one has ended.
         """
         study = self._study(problem, extra, step)
         attributes = ({"needs": asdict(needs)} if needs else {}) | ({"spare": True} if spare else {})
@@ -352,7 +353,9 @@ class Journal:
         self._ended = {str(run.user_attrs.get("worker")) for run in over}
         for run in earlier:
             if run.state == TrialState.RUNNING and store.is_dead(str(run.user_attrs.get("worker"))):
-                _close(storage, run._trial_id, TrialState.FAIL, {"reason": "killed"})
+                _close(storage, run._trial_id, TrialState.FAIL, {"reason": KILLED})
+            elif run.user_attrs.get("reason") == KILLED and run.number <= last:  # one that ended has asked about it
+                store.forget(str(run.user_attrs.get("worker")))
             elif run.state == TrialState.RUNNING:
                 self.rank += 1
 
@@ -500,11 +503,7 @@ class Journal:
             return
         if trial.user_attrs.get(KILLED):
             study.spared.add((step, config))
-        if (
-            trial.state == TrialState.RUNNING
-            and self._was_waiting(storage, trial)
-            and self._was_killed(storage, worker)
-        ):
+        if trial.state == TrialState.RUNNING and step == MEASURE and not self._may_have_broken(storage, trial, worker):
             _close(storage, trial._trial_id, TrialState.PRUNED, {})
             return
         outcome = None if config is None else self._outcome(storage, trial, worker, step)
@@ -522,6 +521,17 @@ class Journal:
             _finish(storage, trial._trial_id, step, Outcome(None, SUSPECT))
             return Outcome(None, SUSPECT)
         return None
+
+    def _may_have_broken(self, storage: Any, trial: FrozenTrial, worker: str) -> bool:
+        """Whether a candidate that a dead tuner has not settled may be what ended it.
+
+        Not if that was killed from outside and this was not launched, or had ended when another was.
+        """
+        assert self._store is not None
+        if not self._was_killed(storage, worker):
+            return True
+        launched = self._store.launched(worker)
+        return not self._was_waiting(storage, trial) if launched is None else launched == trial._trial_id
 
     def _was_waiting(self, storage: Any, trial: FrozenTrial) -> bool:
         """Whether it was not launched yet: what it was to follow has not been settled."""
@@ -560,6 +570,12 @@ class Claim:
     step: str
     config: Any
     trial: Any
+
+    @property
+    def mark(self) -> Mark | None:
+        """What its measuring process has to make when it launches this; None where nobody could read it."""
+        store = self.journal._store
+        return None if store is None or self.trial is None else store.mark(self.trial)
 
     def settle(self, outcome: Outcome | None) -> None:
         """Write down what came of it; None: it counts as not tried."""

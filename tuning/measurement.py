@@ -6,15 +6,17 @@ import contextlib
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from tuning import device, forkserver
-from tuning.device import Gpu, describe_gpu
+from tuning.device import OTHER, Answer, Gpu, Mark, describe_gpu
 from tuning.problems import Problem
 from tuning.timing import Timing
 from tuning.workers import GpuBusyError, gpu_alone
@@ -56,6 +58,15 @@ class StartError(MeasurementError):
     """A measuring process that does not start, which is no candidate's fault."""
 
 
+@dataclass(eq=False)
+class _Job:
+    """What the process is asked for; `answer`, also for a process that died at it, when that is over."""
+
+    content: tuple[Any, ...]
+    sent: bool = False  # to the process that there is
+    answer: Answer | None = None
+
+
 class Measurer:
     """A child process that owns the GPU; the parent never touches CUDA.
 
@@ -68,7 +79,9 @@ class Measurer:
         self._context = forkserver.context()
         self._process: Any = None
         self._pipe: Connection | None = None
-        self._job, self._sent = "", 0.0  # the last, and when that was
+        self._jobs = deque[_Job]()  # which the process is at, or is going to be: in this order
+        self._since = 0.0  # when the first of them became the first
+        self._marks = ""  # the file that they are made in
         self.busy = 0.0
         self._lock = contextlib.ExitStack()
         self.gpu = self._start()
@@ -79,13 +92,15 @@ class Measurer:
             self.renew()
             raise
 
-    def begin(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Callable[[], Timing]:
+    def begin(
+        self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any], mark: Mark | None = None
+    ) -> Callable[[], Timing]:
         """Check, then time, while the caller goes on; what is returned waits for the times, or raises.
 
-        `stop_above_ms` ends the timing of a configuration that is clearly slower.
+        `stop_above_ms` ends the timing of a configuration that is clearly slower. What is asked for before that has
+        ended follows it at once, in a new process if need be. `mark`: to be made when it is launched.
         """
-        self._send(("measure", problem, config, stop_above_ms, extra))
-        return self._receive
+        return partial(self._result, self._ask("measure", problem, config, stop_above_ms, extra, mark=mark))
 
     def measure(self, problem: Problem, config: Any, stop_above_ms: float, extra: dict[str, Any]) -> Timing:
         """The same, waited for."""
@@ -93,12 +108,12 @@ class Measurer:
 
     def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         """Time several configurations in interleaved rounds, the order rotating."""
-        timings: list[Timing] = self._call(("compare", problem, configs, extra))
+        timings: list[Timing] = self._result(self._ask("compare", problem, configs, extra))
         return timings
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float:
         """The largest error at the problem's full shape, with states and packed; raises if over the limit."""
-        error: float = self._call(("prove", problem, config, extra))
+        error: float = self._result(self._ask("prove", problem, config, extra))
         return error
 
     def close(self) -> None:
@@ -107,7 +122,14 @@ class Measurer:
         self._lock.close()
 
     def renew(self) -> None:
-        """End the child, whatever it is at; the next call starts another."""
+        """End the child, whatever it is at, and forget what it was asked for; the next call starts another."""
+        self._jobs.clear()
+        self._end()
+
+    def _end(self) -> None:
+        """End the child: what it has not answered is another's."""
+        for job in self._jobs:
+            job.sent = False
         if self._process is not None:
             process, self._process = self._process, None  # first: nothing is asked of one that is being ended
             process.kill()
@@ -123,61 +145,87 @@ class Measurer:
                 process.start()
                 self._process = process
             theirs.close()
-            self._job, self._sent = "start", time.monotonic()
-            gpu: Gpu = self._receive()
+            answer = self._hear(DEADLINES["start"], "it does not start", "while it started")
         except MeasurementError as error:
-            self.renew()
             raise StartError(str(error)) from None
         except BaseException:  # an answer that nobody waits for must not be taken for the next one's
-            self.renew()
+            self._end()
             raise
+        if answer.status != "ok":
+            self._end()
+            raise StartError(answer.value)
+        gpu: Gpu = answer.value
         return gpu
 
-    def _call(self, job: tuple[Any, ...]) -> Any:
-        self._send(job)
-        return self._receive()
+    def _ask(self, *content: Any, mark: Mark | None = None) -> _Job:
+        if mark:
+            self._marks = mark.file
+        elif self._marks:
+            mark = Mark(self._marks, OTHER)
+        job = _Job((*content, mark))
+        if not self._jobs:
+            self._since = time.monotonic()
+        self._jobs.append(job)
+        try:
+            self._send()
+        except BaseException:
+            self.renew()
+            raise
+        return job
 
-    def _send(self, job: tuple[Any, ...]) -> None:
+    def _send(self) -> None:
+        """Give the process, or a new one, what it has not been given."""
         if self._process is None:
             try:
                 self._start()
             except StartError:
                 self._start()  # once more: the GPU may just have been reset
+            self._since = time.monotonic()
         assert self._pipe is not None
-        self._job, self._sent = job[0], time.monotonic()
-        try:
+        for job in [job for job in self._jobs if not job.sent]:
+            job.sent = True
             with contextlib.suppress(ConnectionError):  # whoever waits for the answer finds out
-                self._pipe.send(job)
-        except BaseException:
-            self.renew()
-            raise
+                self._pipe.send(job.content)
 
-    def _receive(self) -> Any:
-        """The answer to what was sent last."""
-        assert self._pipe is not None
-        seconds, silence = DEADLINES[self._job], "it does not start" if self._job == "start" else HANGS
-        answer = None
+    def _result(self, job: _Job) -> Any:
+        """The answer to a job, waited for, and to those before it."""
         try:
-            if not self._pipe.poll(max(0.0, self._sent + seconds - time.monotonic())):
-                self.renew()
-                raise MeasurementError(f"no answer from the measuring process within {seconds:.0f} s: {silence}")
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionError):
+            while job.answer is None:
+                self._send()
+                self._receive()
+        except BaseException:  # Ctrl-C: an answer to this job must not be taken for the next one's
             self.renew()
-            cause = "while it started" if self._job == "start" else DIED
-            raise MeasurementError(f"the measuring process died: {cause}") from None
-        except KeyboardInterrupt:
-            self.renew()  # its answer to this job must not be taken for the next one's
             raise
-        finally:
-            # What has answered says for how long it was at it: the answer may have lain here for a while.
-            if self._job != "start":
-                self.busy += answer.seconds if answer else time.monotonic() - self._sent
-        if answer.status == "sticky":
-            self.renew()
-        if answer.status != "ok":
-            raise MeasurementError(answer.value)
-        return answer.value
+        if job.answer.status != "ok":
+            raise MeasurementError(job.answer.value)
+        return job.answer.value
+
+    def _receive(self) -> None:
+        """The answer to the first job, or what became of the process at it."""
+        job = self._jobs[0]
+        try:
+            job.answer = self._hear(self._since + DEADLINES[job.content[0]] - time.monotonic(), HANGS, DIED)
+            self.busy += job.answer.seconds  # it may have lain here for a while
+        except MeasurementError as error:
+            job.answer = Answer("error", str(error))
+            self.busy += time.monotonic() - self._since
+        self._jobs.popleft()
+        self._since = time.monotonic()
+        if job.answer.status == "sticky":
+            self._end()
+
+    def _hear(self, seconds: float, silence: str, death: str) -> Answer:
+        """What the process says next; MeasurementError, and it is ended, where it says nothing."""
+        assert self._pipe is not None
+        try:
+            if self._pipe.poll(max(0.0, seconds)):
+                answer: Answer = self._pipe.recv()
+                return answer
+            reason = f"no answer from the measuring process: {silence}"
+        except (EOFError, ConnectionError):
+            reason = f"the measuring process died: {death}"
+        self._end()
+        raise MeasurementError(reason)
 
 
 def is_crash(reason: str) -> bool:

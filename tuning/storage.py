@@ -30,6 +30,8 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
+from tuning.device import MARK_LENGTH, Mark
+
 HEARTBEAT_SECONDS = 5  # between two signs of life in a database
 GRACE_SECONDS = 20  # without one, after which a worker counts as dead
 LOOK_SECONDS = 1.0  # between two looks at who is silent
@@ -70,6 +72,15 @@ class Store(Protocol):
 
     def is_dead(self, worker: str) -> bool:
         """Whether the process that wrote this name into the storage has ended."""
+
+    def mark(self, trial: int) -> Mark | None:
+        """How this process's measuring process says that it launches a trial; None where that cannot be known."""
+
+    def launched(self, worker: str) -> int | None:
+        """The trial that a dead process's one said last, or OTHER; None where nothing is known."""
+
+    def forget(self, worker: str) -> None:
+        """Nobody will ask about this dead process any more."""
 
     def sync(self) -> None:
         """What was written outlives a loss of power from now on."""
@@ -154,6 +165,17 @@ class Database:
         if worker not in self._alive:
             self._dead.add(worker)
         return worker in self._dead
+
+    def mark(self, trial: int) -> Mark | None:
+        """Other hosts could not read it."""
+        return None
+
+    def launched(self, worker: str) -> int | None:
+        """Nothing is known."""
+        return None
+
+    def forget(self, worker: str) -> None:
+        """There is nothing."""
 
     def sync(self) -> None:
         """A database sees to that itself."""
@@ -308,6 +330,21 @@ class JournalFile:
     def is_dead(self, worker: str) -> bool:
         """Whether nobody holds its lock."""
         return is_dead(self._path, worker)
+
+    def mark(self, trial: int) -> Mark | None:
+        """In the file that is locked."""
+        return Mark(str(alive_path(self._path, self.worker)), trial)
+
+    def launched(self, worker: str) -> int | None:
+        """What stands in its file."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(alive_path(self._path, worker).read_text(encoding="ascii"))
+        return None
+
+    def forget(self, worker: str) -> None:
+        """Remove its file."""
+        with contextlib.suppress(OSError):
+            alive_path(self._path, worker).unlink()
 
     def sync(self) -> None:
         """Wait for the disk."""
@@ -472,13 +509,17 @@ class _Lock:
 
 
 class Alive:
-    """A file beside the journal that is locked while this process lives: its number and machine's name tell less."""
+    """A file beside the journal that is locked while this process lives: its number and machine's name tell less.
+
+    It holds the measuring process's last mark, for which there is room from the beginning.
+    """
 
     def __init__(self, path: Path) -> None:
         self.name = uuid.uuid4().hex
         file = alive_path(path, self.name)
         handle = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644)
         fcntl.flock(handle, fcntl.LOCK_EX)
+        os.write(handle, b" " * MARK_LENGTH)
         self.end = weakref.finalize(self, _end, handle, file)
 
 
@@ -502,5 +543,4 @@ def is_dead(path: Path, name: str) -> bool:
         return True
     except BlockingIOError:
         return False
-    file.unlink(missing_ok=True)
     return True

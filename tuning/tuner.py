@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 from tuning.compilation import Arch, Resources
-from tuning.compile_pool import Compiled, CompilePool, same_launch
+from tuning.compile_pool import Compiled, CompilePool, same_kernel, same_launch
 from tuning.coverage import assign
+from tuning.device import Mark
 from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome
 from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, Measurer, StartError, Timing
@@ -35,6 +36,7 @@ SHARED = 0.01  # what a point may lose against its fastest, so that neighbours s
 BUILD_UP = 0.25  # of the budget, where there is one, may pass before anything is measured
 BACKLOG = 2  # candidates a compiler that may wait: with more, no further search is started
 LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
+AHEAD = 2  # candidates that are handed over while one is being measured
 AT_ONCE = 4  # searches of a worker that is not the only one
 CONTENDERS = 3  # of each race, which a fresh process times again
 
@@ -127,11 +129,18 @@ class Judge(Protocol):
         """Seconds that it was at it."""
 
     def begin(
-        self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
+        self,
+        problem: Problem,
+        config: Any,
+        needs: Resources,
+        stop_above_ms: float,
+        extra: dict[str, Any],
+        mark: Mark | None,
     ) -> Callable[[], Timing]:
         """Begin to time, only roughly where over `stop_above_ms`; what is returned waits for the times.
 
-        Nothing else may be asked for before. It raises MeasurementError for what does not run right.
+        It raises MeasurementError for what does not run right. What is asked for meanwhile comes next. `mark`: as of a
+        Measurer.
         """
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
@@ -158,10 +167,16 @@ class GpuJudge:
         return self._measurer.busy
 
     def begin(
-        self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
+        self,
+        problem: Problem,
+        config: Any,
+        needs: Resources,
+        stop_above_ms: float,
+        extra: dict[str, Any],
+        mark: Mark | None,
     ) -> Callable[[], Timing]:
         """Times on the GPU, after a check against float64."""
-        return self._measurer.begin(problem, config, stop_above_ms, extra)
+        return self._measurer.begin(problem, config, stop_above_ms, extra, mark)
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         """Times in interleaved rounds."""
@@ -187,7 +202,13 @@ class ModelJudge:
         self._times: dict[Any, Timing] = {}
 
     def begin(
-        self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
+        self,
+        problem: Problem,
+        config: Any,
+        needs: Resources,
+        stop_above_ms: float,
+        extra: dict[str, Any],
+        mark: Mark | None,
     ) -> Callable[[], Timing]:
         """Milliseconds by the model, which has no noise."""
         timing = self._times[problem, config] = self._timing(predict(problem, config, self._arch, needs))
@@ -442,40 +463,35 @@ class Tuner:
         return self._listed[problem]
 
     def _search(self, waiting: list[Problem], tasks: list[_Task], searches: int) -> None:
-        """Measure one candidate after another; the next is chosen and written down while the GPU is at the one before.
+        """Measure one candidate after another.
 
-        And what that one took is learned from while the GPU is at the next.
+        The next are chosen, written down and handed over while the GPU is at one, so that it need not wait for anybody.
         """
-        measuring: _Measuring | None = None
-        upcoming: _Measuring | None = None
+        under_way = deque[_Measuring]()  # handed over, in this order
+        upcoming: _Measuring | None = None  # written down
+        ended: _Measuring | None = None
         try:
             while tasks or waiting:
                 started = self._start(waiting, tasks)
-                chosen = self._choose(tasks, measuring)
-                upcoming = chosen[0].prepare(*chosen[1:], behind=measuring) if chosen else None
-                ended = measuring
-                outcome = ended.end() if ended else None
-                measuring = None
-                later = ended is not None and upcoming is not None and not ended.task.finished
-                try:
-                    if ended and outcome and not later:
-                        ended.tell(outcome)
-                    self._end_finished(tasks)
-                    if upcoming and upcoming.launch(outcome):
-                        measuring = upcoming
+                chosen = None if upcoming else self._choose(tasks, under_way)
+                if chosen:
+                    upcoming = chosen[0].prepare(*chosen[1:], behind=under_way[-1] if under_way else None)
+                if upcoming and not any(map(upcoming.hinges_on, under_way)):
+                    if upcoming.launch():
+                        under_way.append(upcoming)
                     upcoming = None
-                finally:
-                    if ended and outcome and later:
-                        ended.tell(outcome)
-                if ended:
+                ended = None
+                if under_way and (upcoming or not chosen or len(under_way) > AHEAD):
+                    ended = under_way.popleft()
+                    ended.end()
                     self._say_searching(ended.task.found, tasks, waiting, searches)
+                self._end_finished(tasks, under_way)
                 if not (chosen or started or ended or self._prove_early(tasks)):
                     self._wait(tasks)
         finally:
-            if upcoming:
-                upcoming.withdraw()
-            if measuring:
-                measuring.abandon()
+            for candidate in (upcoming, ended, *under_way):
+                if candidate:
+                    candidate.abandon()
 
     def _start(self, waiting: list[Problem], tasks: list[_Task]) -> bool:
         """Start the next search where the compiler has room for it, or where there is no time to compile anyhow.
@@ -496,19 +512,19 @@ class Tuner:
             self._tell_others(tasks)
         return bool(ready)
 
-    def _choose(self, tasks: list[_Task], measuring: _Measuring | None) -> tuple[_Task, Any, bool] | None:
+    def _choose(self, tasks: list[_Task], under_way: Collection[_Measuring]) -> tuple[_Task, Any, bool] | None:
         """What to measure next, and whether only because the GPU would wait for the compiler otherwise.
 
-        Nothing of the search of which a candidate is being measured: its time may change what is promising.
+        Nothing of a search of which a candidate is under way: its time may change what is promising.
         """
         if self.seconds_left() == 0:
             for task in tasks:
                 task.cut_short = not task.finished  # by others
                 task.finished = True
             return None
-        others = [task for task in tasks if not (measuring and task is measuring.task)]
+        others = _idle(tasks, under_way)
         others.sort(key=lambda task: _compiling_cost(task.problem), reverse=True)
-        for spare in (False,) if measuring else (False, True):
+        for spare in (False,) if under_way else (False, True):
             for task in others:
                 if spare and (task.finished or task.awaited is not None):
                     continue
@@ -517,8 +533,8 @@ class Tuner:
                     return task, config, spare
         return None
 
-    def _end_finished(self, tasks: list[_Task]) -> None:
-        for task in [task for task in tasks if task.finished]:
+    def _end_finished(self, tasks: list[_Task], under_way: Collection[_Measuring]) -> None:
+        for task in [task for task in _idle(tasks, under_way) if task.finished]:
             tasks.remove(task)
             self._finish(task)
             self._tell_others(tasks)
@@ -803,6 +819,11 @@ def _compiling_cost(problem: Problem) -> int:
     return problem.K
 
 
+def _idle(tasks: list[_Task], under_way: Collection[_Measuring]) -> list[_Task]:
+    """Those of which nothing is under way."""
+    return [task for task in tasks if all(task is not measuring.task for measuring in under_way)]
+
+
 def _states_problem(problem: Problem) -> Problem:
     return replace(problem, form="chunk_states")
 
@@ -879,11 +900,11 @@ class _Task:
         reason = self.tuner.crashes(self.problem).get(config)
         return Outcome(None, reason) if reason else None
 
-    def found_since(self, config: Any, before: Outcome | None) -> Outcome | None:
-        """What has come, since it was prepared, of another candidate of the same code: of the one before."""
-        if same := self.tuner.measured.get(self._code(config)):
+    def found_since(self, config: Any) -> Outcome | None:
+        """What has come, since it was prepared, of another candidate of the same code."""
+        if same := self.tuner.measured.get(self.code(config)):
             self.tuner.funnel.same_code += 1
-        return same or (self._crashed(config) if before and before.reason else None)
+        return same or self._crashed(config)
 
     def tell(self, config: Any, outcome: Outcome) -> None:
         """Take what came of one that was chosen."""
@@ -969,7 +990,7 @@ class _Task:
         """What earlier runs, other workers or another candidate of the same code have found."""
         journal, funnel = self.tuner.journal, self.tuner.funnel
         outcome = journal and journal.remembered(self.problem, config, extra)
-        same = self.tuner.measured.get(self._code(config))
+        same = self.tuner.measured.get(self.code(config))
         funnel.remembered += outcome is not None
         funnel.same_code += outcome is None and same is not None
         return outcome or same
@@ -982,14 +1003,14 @@ class _Task:
     def _learn(self, config: Any, outcome: Outcome) -> None:
         """Keep what came of a configuration, here or elsewhere."""
         self.tried.add(config)
-        self.tuner.measured[self._code(config)] = outcome
+        self.tuner.measured[self.code(config)] = outcome
         if outcome.ms is None:
             self.tuner.funnel.reject(self.problem, config, outcome.reason)
         else:
             self.found.timings[config] = Timing.recalled(outcome.ms, outcome.figures)
         self.found.trials = len(self.search.results)
 
-    def _code(self, config: Any) -> Any:
+    def code(self, config: Any) -> Any:
         """What makes a launch, of this search or another: the compiled code, where it is known, and its arguments."""
         needs = self.found.needs.get(config)
         problem, same = same_launch(self.problem, config)
@@ -1006,20 +1027,28 @@ class _Measuring:
     spare: bool
     answer: Callable[[], Timing] | None = None
 
-    def launch(self, before: Outcome | None) -> bool:
-        """Have it measured; False where it was withdrawn, because it is known by now what comes of it.
+    def hinges_on(self, other: _Measuring) -> bool:
+        """Whether it can only be launched when that one has ended: it may be known then what comes of it.
 
-        before: what came of the one that was launched before.
+        Or it would not be known, after a kill, which of the two was being measured.
         """
+        (one, own), (another, others) = ((m.task.problem, m.config) for m in (self, other))
+        is_alike = same_kernel(one, own) == same_kernel(another, others)
+        is_alike |= self.task.code(own) == other.task.code(others)
+        return is_alike or bool(self.claim and self.claim.trial is not None and not self.claim.mark)
+
+    def launch(self) -> bool:
+        """Have it measured after what is under way; False where it is withdrawn, because it is known by now."""
         task, tuner = self.task, self.task.tuner
-        if outcome := task.found_since(self.config, before):
+        if outcome := task.found_since(self.config):
             self.withdraw()
             task.tell(self.config, outcome)
             return False
         limit = CLEARLY_SLOWER * min(task.search.results.values(), default=float("inf"))
         needs, extra = task.found.needs[self.config], tuner.extra(task.problem)
         try:
-            self.answer = tuner.judge.begin(task.problem, self.config, needs, limit, extra)
+            mark = self.claim.mark if self.claim else None
+            self.answer = tuner.judge.begin(task.problem, self.config, needs, limit, extra, mark)
         except BaseException:  # it may have been launched
             self.abandon()
             raise
@@ -1031,8 +1060,8 @@ class _Measuring:
             self.claim.settle(None)
             self.claim = None
 
-    def end(self) -> Outcome:
-        """Wait for its times, and write them down; `tell` what they are before its search goes on."""
+    def end(self) -> None:
+        """Wait for its times, write them down and let its search learn from them."""
         assert self.answer is not None
         try:
             timing = self.answer()
@@ -1043,17 +1072,14 @@ class _Measuring:
             outcome = Outcome(None, str(error), spare=self.spare)
         if self.claim:
             self.claim.settle(outcome)
-        return outcome
-
-    def tell(self, outcome: Outcome) -> None:
-        """Let its search learn from it."""
+            self.claim = None
         funnel = self.task.tuner.funnel
         funnel.timed += outcome.ms is not None
         funnel.spare += self.spare and outcome.ms is not None
         self.task.tell(self.config, outcome)
 
     def abandon(self) -> None:
-        """End its process and count it as not tried."""
+        """End its process, where it may have been launched, and count it as not tried."""
         try:
             self.task.tuner.judge.renew()
         finally:
