@@ -364,6 +364,7 @@ class Tuner:
         self._proofs: dict[Any, Outcome] = {}
         self._extras: dict[Problem, dict[str, Any]] = {}
         self._listed: dict[Problem, tuple[Sifted, Candidates]] = {}
+        self._compiled_for: set[Problem] = set()  # the proof of what was best when its search ended
         self._search_began = 0.0, 0.0  # and for how long the judge had been busy by then
 
     def run(self, problems: list[Problem]) -> None:
@@ -486,6 +487,7 @@ class Tuner:
                     ended.end()
                     self._say_searching(ended.task.found, tasks, waiting, searches)
                 self._end_finished(tasks, under_way)
+                self._compile_for_proofs(tasks)
                 if not (chosen or started or ended or self._prove_early(tasks)):
                     self._wait(tasks)
         finally:
@@ -524,7 +526,7 @@ class Tuner:
             return None
         others = _idle(tasks, under_way)
         others.sort(key=lambda task: _compiling_cost(task.problem), reverse=True)
-        for spare in (False,) if under_way else (False, True):
+        for spare in (False,) if len(under_way) > 1 else (False, True):
             for task in others:
                 if spare and (task.finished or task.awaited is not None):
                     continue
@@ -538,6 +540,16 @@ class Tuner:
             tasks.remove(task)
             self._finish(task)
             self._tell_others(tasks)
+
+    def _compile_for_proofs(self, tasks: list[_Task]) -> None:
+        """Where a compiler is free, let it have what the proof of an ended search launches."""
+        if self.judge.modelled or self.pool.outstanding() >= self.pool.workers:
+            return
+        searched = {task.problem for task in tasks}
+        ended = (problem for problem in self.ranked if problem not in searched | self._compiled_for)
+        if (problem := next(ended, None)) is not None:
+            self._compiled_for.add(problem)
+            self._compile_variants(self.ranked[problem][0])
 
     def _prove_early(self, tasks: list[_Task]) -> bool:
         """Prove what a search that is over found, while the GPU waits and some compilers too; whether there was one."""
