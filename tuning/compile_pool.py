@@ -50,10 +50,20 @@ def check_cache() -> None:
         raise OSError(error.errno, text, str(folder)) from error
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def beside_measuring() -> int:
+    """How many workers leave the tuner and the measuring process alone: where they must wait, the GPU does too."""
+    return cores() - cores() // 8
+
+
 class CompilePool:
     """Workers that compile for one architecture, no candidate for longer than `seconds`, and the results so far.
 
-    OSError where they could not write what they compile.
+    By default one a core. OSError where they could not write what they compile.
     """
 
     def __init__(self, arch: str, workers: int | None = None, seconds: int = COMPILE_SECONDS) -> None:
@@ -61,7 +71,7 @@ class CompilePool:
         self._arch, self._seconds = arch, seconds
         self._futures: dict[Any, Future[Compiled]] = {}
         self._broken: set[Any] = set()  # at which the compiler has died once
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or cores()
         self._pool = _executor(self.workers)
 
     def submit(

@@ -27,7 +27,7 @@ from generated import configuration
 from generated.launch import has_aligned_rows
 from tuning import nvml, rules
 from tuning.compilation import ARCHS, Arch, Resources
-from tuning.compile_pool import CompilePool
+from tuning.compile_pool import CompilePool, beside_measuring, cores
 from tuning.coverage import Point
 from tuning.journal import Journal, Run
 from tuning.journal import default_path as default_journal
@@ -153,10 +153,8 @@ def _run_workers(
     if isinstance(store, Database):
         store.close()
     console.print(f"one worker a GPU: {', '.join(devices)}")
-    arguments, compilers = (
-        without(options.given, "devices", "storage", "workers"),
-        options.workers or len(os.sched_getaffinity(0)),
-    )
+    arguments = without(options.given, "devices", "storage", "workers")
+    compilers = options.workers or beside_measuring()
     return run_all(arguments, devices, options.storage, compilers, partial(_say, console))
 
 
@@ -287,8 +285,9 @@ def _tune(
     deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
     known = rules.existing_entries(path)
     incumbents = incumbents_among(known)
+    workers = options.workers or (cores() if judge.modelled else beside_measuring())
     with (
-        contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
+        contextlib.closing(CompilePool(arch.name, workers)) as pool,
         SearchProgress(console, pool.outstanding, deadline) as progress,
     ):
         effort, how = EFFORTS[options.effort], {"sampler": options.sampler, "earlier": earlier_winners(known)}

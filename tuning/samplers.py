@@ -169,7 +169,7 @@ class Informed(BaseSampler):
     def gains(self, study: Study, numbers: list[int]) -> Array:
         """By how many octaves each of some candidates is expected to beat the best so far."""
         belief = self._believe(study)
-        gains = -self._candidates.estimates if belief is None else belief.gain()
+        gains = -self._candidates.estimates if belief is None else belief.gain
         return gains[numbers]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
