@@ -324,8 +324,7 @@ def _add_budget(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    help_ = "compiling processes (default: one a core; in a run on a GPU one core in eight is left to it)"
-    parser.add_argument("--workers", type=_positive, metavar="N", help=help_)
+    parser.add_argument("--workers", type=_positive, metavar="N", help="compiling processes (default: one a core)")
 
 
 def _add_selection(parser: argparse.ArgumentParser, forms: Sequence[str]) -> None:

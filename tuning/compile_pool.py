@@ -55,11 +55,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def beside_measuring() -> int:
-    """How many workers leave the tuner and the measuring process alone: where they must wait, the GPU does too."""
-    return cores() - cores() // 8
-
-
 class CompilePool:
     """Workers that compile for one architecture, no candidate for longer than `seconds`, and the results so far.
 

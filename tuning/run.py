@@ -27,7 +27,7 @@ from generated import configuration
 from generated.launch import has_aligned_rows
 from tuning import nvml, rules
 from tuning.compilation import ARCHS, Arch, Resources
-from tuning.compile_pool import CompilePool, beside_measuring, cores
+from tuning.compile_pool import CompilePool, cores
 from tuning.coverage import Point
 from tuning.journal import Journal, Run
 from tuning.journal import default_path as default_journal
@@ -154,7 +154,7 @@ def _run_workers(
         store.close()
     console.print(f"one worker a GPU: {', '.join(devices)}")
     arguments = without(options.given, "devices", "storage", "workers")
-    compilers = options.workers or beside_measuring()
+    compilers = options.workers or cores()
     return run_all(arguments, devices, options.storage, compilers, partial(_say, console))
 
 
@@ -285,9 +285,8 @@ def _tune(
     deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
     known = rules.existing_entries(path)
     incumbents = incumbents_among(known)
-    workers = options.workers or (cores() if judge.modelled else beside_measuring())
     with (
-        contextlib.closing(CompilePool(arch.name, workers)) as pool,
+        contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
         SearchProgress(console, pool.outstanding, deadline) as progress,
     ):
         effort, how = EFFORTS[options.effort], {"sampler": options.sampler, "earlier": earlier_winners(known)}

@@ -30,8 +30,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 class Effort:
     """How much to try: so many measurements in the first round, then rounds of so many, and so many in the final race.
 
-    ahead: how many more are compiled than are measured. gain: the search ends when none is expected to be faster than
-    the best by more than this; 0 for never. Only the sampler `informed` looks ahead and expects.
+    ahead: how many more are compiled than are measured in the first round; the others use them up. gain: the search
+    ends when none is expected to be faster than the best by more than this; 0 for never. Only the sampler `informed`
+    looks ahead and expects.
     """
 
     first: int
@@ -96,6 +97,8 @@ class Search:
         )  # always tried, whatever is known
         self._quota = min(self.left, a_round or self.left)
         ahead = self._effort.ahead if isinstance(self._sampler, Informed) else 0
+        if self.results and (later := self._effort.rounds * self._effort.per_round):
+            ahead = ahead * min(self.left, later) // later
         count = max(0, self._quota + ahead - len(self._ready))
         if self._begun:  # what was spare is not made up for: it was measured while the compiler was behind
             count = min(count, self._quota)

@@ -42,7 +42,7 @@ CONTENDERS = 3  # of each race, which a fresh process times again
 
 
 EFFORTS = {
-    "quick": Effort(first=16, rounds=6, per_round=4, finalists=3, ahead=6, gain=0.0002),
+    "quick": Effort(first=16, rounds=6, per_round=4, finalists=3, ahead=12, gain=0.0002),
     "full": Effort(first=24, rounds=5, per_round=8, finalists=5, ahead=24, gain=0.0002),
 }
 
@@ -502,6 +502,8 @@ class Tuner:
         none is at: what the others finish need not be compiled.
         """
         late = self.seconds_left() == 0
+        if not waiting:
+            return False
         if not late and self.pool.outstanding() >= BACKLOG * self.pool.workers:
             return False
         pending = {*waiting, *(task.problem for task in tasks)}
