@@ -36,7 +36,7 @@ from tuning.model import RATES, predict
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
 from tuning.rules import Entry
 from tuning.space import knob_values
-from tuning.tuner import HELD, MODEL_NOISE, NOISE, Effort, Funnel, Winner, likely_first
+from tuning.tuner import AHEAD, HELD, MODEL_NOISE, NOISE, Effort, Funnel, Tuner, Winner, likely_first
 from tuning.workloads import WorkloadError, builtin, parse
 
 # The loop
@@ -155,6 +155,21 @@ def test_deadline_ends_the_search_after_the_first_result() -> None:
     tuner = tune(judge, seconds=-1.0)
     assert len(judge.timed) == tuner.unfinished == 1
     assert tuner.winners[PROBLEM].config == PROBLEM.default()
+
+
+def test_deadline_cuts_all_searches_short_of_which_candidates_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, problems = Judge(), [replace(PROBLEM, K=K) for K in (32, 64, 128, 256)]
+    monkeypatch.setattr(Tuner, "seconds_left", lambda tuner: 100.0 if len(judge.timed) < 8 else 0.0)
+    tuner = tune(judge, problems=problems)
+    assert tuner.unfinished == len(problems)
+    assert all(found.cut_short for found in tuner.found.values())
+    assert 8 <= len(judge.timed) <= 8 + AHEAD + 1
+
+
+def test_the_measuring_process_is_renewed_for_the_last_races_alone() -> None:
+    judge = Judge()
+    tune(judge, problems=[PROBLEM, replace(PROBLEM, K=128)])
+    assert judge.renewed == 1
 
 
 def test_deadline_does_not_wait_for_the_compiler() -> None:

@@ -470,7 +470,6 @@ class Tuner:
         """
         under_way = deque[_Measuring]()  # handed over, in this order
         upcoming: _Measuring | None = None  # written down
-        ended: _Measuring | None = None
         try:
             while tasks or waiting:
                 started = self._start(waiting, tasks)
@@ -481,17 +480,16 @@ class Tuner:
                     if upcoming.launch():
                         under_way.append(upcoming)
                     upcoming = None
-                ended = None
-                if under_way and (upcoming or not chosen or len(under_way) > AHEAD):
-                    ended = under_way.popleft()
-                    ended.end()
-                    self._say_searching(ended.task.found, tasks, waiting, searches)
+                ended = bool(under_way) and (upcoming is not None or not chosen or len(under_way) > AHEAD)
+                if ended:
+                    under_way[0].end()
+                    self._say_searching(under_way.popleft().task.found, tasks, waiting, searches)
                 self._end_finished(tasks, under_way)
                 self._compile_for_proofs(tasks)
                 if not (chosen or started or ended or self._prove_early(tasks)):
                     self._wait(tasks)
         finally:
-            for candidate in (upcoming, ended, *under_way):
+            for candidate in (upcoming, *under_way):
                 if candidate:
                     candidate.abandon()
 
@@ -501,9 +499,9 @@ class Tuner:
         Not one on which an unfinished one has something to say. Beside other workers, few at once, first those that
         none is at: what the others finish need not be compiled.
         """
-        late = self.seconds_left() == 0
         if not waiting:
             return False
+        late = self.seconds_left() == 0
         if not late and self.pool.outstanding() >= BACKLOG * self.pool.workers:
             return False
         pending = {*waiting, *(task.problem for task in tasks)}
@@ -523,7 +521,7 @@ class Tuner:
         """
         if self.seconds_left() == 0:
             for task in tasks:
-                task.cut_short = not task.finished  # by others
+                task.cut_short |= not task.finished  # by others
                 task.finished = True
             return None
         others = _idle(tasks, under_way)
