@@ -526,7 +526,7 @@ class Tuner:
             return None
         others = _idle(tasks, under_way)
         others.sort(key=lambda task: _compiling_cost(task.problem), reverse=True)
-        for spare in (False,) if len(under_way) > 1 else (False, True):
+        for spare in (False,) if self.judge.modelled or len(under_way) > 1 else (False, True):
             for task in others:
                 if spare and (task.finished or task.awaited is not None):
                     continue
