@@ -66,7 +66,7 @@ def believe(features: Array, estimates: Array, measured: list[int], log_ms: Arra
 def _fit(distances: Array32, slopes: Array, measured: list[int], missed: Array) -> tuple[float, Array, Array]:
     """Log likelihood, mean and deviation of what the model misses by, with f's length as the unit of distances.
 
-    What there is of each candidate is in float32, eight times as fast and exact to a millionth of an octave.
+    What there is of each candidate is in float32: faster for long lists, and exact to millionths of an octave.
     """
     kernel = _matern(distances) + np.outer(slopes, slopes[measured]).astype(np.float32)
     factor = np.linalg.cholesky(kernel[measured].astype(np.float64) + NOISE * np.eye(len(measured)))
