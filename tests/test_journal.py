@@ -318,9 +318,12 @@ def test_what_was_still_to_follow_when_the_tuner_died_is_no_suspect(
 
 @pytest.mark.parametrize(("launched", "suspects"), [(0, {FIRST}), (1, {SECOND}), (2, {THIRD}), (OTHER, set())])
 @pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("boot", [journals.boot_id(), "another"])
 def test_of_what_a_killed_tuner_had_handed_over_what_was_launched_last_is_the_suspect(
-    path: Path, launched: int, suspects: set[Any], order: int
+    path: Path, launched: int, suspects: set[Any], order: int, boot: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether the tuner was killed, or the machine has gone down with it: a mark outlives that too."""
+    monkeypatch.setattr(journals, "boot_id", lambda: boot)
     process = forkserver.context().Process(target=hand_over_three_and_die, args=(path, launched))
     process.start()
     process.join(60)

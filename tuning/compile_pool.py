@@ -66,6 +66,7 @@ class CompilePool:
         self._arch, self._seconds = arch, seconds
         self._futures: dict[Any, Future[Compiled]] = {}
         self._broken: set[Any] = set()  # at which the compiler has died once
+        self._outstanding: set[Future[Compiled]] = set()
         self.workers = workers or cores()
         self._pool = _executor(self.workers)
 
@@ -112,7 +113,7 @@ class CompilePool:
 
     def outstanding(self) -> int:
         """How many candidates the compiler is at or has not begun; to be asked by any thread."""
-        return sum(not future.done() for future in list(self._futures.values()))
+        return len(self._outstanding)
 
     def forget_waiting(self) -> None:
         """Take back what no worker has begun."""
@@ -127,10 +128,13 @@ class CompilePool:
         job = problem, config, self._arch, variant, extra, self._seconds
         with forkserver.uninterrupted():
             try:
-                return self._pool.submit(_compile, *job)
+                future = self._pool.submit(_compile, *job)
             except BrokenExecutor:
                 self._end_broken()
-                return self._pool.submit(_compile, *job)
+                future = self._pool.submit(_compile, *job)
+        self._outstanding.add(future)
+        future.add_done_callback(self._outstanding.discard)
+        return future
 
     def _end_broken(self) -> None:
         """End what the other workers are at, and what a dead one had started, and have new ones."""

@@ -66,7 +66,7 @@ class Answer:
 class Mark(NamedTuple):
     """A file in which this process says what it is going to launch, and the number of that in the tuner's record.
 
-    So that it is known which of two was launched last where the tuner is killed.
+    So that it is known which of several was launched last where the tuner is killed, or power is lost.
     """
 
     file: str
@@ -80,7 +80,7 @@ class Mark(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _opened(file: str) -> int:
-    return os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    return os.open(file, os.O_WRONLY | os.O_CLOEXEC | os.O_DSYNC)
 
 
 def describe_gpu() -> Gpu:

@@ -525,13 +525,13 @@ class Journal:
     def _may_have_broken(self, storage: Any, trial: FrozenTrial, worker: str) -> bool:
         """Whether a candidate that a dead tuner has not settled may be what ended it.
 
-        Not if that was killed from outside and this was not launched, or had ended when another was.
+        Not if this was not launched, or had ended when another was. Where no mark says so, the machine must be as it was.
         """
         assert self._store is not None
-        if not self._was_killed(storage, worker):
-            return True
         launched = self._store.launched(worker)
-        return not self._was_waiting(storage, trial) if launched is None else launched == trial._trial_id
+        if launched is None:
+            return not (self._was_killed(storage, worker) and self._was_waiting(storage, trial))
+        return launched == trial._trial_id
 
     def _was_waiting(self, storage: Any, trial: FrozenTrial) -> bool:
         """Whether it was not launched yet: what it was to follow has not been settled."""

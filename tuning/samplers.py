@@ -24,7 +24,7 @@ from tuning.compilation import Arch, Resources
 from tuning.model import predict
 from tuning.problems import Problem
 from tuning.space import knob_values
-from tuning.surrogate import Array, Belief, believe
+from tuning.surrogate import Array, Belief, Surrogate
 
 STARTUP = 4  # trials before Optuna's samplers begin to learn
 INFORMED = "informed"
@@ -163,7 +163,7 @@ class Informed(BaseSampler):
     """
 
     def __init__(self, candidates: Candidates) -> None:
-        self._candidates = candidates
+        self._candidates, self._surrogate = candidates, Surrogate(candidates.features)
         self._belief: tuple[tuple[int, int], Belief] | None = None  # and of how many trials and compiled candidates
 
     def gains(self, study: Study, numbers: list[int]) -> Array:
@@ -198,7 +198,8 @@ class Informed(BaseSampler):
         if self._belief is None or self._belief[0] != known:
             log_ms = np.log2([trial.value or max(times) for trial in trials])
             measured = [self._candidates.number(trial.params) for trial in trials]
-            belief = believe(self._candidates.features, self._candidates.estimates, measured, log_ms)
+            times_of = dict(zip(measured, log_ms, strict=True))
+            belief = self._surrogate.believe(self._candidates.estimates, times_of)
             self._belief = (known, belief)
         return self._belief[1]
 

@@ -520,6 +520,8 @@ class Alive:
         handle = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644)
         fcntl.flock(handle, fcntl.LOCK_EX)
         os.write(handle, b" " * MARK_LENGTH)
+        os.fsync(handle)
+        _sync(path.parent)
         self.end = weakref.finalize(self, _end, handle, file)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ Array32 = NDArray[np.float32]
 LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0)  # in steps of a knob
 NOISE = 1e-3  # variance of a measurement, by that of f; the slope's is that of f
 PRIOR_SCALE, PRIOR_WEIGHT = 0.5, 4
+ROOM = 32  # measurements, before more is made
 
 
 @dataclass(frozen=True)
@@ -48,42 +50,76 @@ class Belief:
         return np.asarray(self.weights @ np.maximum(gain, 0.0))
 
 
-def believe(features: Array, estimates: Array, measured: list[int], log_ms: Array) -> Belief:
-    """What is to be expected of every candidate.
+class Surrogate:
+    """The process over a finite list of candidates, given by their features [candidates, any]: in steps of a knob."""
 
-    features: [candidates, any], in steps of which one means as much as another. estimates: [candidates], log2 ms.
-    measured: the candidates that were measured, at least one. log_ms: [measured], their log2 ms.
+    def __init__(self, features: Array) -> None:
+        self._measured: list[int] = []
+        self._corrections = [_Correction(features / length) for length in LENGTHS]
+
+    def believe(self, estimates: Array, times: Mapping[int, float]) -> Belief:
+        """What is to be expected of every candidate.
+
+        estimates: [candidates], log2 ms. times: log2 ms of each candidate that was measured, at least one; none that
+        was given before may be missing.
+        """
+        new = [number for number in times if number not in self._measured]
+        self._measured += new
+        for correction in self._corrections:
+            for number in new:
+                correction.add(number)
+        log_ms = np.array([times[number] for number in self._measured])
+        missed, slopes = log_ms - estimates[self._measured], estimates - estimates[self._measured].mean()
+        fits = [one.fit(slopes, slopes[self._measured], missed - missed.mean()) for one in self._corrections]
+        likelihoods, means, deviations = (np.array(part) for part in zip(*fits, strict=True))
+        odds = np.exp(likelihoods - likelihoods.max())
+        return Belief(odds / odds.sum(), estimates + missed.mean() + means, deviations, float(log_ms.min()))
+
+
+class _Correction:
+    """f for one length, which is the unit of the features: what the measured tell of every candidate's.
+
+    With each of them a row is added to the Cholesky factor, and nothing computed again. What there is of each candidate
+    and measurement is in float32: faster for long lists, and exact to hundred thousandths of an octave.
     """
-    missed = log_ms - estimates[measured]
-    slopes = estimates - estimates[measured].mean()
-    distances = _distances(features, features[measured]).astype(np.float32)
-    fits = [_fit(distances / length, slopes, measured, missed - missed.mean()) for length in LENGTHS]
-    likelihoods, means, deviations = (np.array(part) for part in zip(*fits, strict=True))
-    weights = np.exp(likelihoods - likelihoods.max())
-    return Belief(weights / weights.sum(), estimates + missed.mean() + means, deviations, float(log_ms.min()))
+
+    def __init__(self, features: Array) -> None:
+        self._features = features
+        self._inverse = np.empty((0, 0))  # of the Cholesky factor of the measured ones' covariance
+        self._rows = np.empty((ROOM, len(features)), dtype=np.float32)  # the inverse, times their kernel with all
+        self._variance = np.ones(len(features))
+
+    def add(self, number: int) -> None:
+        """Take in one more that was measured."""
+        count = len(self._inverse)
+        if count == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
+        known, kernel = self._rows[:count], _matern(np.sqrt(((self._features - self._features[number]) ** 2).sum(1)))
+        shared = known[:, number].astype(np.float64)
+        pivot = math.sqrt(1 + NOISE - shared @ shared)
+        self._rows[count] = row = (kernel - known[:, number] @ known) / pivot
+        self._variance -= row**2
+        inverse = np.zeros((count + 1, count + 1))
+        inverse[:count, :count] = self._inverse
+        inverse[count] = [*(shared @ self._inverse / -pivot), 1 / pivot]
+        self._inverse = inverse
+
+    def fit(self, slopes: Array, reached: Array, missed: Array) -> tuple[float, Array, Array]:
+        """Log likelihood, mean and deviation of what the model misses by; reached: the slopes of the measured ones.
+
+        The slope is a linear basis function with a Gaussian weight (Rasmussen and Williams, equations 2.42 and 2.43).
+        """
+        whitened = np.stack([reached, missed]) @ self._inverse.T
+        (u, w), (of_slope, of_f) = whitened, whitened.astype(np.float32) @ self._rows[: len(missed)]
+        precision = 1 + u @ u
+        slope, left = u @ w / precision, slopes - of_slope
+        count = len(missed) + PRIOR_WEIGHT
+        scale = float(w @ w - slope * (u @ w) + PRIOR_WEIGHT * PRIOR_SCALE**2) / count
+        half_log = 0.5 * math.log(precision) - float(np.log(np.diag(self._inverse)).sum())  # of the determinant
+        variance = np.maximum(self._variance + left**2 / precision, NOISE)
+        return -0.5 * count * math.log(scale) - half_log, of_f + slope * left, np.sqrt(scale * variance)
 
 
-def _fit(distances: Array32, slopes: Array, measured: list[int], missed: Array) -> tuple[float, Array, Array]:
-    """Log likelihood, mean and deviation of what the model misses by, with f's length as the unit of distances.
-
-    What there is of each candidate is in float32: faster for long lists, and exact to millionths of an octave.
-    """
-    kernel = _matern(distances) + np.outer(slopes, slopes[measured]).astype(np.float32)
-    factor = np.linalg.cholesky(kernel[measured].astype(np.float64) + NOISE * np.eye(len(measured)))
-    inverse = np.linalg.inv(factor)
-    weights, explained = inverse @ missed, kernel @ inverse.T.astype(np.float32)
-    count = len(measured) + PRIOR_WEIGHT
-    scale = float(weights @ weights + PRIOR_WEIGHT * PRIOR_SCALE**2) / count
-    likelihood = -0.5 * count * math.log(scale) - float(np.log(np.diag(factor)).sum())
-    variance = np.maximum(1 + slopes**2 - (explained**2).sum(1), NOISE)
-    return likelihood, explained @ weights.astype(np.float32), np.sqrt(scale * variance)
-
-
-def _distances(one: Array, other: Array) -> Array:
-    squares = (one**2).sum(1)[:, None] + (other**2).sum(1)[None] - 2 * one @ other.T
-    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
-
-
-def _matern(distances: Array32) -> Array32:
+def _matern(distances: Array) -> Array:
     r = math.sqrt(5) * distances
     return np.asarray((1 + r + r * r / 3) * np.exp(-r))
