@@ -68,6 +68,9 @@ class Judge:
             raise MeasurementError("ArithmeticError: wrong result")
         return timing(self.ms(config))
 
+    def begin_rank(self, *job: Any) -> Callable[[], list[Timing]]:
+        return partial(self.rank, *job)
+
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         return [timing(self.ms(config)) for config in configs]
 

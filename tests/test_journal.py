@@ -301,7 +301,8 @@ def started_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def measure_and_die(path: Path) -> None:
     journal = open_journal(path)
     measured(journal, FIRST, Outcome(1.0))
-    with journal.racing(PROBLEM, [FIRST, THIRD], {}, RACE), journal.measuring(PROBLEM, SECOND, {}):
+    journal.claim_race(PROBLEM, [FIRST, THIRD], {}, step=RACE)
+    with journal.measuring(PROBLEM, SECOND, {}):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -563,7 +564,7 @@ def test_a_race_that_killed_another_worker_is_not_held_again_by_one_that_waited_
     process = forkserver.context().Process(target=race_and_die, args=(path,))
     process.start()
     process.join(60)
-    assert waiting.race(PROBLEM, [FIRST, SECOND], {}, lambda configs: pytest.fail("launched"), step=RACE) == {}
+    assert waiting.claim_race(PROBLEM, [FIRST, SECOND], {}, step=RACE) == {}
 
 
 def test_a_race_whose_tuner_was_killed_is_held_again_once_where_the_machine_has_lived_on(path: Path) -> None:
@@ -575,8 +576,8 @@ def test_a_race_whose_tuner_was_killed_is_held_again_once_where_the_machine_has_
 
 
 def race_and_die(path: Path) -> None:
-    with open_journal(path).racing(PROBLEM, [FIRST, SECOND], {}, RACE):
-        os.kill(os.getpid(), signal.SIGKILL)
+    open_journal(path).claim_race(PROBLEM, [FIRST, SECOND], {}, step=RACE)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_without_a_record_nobody_waits_for_another_worker(path: Path) -> None:
@@ -620,6 +621,9 @@ def test_the_command_goes_on_where_it_was_and_begins_again_where_it_is_told_to(
 
         def begin(self, *job: Any) -> Callable[[], Timing]:
             return lambda: self.measure(*job)
+
+        def begin_compare(self, *job: Any) -> Callable[[], list[Timing]]:
+            return lambda: self.compare(*job)
 
         def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
             return [self.measure(problem, config, 0.0, extra) for config in configs]

@@ -30,7 +30,7 @@ from tuning import workers as workers_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS
 from tuning.history import open_storage, read
-from tuning.journal import PROVE, RACE, SUSPECT, Journal, Outcome
+from tuning.journal import PROVE, RACE, SUSPECT, Journal, Outcome, RaceClaim
 from tuning.run import RunError
 from tuning.search import constraints
 from tuning.storage import StorageError, masked, named
@@ -256,7 +256,7 @@ def test_what_a_dead_worker_was_at_is_known_to_have_failed_and_nothing_else_is_l
     assert journal.raced(PROBLEM, {}, RACE) is None
     assert journal.barred(PROBLEM, {}) == ({FIRST, THIRD} if restarted else set())
     if restarted:
-        assert journal.race(PROBLEM, [FIRST, SECOND, THIRD], {}, lambda configs: [], step=RACE) == {}
+        assert journal.claim_race(PROBLEM, [FIRST, SECOND, THIRD], {}, step=RACE) == {}
 
 
 def test_a_worker_that_was_silent_goes_on_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,10 +288,8 @@ def die(place: Path | str) -> None:
     storage.HEARTBEAT_SECONDS, storage.GRACE_SECONDS = 1, 3
     journal = opened(place)
     journal.launch(PROBLEM, FIRST, {}, lambda: Outcome(1.0))
-    with (
-        journal.racing(PROBLEM, [FIRST, THIRD], {}, RACE),
-        journal.measuring(PROBLEM, SECOND, {}, step=PROVE, needs=NEEDS),
-    ):
+    journal.claim_race(PROBLEM, [FIRST, THIRD], {}, step=RACE)
+    with journal.measuring(PROBLEM, SECOND, {}, step=PROVE, needs=NEEDS):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -345,7 +343,9 @@ def search_in(place: str) -> optuna.Study:
 def test_races_of_another_effort_do_not_hold(tmp_path: Path) -> None:
     path, known = tmp_path / "a.journal", [timing(landscape(config)) for config in (FIRST, SECOND)]
     outcomes = [Outcome(one.ms, figures=one.figures) for one in known]
-    opened(path, effort="quick").race(PROBLEM, [FIRST, SECOND], {}, lambda configs: outcomes, step=RACE)
+    claim = opened(path, effort="quick").claim_race(PROBLEM, [FIRST, SECOND], {}, step=RACE)
+    assert isinstance(claim, RaceClaim)
+    claim.settle(outcomes)
     assert opened(path, effort="full").raced(PROBLEM, {}, RACE) is None
     assert opened(path, effort="quick").raced(PROBLEM, {}, RACE) == dict(zip((FIRST, SECOND), outcomes, strict=True))
 

@@ -39,7 +39,7 @@ from generated.configuration_file import MOST
 from tuning import forkserver
 from tuning.compilation import Resources
 from tuning.compile_pool import same_kernel
-from tuning.device import Mark
+from tuning.device import OTHER, Mark
 from tuning.measurement import HANGS, is_crash
 from tuning.problems import FORMS, Problem
 from tuning.space import WHOLE, knob_values
@@ -224,7 +224,7 @@ class Journal:
         needs: Resources | None = None,
         constraints: Mapping[str, float] | None = None,
         spare: bool = False,
-        behind: Claim | None = None,
+        behind: Claim | RaceClaim | None = None,
     ) -> Claim | None:
         """Write a candidate down, to be launched now; None, where another worker is at it or it is known by now.
 
@@ -255,24 +255,6 @@ class Journal:
         finally:
             claim.settle(told[-1] if told else None)
 
-    @contextlib.contextmanager
-    def racing(
-        self, problem: Problem, configs: Sequence[Any], extra: dict[str, Any], step: str
-    ) -> Iterator[Callable[[Sequence[Outcome]], None] | None]:
-        """As `measuring`, for a race of several: all are written down, and the outcomes come in their order."""
-        study = self._study(problem, extra, step)
-        trials = self._claim(study, configs, step)
-        if trials is None:
-            yield None
-            return
-        told: list[Sequence[Outcome]] = []
-        try:
-            yield told.append
-        finally:
-            outcomes: Sequence[Outcome | None] = told[-1] if told else [None] * len(configs)
-            for config, trial, outcome in zip(configs, trials, outcomes, strict=True):
-                self._settle(study, step, config, trial, outcome)
-
     def launch(
         self, problem: Problem, config: Any, extra: dict[str, Any], action: Callable[[], Outcome], **options: Any
     ) -> Outcome:
@@ -290,19 +272,13 @@ class Journal:
                 return known
             time.sleep(POLL_SECONDS)
 
-    def race(
-        self,
-        problem: Problem,
-        configs: Sequence[Any],
-        extra: dict[str, Any],
-        action: Callable[[list[Any]], list[Outcome]],
-        *,
-        step: str,
-        keep: bool = True,
-    ) -> dict[Any, Outcome]:
-        """As `launch`, for a race; without those that may not be raced, and empty where fewer than two are left.
+    def claim_race(
+        self, problem: Problem, configs: Sequence[Any], extra: dict[str, Any], *, step: str
+    ) -> RaceClaim | dict[Any, Outcome]:
+        """Write down that these are raced against each other, without those that may not be.
 
-        keep: unless a later run is to hold it again. It is written down while it lasts, in case it ends this process.
+        Or what came of the race that was held already; one that another worker holds is waited for. Nothing comes of
+        fewer than two.
         """
         while True:
             if known := self.raced(problem, extra, step):
@@ -310,12 +286,9 @@ class Journal:
             fit = [config for config in configs if config not in self.barred(problem, extra)]
             if len(fit) < 2:
                 return {}
-            with self.racing(problem, fit, extra, step) as record:
-                if record is not None:
-                    outcomes = action(fit)
-                    if keep:
-                        record(outcomes)
-                    return {c: outcome for c, outcome in zip(fit, outcomes, strict=True) if outcome.ms is not None}
+            study = self._study(problem, extra, step)
+            if (trials := self._claim(study, fit, step)) is not None:
+                return RaceClaim(self, study, step, fit, trials)
             time.sleep(POLL_SECONDS)
 
     def run(self, **attributes: Any) -> Run:
@@ -495,6 +468,9 @@ class Journal:
                 study.busy.setdefault(step, set()).add(config)
             return
         study.read.add(trial.number)
+        if trial.state == TrialState.RUNNING and not self._may_have_broken(storage, trial, worker, step):
+            _close(storage, trial._trial_id, TrialState.PRUNED, {})
+            return
         # What is raced or proven has run before. If its tuner goes twice, that may be for the memory that it takes.
         spared = step != MEASURE and (step, config) not in study.spared
         if trial.state == TrialState.RUNNING and spared and self._was_killed(storage, worker):
@@ -503,9 +479,6 @@ class Journal:
             return
         if trial.user_attrs.get(KILLED):
             study.spared.add((step, config))
-        if trial.state == TrialState.RUNNING and step == MEASURE and not self._may_have_broken(storage, trial, worker):
-            _close(storage, trial._trial_id, TrialState.PRUNED, {})
-            return
         outcome = None if config is None else self._outcome(storage, trial, worker, step)
         if outcome is not None and (trial.number >= study.since or outcome.reason == SUSPECT):
             _take(study, step, config, outcome, alone=trial.user_attrs.get("rivals", 1) == 1)
@@ -522,22 +495,26 @@ class Journal:
             return Outcome(None, SUSPECT)
         return None
 
-    def _may_have_broken(self, storage: Any, trial: FrozenTrial, worker: str) -> bool:
-        """Whether a candidate that a dead tuner has not settled may be what ended it.
+    def _may_have_broken(self, storage: Any, trial: FrozenTrial, worker: str, step: str) -> bool:
+        """Whether what a dead tuner has not settled may be what ended it.
 
-        Not if this was not launched, or had ended when another was. Where no mark says so, the machine must be as it was.
+        Not if it was not launched, or had ended when something else was. Where no mark says so, that can be told of
+        candidates alone, and the machine must be as it was.
         """
         assert self._store is not None
         launched = self._store.launched(worker)
         if launched is None:
             return not (self._was_killed(storage, worker) and self._was_waiting(storage, trial))
-        return launched == trial._trial_id
+        return launched == (trial._trial_id if step == MEASURE else OTHER)
 
     def _was_waiting(self, storage: Any, trial: FrozenTrial) -> bool:
         """Whether it was not launched yet: what it was to follow has not been settled."""
         behind = trial.user_attrs.get("behind")
-        first = None if behind is None else storage.get_trial(behind)
-        return first is not None and (first.state == TrialState.RUNNING or first.user_attrs.get("reason") == SUSPECT)
+        if behind is None:
+            return False
+        first = storage.get_trial(behind)
+        unsettled = first.user_attrs.get("reason") == SUSPECT or bool(first.user_attrs.get(KILLED))
+        return unsettled or first.state == TrialState.RUNNING
 
     def _was_killed(self, storage: Any, worker: str) -> bool:
         """Whether a tuner is gone, but its machine was not started again since: it was killed from outside."""
@@ -580,6 +557,28 @@ class Claim:
     def settle(self, outcome: Outcome | None) -> None:
         """Write down what came of it; None: it counts as not tried."""
         self.journal._settle(self.study, self.step, self.config, self.trial, outcome)
+
+
+@dataclass(frozen=True)
+class RaceClaim:
+    """Several configurations that are this worker's to race."""
+
+    journal: Journal
+    study: _Study
+    step: str
+    configs: list[Any]
+    trials: list[Any]
+
+    @property
+    def trial(self) -> Any:
+        """The one that is settled last."""
+        return self.trials[-1]
+
+    def settle(self, outcomes: Sequence[Outcome] | None) -> None:
+        """Write down what came of each; None: the race counts as not held."""
+        each: Sequence[Outcome | None] = [None] * len(self.configs) if outcomes is None else outcomes
+        for config, trial, outcome in zip(self.configs, self.trials, each, strict=True):
+            self.journal._settle(self.study, self.step, config, trial, outcome)
 
 
 class Run:

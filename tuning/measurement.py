@@ -106,10 +106,13 @@ class Measurer:
         """The same, waited for."""
         return self.begin(problem, config, stop_above_ms, extra)()
 
+    def begin_compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> Callable[[], list[Timing]]:
+        """Time several configurations in interleaved rounds, the order rotating; waited for as by `begin`."""
+        return partial(self._result, self._ask("compare", problem, configs, extra))
+
     def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
-        """Time several configurations in interleaved rounds, the order rotating."""
-        timings: list[Timing] = self._result(self._ask("compare", problem, configs, extra))
-        return timings
+        """The same, waited for."""
+        return self.begin_compare(problem, configs, extra)()
 
     def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float:
         """The largest error at the problem's full shape, with states and packed; raises if over the limit."""

@@ -16,7 +16,7 @@ from tuning.compilation import Arch, Resources
 from tuning.compile_pool import Compiled, CompilePool, same_kernel, same_launch
 from tuning.coverage import assign
 from tuning.device import Mark
-from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome
+from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome, RaceClaim
 from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, Measurer, StartError, Timing
 from tuning.model import predict
@@ -105,6 +105,11 @@ class Funnel:
         )
         return 1 - busy / seconds if seconds else 0.0
 
+    def spend(self, phase: str, seconds: float, busy: float) -> None:
+        """Add to the seconds of a phase, and to those of them in which the judge was busy."""
+        for times, more in ((self.seconds, seconds), (self.busy, busy)):
+            times[phase] = times.get(phase, 0.0) + more
+
     def fail(self, reason: str) -> None:
         """Count a candidate that came no further."""
         kind = _kind(reason)
@@ -143,8 +148,8 @@ class Judge(Protocol):
         Measurer.
         """
 
-    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
-        """Times of several configurations, which `begin` has seen or others of the same code, against each other."""
+    def begin_rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> Callable[[], list[Timing]]:
+        """As `begin`, of several configurations, which that has seen or others of the same code, against each other."""
 
     def renew(self) -> None:
         """Go on in a fresh process, which owes nothing to what this one is at or has been through."""
@@ -178,9 +183,9 @@ class GpuJudge:
         """Times on the GPU, after a check against float64."""
         return self._measurer.begin(problem, config, stop_above_ms, extra, mark)
 
-    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+    def begin_rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> Callable[[], list[Timing]]:
         """Times in interleaved rounds."""
-        return self._measurer.compare(problem, configs, extra)
+        return self._measurer.begin_compare(problem, configs, extra)
 
     def renew(self) -> None:
         """End the measuring process: the next call starts another."""
@@ -214,12 +219,13 @@ class ModelJudge:
         timing = self._times[problem, config] = self._timing(predict(problem, config, self._arch, needs))
         return lambda: timing
 
-    def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+    def begin_rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> Callable[[], list[Timing]]:
         """The same once more, and by the closed form alone where another's code was the same."""
-        return [
+        timings = [
             self._times.get((problem, config)) or self._timing(predict(problem, config, self._arch))
             for config in configs
         ]
+        return lambda: timings
 
     @staticmethod
     def _timing(ms: float) -> Timing:
@@ -424,10 +430,7 @@ class Tuner:
         try:
             yield
         finally:
-            passed = {"seconds": time.monotonic() - started, "busy": self.judge.busy - busy}
-            for what, seconds in passed.items():
-                phases = getattr(self.funnel, what)
-                phases[name] = phases.get(name, 0.0) + seconds
+            self.funnel.spend(name, time.monotonic() - started, self.judge.busy - busy)
 
     def _build_up(self, waiting: list[Problem], tasks: list[_Task]) -> None:
         """Start every search that need not wait for another, and compile what each begins with.
@@ -468,7 +471,7 @@ class Tuner:
 
         The next are chosen, written down and handed over while the GPU is at one, so that it need not wait for anybody.
         """
-        under_way = deque[_Measuring]()  # handed over, in this order
+        under_way = deque[_Measuring | _Race]()  # handed over, in this order
         upcoming: _Measuring | None = None  # written down
         try:
             while tasks or waiting:
@@ -483,10 +486,10 @@ class Tuner:
                 ended = bool(under_way) and (upcoming is not None or not chosen or len(under_way) > AHEAD)
                 if ended:
                     under_way[0].end()
-                    self._say_searching(under_way.popleft().task.found, tasks, waiting, searches)
-                self._end_finished(tasks, under_way)
+                    self._say_searching(under_way.popleft().found, tasks, waiting, searches)
+                finished = self._end_finished(tasks, under_way)
                 self._compile_for_proofs(tasks)
-                if not (chosen or started or ended or self._prove_early(tasks)):
+                if not (chosen or started or ended or finished or self._prove_early(tasks)):
                     self._wait(tasks)
         finally:
             for candidate in (upcoming, *under_way):
@@ -514,7 +517,7 @@ class Tuner:
             self._tell_others(tasks)
         return bool(ready)
 
-    def _choose(self, tasks: list[_Task], under_way: Collection[_Measuring]) -> tuple[_Task, Any, bool] | None:
+    def _choose(self, tasks: list[_Task], under_way: Collection[_Measuring | _Race]) -> tuple[_Task, Any, bool] | None:
         """What to measure next, and whether only because the GPU would wait for the compiler otherwise.
 
         Nothing of a search of which a candidate is under way: its time may change what is promising.
@@ -535,11 +538,19 @@ class Tuner:
                     return task, config, spare
         return None
 
-    def _end_finished(self, tasks: list[_Task], under_way: Collection[_Measuring]) -> None:
-        for task in [task for task in _idle(tasks, under_way) if task.finished]:
+    def _end_finished(self, tasks: list[_Task], under_way: deque[_Measuring | _Race]) -> bool:
+        """Have what finished searches found raced, behind what is under way; one that was raced is over."""
+        finished = [task for task in _idle(tasks, under_way) if task.finished]
+        for task in finished:
+            if not task.kept:
+                self._complete += not task.cut_short
+                task.found.cut_short = task.cut_short
+                if self._keep(task):
+                    under_way.append(self._race(task.found, self.effort.finalists, RACE))
+                    continue
             tasks.remove(task)
-            self._finish(task)
             self._tell_others(tasks)
+        return bool(finished)
 
     def _compile_for_proofs(self, tasks: list[_Task]) -> None:
         """Where a compiler is free, let it have what the proof of an ended search launches."""
@@ -621,48 +632,26 @@ class Tuner:
         """Until the deadline, which counts from the first result on; None before."""
         return max(0.0, self.deadline - time.monotonic()) if self.funnel.timed + self.funnel.remembered else None
 
-    def _finish(self, task: _Task) -> None:
-        self._complete += not task.cut_short
-        task.found.cut_short = task.cut_short
-        if self._keep(task):
-            with self._phase("race"):
-                self.funnel.raced += self._race(task.found, self.effort.finalists, first=True)
-
     def _keep(self, task: _Task) -> bool:
         """Whether the search's result counts: not where what is in use was not tried; it could have been better."""
+        task.kept = True
         if not task.found.in_use <= task.tried:
             return False
         self.found[task.problem] = task.found
-        self._rank(task.found, self.effort.finalists)
+        self.rank(task.found, self.effort.finalists)
         return bool(task.found.timings)
 
-    def _race(self, found: Found, count: int, *, first: bool) -> int:
-        """Time the fastest against each other, and rank them; how many there were."""
+    def _race(self, found: Found, count: int, step: str) -> _Race:
+        """Have the fastest timed against each other, but where that was done."""
         extra, crashes = self.extra(found.problem), self.crashes(found.problem)
-        configs = found.contenders(count) + ([] if first else self._shareable(found))
+        configs = found.contenders(count) + (self._shareable(found) if step == FRESH else [])
         configs = [config for config in dict.fromkeys(configs) if config not in crashes]
-
-        def rank(configs: list[Any]) -> list[Outcome]:
-            for config in configs:  # what others have measured is not compiled here yet
-                self.pool.result(found.problem, config, extra=extra)
-            try:
-                timings = self.judge.rank(found.problem, configs, extra)
-            except StartError:
-                raise
-            except MeasurementError as error:
-                self.funnel.fail(str(error))
-                return [Outcome(None, str(error))] * len(configs)
-            return [Outcome(timing.ms, figures=timing.figures) for timing in timings]
-
-        step = RACE if first else FRESH
-        if self.journal:
-            raced = self.journal.race(found.problem, configs, extra, rank, step=step, keep=not found.cut_short)
-        else:
-            raced = {c: outcome for c, outcome in zip(configs, rank(configs), strict=True) if outcome.ms is not None}
-        known = {c: Timing.recalled(o.ms or 0.0, o.figures) for c, o in raced.items() if c in found.timings}
-        found.take(list(known), list(known.values()), first=first)
-        self._rank(found, count)
-        return len(known)
+        claim = self.journal.claim_race(found.problem, configs, extra, step=step) if self.journal else None
+        if isinstance(claim, dict):
+            return _Race(self, found, count, step, [], known=claim)
+        race = _Race(self, found, count, step, claim.configs if claim else configs, claim)
+        race.launch()
+        return race
 
     def _shareable(self, found: Found) -> list[Any]:
         """What other shapes of the kernel use, and what seems as fast here: raced too, so that they may share it."""
@@ -673,7 +662,8 @@ class Tuner:
         limit = (1 + 2 * SHARED) * min(timing.ms for timing in found.timings.values())
         return [config for config in firsts if config in found.timings and found.timings[config].ms <= limit]
 
-    def _rank(self, found: Found, count: int) -> None:
+    def rank(self, found: Found, count: int) -> None:
+        """Order what was found by its times, the incumbent first where it is not beaten."""
         ranked = found.winners(found.contenders(count), modelled=self.judge.modelled)
         if ranked:
             self.ranked[found.problem] = ranked
@@ -684,7 +674,7 @@ class Tuner:
             self.judge.renew()
             raced = [problem for problem, found in self.found.items() if found.timings]
             for number, problem in enumerate(self._others_last(raced, FRESH), 1):
-                self.funnel.confirmed += self._race(self.found[problem], CONTENDERS, first=False)
+                self.funnel.confirmed += self._race(self.found[problem], CONTENDERS, FRESH).end()
                 self.progress(number, len(raced), problem, "confirming", "")
 
     def prove(self) -> None:
@@ -831,9 +821,9 @@ def _compiling_cost(problem: Problem) -> int:
     return problem.K
 
 
-def _idle(tasks: list[_Task], under_way: Collection[_Measuring]) -> list[_Task]:
+def _idle(tasks: list[_Task], under_way: Collection[_Measuring | _Race]) -> list[_Task]:
     """Those of which nothing is under way."""
-    return [task for task in tasks if all(task is not measuring.task for measuring in under_way)]
+    return [task for task in tasks if all(task.found is not measuring.found for measuring in under_way)]
 
 
 def _states_problem(problem: Problem) -> Problem:
@@ -862,7 +852,7 @@ class _Task:
         noise = MODEL_NOISE if tuner.judge.modelled else HELD
         self.found = Found(problem, self.default, set(incumbents), noise=noise)
         self.tried: set[Any] = set()
-        self.finished = self.cut_short = False
+        self.finished = self.cut_short = self.kept = False
         self.batch: list[tuple[Any, Future[Compiled]]] = []  # of the round, what was not taken from the compiler yet
         self.awaited: Any | None = None  # another worker is at it
         self._take_in()
@@ -885,7 +875,7 @@ class _Task:
             self.ask()
         return None
 
-    def prepare(self, config: Any, spare: bool, *, behind: _Measuring | None) -> _Measuring | None:
+    def prepare(self, config: Any, spare: bool, *, behind: _Measuring | _Race | None) -> _Measuring | None:
         """Write down what is going to be launched, behind what is being measured; None where that is of no use.
 
         It is known already, or another worker is at it.
@@ -1039,15 +1029,23 @@ class _Measuring:
     spare: bool
     answer: Callable[[], Timing] | None = None
 
-    def hinges_on(self, other: _Measuring) -> bool:
+    @property
+    def found(self) -> Found:
+        """What its search has found."""
+        return self.task.found
+
+    def hinges_on(self, other: _Measuring | _Race) -> bool:
         """Whether it can only be launched when that one has ended: it may be known then what comes of it.
 
         Or it would not be known, after a kill, which of the two was being measured.
         """
+        if self.claim and self.claim.trial is not None and not self.claim.mark:
+            return True
+        if isinstance(other, _Race):
+            return False
         (one, own), (another, others) = ((m.task.problem, m.config) for m in (self, other))
         is_alike = same_kernel(one, own) == same_kernel(another, others)
-        is_alike |= self.task.code(own) == other.task.code(others)
-        return is_alike or bool(self.claim and self.claim.trial is not None and not self.claim.mark)
+        return is_alike or self.task.code(own) == other.task.code(others)
 
     def launch(self) -> bool:
         """Have it measured after what is under way; False where it is withdrawn, because it is known by now."""
@@ -1096,6 +1094,71 @@ class _Measuring:
             self.task.tuner.judge.renew()
         finally:
             self.withdraw()
+
+
+@dataclass
+class _Race:
+    """What a search found, against each other: launched, and then ended or abandoned; or known."""
+
+    tuner: Tuner
+    found: Found
+    count: int  # how many are ranked by it
+    step: str
+    configs: list[Any]
+    claim: RaceClaim | None = None
+    answer: Callable[[], list[Timing]] | None = None
+    known: dict[Any, Outcome] = field(default_factory=dict)
+
+    def launch(self) -> None:
+        """Have it held after what is under way."""
+        problem, extra = self.found.problem, self.tuner.extra(self.found.problem)
+        try:
+            for config in self.configs:  # what others have measured is not compiled here yet
+                self.tuner.pool.result(problem, config, extra=extra)
+            self.answer = self.tuner.judge.begin_rank(problem, self.configs, extra)
+        except BaseException:  # it may have been launched
+            self.abandon()
+            raise
+
+    def end(self) -> int:
+        """Wait for the times, write them down and rank by them; how many there are."""
+        if self.answer:
+            busy, outcomes = self.tuner.judge.busy, self._outcomes(self.answer)
+            self._settle(None if self.found.cut_short else outcomes)  # a later run holds it again
+            self.known = {c: o for c, o in zip(self.configs, outcomes, strict=True) if o.ms is not None}
+            if self.step == RACE:
+                self.tuner.funnel.spend("race", *[self.tuner.judge.busy - busy] * 2)
+        times = {c: Timing.recalled(o.ms or 0.0, o.figures) for c, o in self.known.items() if c in self.found.timings}
+        self.found.take(list(times), list(times.values()), first=self.step == RACE)
+        self.tuner.rank(self.found, self.count)
+        if self.step == RACE:
+            self.tuner.funnel.raced += len(times)
+        return len(times)
+
+    def abandon(self) -> None:
+        """End its process, where it may have been launched, and count it as not held."""
+        try:
+            self.tuner.judge.renew()
+        finally:
+            self._settle(None)
+
+    def _outcomes(self, answer: Callable[[], list[Timing]]) -> list[Outcome]:
+        try:
+            return [Outcome(timing.ms, figures=timing.figures) for timing in answer()]
+        except StartError:
+            self._settle(None)
+            raise
+        except MeasurementError as error:
+            self.tuner.funnel.fail(str(error))
+            return [Outcome(None, str(error))] * len(self.configs)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _settle(self, outcomes: list[Outcome] | None) -> None:
+        claim, self.claim = self.claim, None
+        if claim:
+            claim.settle(outcomes)
 
 
 def _kind(reason: str) -> str:
