@@ -386,7 +386,8 @@ def test_no_way_to_the_gradients_is_chosen_where_there_are_not_both(winners: lis
         (None, 3.9, "fused_chunk"),
         ("fused_chunk", 4.03, "fused_chunk"),
         ("fused_chunk", 4.1, "chunk"),
-        ("chunk", 3.98, "chunk"),
+        ("chunk", 3.9, "chunk"),  # 2.6 %: what a configuration that is in use, and shared, may be behind
+        ("chunk", 3.87, "fused_chunk"),
     ],
 )
 def test_between_forms_within_the_noise_what_is_in_use_stays_or_else_the_default(

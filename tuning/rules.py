@@ -24,9 +24,11 @@ from tuning import space
 from tuning.coverage import AXES, Point, Region, regions
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
 from tuning.space import knob_values
-from tuning.tuner import HELD, NOISE, Winner
+from tuning.tuner import HELD, NOISE, SHARED, Winner
 
 NEEDS = ("registers", "spills", "shared")  # what a rule tells of the compiled kernel
+# A form is not given up for what its configuration may lose because it was in use, and is shared.
+FORM_HELD = HELD + SHARED
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,12 @@ def _was_faster(rule: Entry | None, forms: dict[str, Winner]) -> bool:
     """Whether a rule names a form that did not run now, and was faster than all that did."""
     if rule is None or rule.use["form"] in forms:
         return False
-    return float(rule.figures.get("ms", math.inf)) * (1 - HELD) <= min(winner.ms for winner in forms.values())
+    return float(rule.figures.get("ms", math.inf)) * (1 - FORM_HELD) <= min(winner.ms for winner in forms.values())
 
 
 def _form_entry(kernel: str, choice: space.Choice, ways: dict[str, Winner], held: str | None) -> Entry:
-    form = choice.choose({way: winner.ms for way, winner in ways.items()}, held, hold=HELD, noise=NOISE)
+    hold = HELD if held is None else FORM_HELD
+    form = choice.choose({way: winner.ms for way, winner in ways.items()}, held, hold=hold, noise=NOISE)
     default = ways.get(choice.values[0], ways[form])
     # best_ms is of another configuration of the same kernel, which is not what is chosen here.
     best = replace(ways[form], default_ms=default.ms, best_ms=None, trials=len(ways))
