@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from tuning.compilation import ARCHS, Resources
+from tuning.device import Mark
 from tuning.journal import Journal
 from tuning.measurement import MeasurementError, Timing
 from tuning.problems import PLAIN, Problem
@@ -55,8 +56,8 @@ class Judge:
         self.busy, self.renewed = 0.0, 0
 
     def begin(self, *job: Any) -> Callable[[], Timing]:
-        *asked, _ = job
-        return partial(self.time, *asked)
+        *asked, mark = job
+        return partial(self.launched, mark, self.time, *asked)
 
     def time(
         self, problem: Problem, config: Any, needs: Resources, stop_above_ms: float, extra: dict[str, Any]
@@ -69,7 +70,15 @@ class Judge:
         return timing(self.ms(config))
 
     def begin_rank(self, *job: Any) -> Callable[[], list[Timing]]:
-        return partial(self.rank, *job)
+        *asked, mark = job
+        return partial(self.launched, mark, self.rank, *asked)
+
+    @staticmethod
+    def launched(mark: Mark | None, run: Callable[..., Any], *asked: Any) -> Any:
+        """As a measuring process does it."""
+        if mark:
+            mark.make()
+        return run(*asked)
 
     def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         return [timing(self.ms(config)) for config in configs]

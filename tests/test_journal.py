@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,14 +21,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from generated.configuration_file import optional_knob
-from tuning import forkserver
+from tuning import device, forkserver
 from tuning import journal as journals
 from tuning import run as run_module
 from tuning import storage as storage_module
 from tuning.__main__ import main
 from tuning.device import OTHER
 from tuning.history import read
-from tuning.journal import FORGETS, PROVE, RACE, SUSPECT, Claim, Journal, Outcome
+from tuning.journal import FORGETS, PROVE, RACE, SUSPECT, Claim, Journal, Outcome, RaceClaim
 from tuning.measurement import Gpu, Timing
 from tuning.problems import FORMS, Problem
 from tuning.space import WHOLE, knob_values
@@ -302,8 +303,16 @@ def measure_and_die(path: Path) -> None:
     journal = open_journal(path)
     measured(journal, FIRST, Outcome(1.0))
     journal.claim_race(PROBLEM, [FIRST, THIRD], {}, step=RACE)
-    with journal.measuring(PROBLEM, SECOND, {}):
-        os.kill(os.getpid(), signal.SIGKILL)
+    journal.claim(PROBLEM, SECOND, {})
+    lose_mark(journal)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose_mark(journal: Journal) -> None:
+    """Nobody is going to know what was launched last."""
+    mark = journal._mark(0)
+    assert mark is not None
+    Path(mark.file).write_text("", encoding="ascii")
 
 
 @pytest.mark.parametrize(("settled", "suspects"), [(False, {FIRST}), (True, {SECOND})])
@@ -371,6 +380,7 @@ def claim_two_and_die(path: Path, settled: bool) -> None:
     assert journal.claim(PROBLEM, SECOND, {}, behind=first) is not None
     if settled:
         first.settle(Outcome(1.0))
+    lose_mark(journal)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -398,16 +408,14 @@ def test_a_process_lives_as_long_as_it_holds_its_file(path: Path) -> None:
     assert storage_module.is_dead(path, "left-by-a-process-that-was-killed")
 
 
-def test_what_a_killed_process_leaves_is_gone_when_a_later_run_has_ended(path: Path) -> None:
+def test_what_a_killed_process_leaves_is_gone_once_a_later_run_has_written_it_down(path: Path) -> None:
     process = forkserver.context().Process(target=claim_two_and_die, args=(path, False))
     process.start()
     process.join(60)
     (left,) = path.parent.glob(".*.alive")
-    for there in (True, False):
-        journal = open_journal(path)
-        assert left.exists() is there
-        journal.run().finish(1.0)
-        journal.close()
+    journal = open_journal(path)
+    assert not left.exists()
+    journal.close()
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -576,8 +584,129 @@ def test_a_race_whose_tuner_was_killed_is_held_again_once_where_the_machine_has_
 
 
 def race_and_die(path: Path) -> None:
-    open_journal(path).claim_race(PROBLEM, [FIRST, SECOND], {}, step=RACE)
+    claim = open_journal(path).claim_race(PROBLEM, [FIRST, SECOND], {}, step=RACE)
+    assert isinstance(claim, RaceClaim)
+    assert claim.mark is not None
+    claim.mark.make()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_races_that_were_handed_over_and_not_launched_are_held_again(path: Path, started_again: None) -> None:
+    process = forkserver.context().Process(target=hand_over_two_races_and_die, args=(path,))
+    process.start()
+    process.join(60)
+    journal = open_journal(path)
+    assert journal.barred(PROBLEM, {}) == {FIRST, SECOND}
+    assert journal.barred(LONGER, {}) == set()
+    assert isinstance(journal.claim_race(LONGER, [FIRST, SECOND], {}, step=RACE), RaceClaim)
+
+
+def hand_over_two_races_and_die(path: Path) -> None:
+    journal = open_journal(path)
+    claims = [journal.claim_race(problem, [FIRST, SECOND], {}, step=RACE) for problem in (PROBLEM, LONGER)]
+    assert isinstance(claims[0], RaceClaim)
+    assert claims[0].mark is not None
+    claims[0].mark.make()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+LONGER = replace(PROBLEM, T=2 * PROBLEM.T)
+
+
+def test_before_anything_was_launched_a_loss_of_power_leaves_no_suspect(path: Path, started_again: None) -> None:
+    process = forkserver.context().Process(target=claim_race_and_die, args=(path, 0))
+    process.start()
+    process.join(60)
+    journal = open_journal(path)
+    assert journal.barred(PROBLEM, {}) == set()
+    assert journal.claim(LONGER, FIRST, {}) is not None
+
+
+@pytest.mark.parametrize("settled", [1, 2])
+def test_a_race_of_which_not_all_was_written_down_is_held_again(path: Path, settled: int) -> None:
+    process = forkserver.context().Process(target=claim_race_and_die, args=(path, settled))
+    process.start()
+    process.join(60)
+    assert isinstance(open_journal(path).claim_race(PROBLEM, [FIRST, SECOND, THIRD], {}, step=RACE), RaceClaim)
+
+
+def claim_race_and_die(path: Path, settled: int) -> None:
+    """Be killed before a race and what is to follow it were launched, or while the race is settled."""
+    journal = open_journal(path)
+    claim = journal.claim_race(PROBLEM, [FIRST, SECOND, THIRD], {}, step=RACE)
+    assert isinstance(claim, RaceClaim)
+    journal.claim(LONGER, FIRST, {}, behind=claim)
+    written: list[Any] = []
+    settle = journal._settle
+    if settled:
+
+        def settle_some(*arguments: Any) -> None:
+            if len(written) == settled:
+                os.kill(os.getpid(), signal.SIGKILL)
+            written.append(arguments)
+            settle(*arguments)
+
+        journal._settle = settle_some  # type: ignore[method-assign]
+        claim.settle([Outcome(1.0), Outcome(2.0), Outcome(3.0)])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_was_launched_last_is_known_however_many_runs_end_before_it_is_asked_about(path: Path) -> None:
+    process = forkserver.context().Process(target=hand_over_three_and_die, args=(path, 1))
+    process.start()
+    process.join(60)
+    for _ in range(2):
+        other = open_journal(path)
+        other.outcomes(replace(PROBLEM, T=4096), {})
+        other.run().finish(1.0)
+        other.close()
+    journal = open_journal(path)
+    assert [config for problem, config in HANDED_OVER if journal.outcomes(problem, {}).get(config)] == [SECOND]
+
+
+def test_a_mark_that_could_not_be_written_says_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = open_journal(path)
+    mark = journal._mark(7)
+    assert mark is not None
+    mark.make()
+    assert journal._store is not None
+    worker = journal._store.worker
+    assert journal._store.launched(worker) == 7
+    monkeypatch.setattr(device.os, "pwrite", no_space)
+    mark._replace(trial=8).make()
+    assert journal._store.launched(worker) is None
+
+
+def test_a_race_that_another_worker_holds_keeps_a_worker_from_nothing_else(path: Path) -> None:
+    """Each may hold one that the other waits for."""
+    other = open_journal(path)
+    held = other.claim_race(PROBLEM, [FIRST, SECOND], {}, step=RACE)
+    assert isinstance(held, RaceClaim)
+    ended: list[str] = []
+
+    def end(how: str) -> None:
+        if not ended:
+            ended.append(how)
+            held.settle([Outcome(1.0), Outcome(2.0)])
+
+    class Two(Judge):
+        def rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
+            if problem == LONGER:
+                end("by the other's race")
+            return super().rank(problem, configs, extra)
+
+    too_late = threading.Timer(30, end, ["by the clock"])
+    too_late.start()
+    journal = open_journal(path)
+    tuner = tune(Two(), problems=[PROBLEM, LONGER], journal=journal)
+    too_late.cancel()
+    assert ended == ["by the other's race"]
+    assert set(tuner.winners) == {PROBLEM, LONGER}
+    assert tuner.found[PROBLEM].timings[FIRST].low == 1.0  # as the other's race told
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_without_a_record_nobody_waits_for_another_worker(path: Path) -> None:
@@ -623,7 +752,8 @@ def test_the_command_goes_on_where_it_was_and_begins_again_where_it_is_told_to(
             return lambda: self.measure(*job)
 
         def begin_compare(self, *job: Any) -> Callable[[], list[Timing]]:
-            return lambda: self.compare(*job)
+            *asked, _ = job
+            return lambda: self.compare(*asked)
 
         def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
             return [self.measure(problem, config, 0.0, extra) for config in configs]
@@ -726,8 +856,11 @@ def test_what_may_have_ended_behind_a_damage_is_no_suspect(
 
 
 def claim_and_die(path: Path) -> None:
-    with open_journal(path).measuring(PROBLEM, FIRST, {}):
-        os.kill(os.getpid(), signal.SIGKILL)
+    claim = open_journal(path).claim(PROBLEM, FIRST, {})
+    assert claim is not None
+    assert claim.mark is not None
+    claim.mark.make()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_tuners_that_find_a_damage_at_once_keep_a_copy_each(path: Path) -> None:

@@ -254,8 +254,9 @@ def test_what_a_dead_worker_was_at_is_known_to_have_failed_and_nothing_else_is_l
     assert journal.outcomes(PROBLEM, {})[FIRST] == Outcome(1.0)
     assert journal.remembered(PROBLEM, SECOND, {}, step=PROVE) == (Outcome(None, SUSPECT) if restarted else None)
     assert journal.raced(PROBLEM, {}, RACE) is None
-    assert journal.barred(PROBLEM, {}) == ({FIRST, THIRD} if restarted else set())
-    if restarted:
+    is_marked = isinstance(place, Path)  # then it is known that the proof was launched last
+    assert journal.barred(PROBLEM, {}) == ({FIRST, THIRD} if restarted and not is_marked else set())
+    if restarted and not is_marked:
         assert journal.claim_race(PROBLEM, [FIRST, SECOND, THIRD], {}, step=RACE) == {}
 
 

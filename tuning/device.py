@@ -34,9 +34,9 @@ CHECK_TOKENS = 333  # ragged for every chunk, and after the longest segment
 COMPARE_SECONDS = 0.4
 COMPARE_ROUNDS = 8
 FIRST = Problem("fused_chunk", "bfloat16", 1, 64, 1, 16, 16)  # measured before any job: it loads what all need
-KEPT = 3  # problems whose inputs stay in memory: searches take turns
+KEPT = 8  # problems whose inputs stay in memory, where there is room: searches take turns
 MARK_LENGTH = 20
-OTHER = -1  # the mark of what is no candidate of a search
+OTHER = -1  # the mark of what has none of its own: a proof, or nothing yet
 # In torch's words for what a context does not recover from, and in Triton's.
 STICKY = ("AcceleratorError", "CUDA error", "[CUDA]")
 
@@ -73,9 +73,12 @@ class Mark(NamedTuple):
     trial: int
 
     def make(self) -> None:
-        """Write it over the last; what a full disk does not take stays as it was."""
-        with contextlib.suppress(OSError):
+        """Write it over the last, safely; where that fails the file is emptied, so that it says nothing wrong."""
+        try:
             os.pwrite(_opened(self.file), f"{self.trial:<{MARK_LENGTH}}".encode("ascii"), 0)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.file, 0)
 
 
 @functools.lru_cache(maxsize=1)
@@ -139,15 +142,30 @@ def _start() -> Answer:
 def _answer(job: Callable[..., Any], arguments: list[Any]) -> Answer:
     started = time.monotonic()
     try:
-        status, value = "ok", job(*arguments)
+        status, value = "ok", _with_room(job, arguments)
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
         sticky = any(text in f"{type(error).__name__}: {error}" for text in STICKY)
         status, value = "sticky" if sticky else "error", _in_a_line(error)
-        if isinstance(error, (torch.OutOfMemoryError, ArithmeticError)):  # what is wrong may have written to them
+        if isinstance(error, ArithmeticError):  # what is wrong may have written to them
             _inputs.cache_clear()
-        if isinstance(error, torch.OutOfMemoryError):
-            Replay.release()
     return Answer(status, value, time.monotonic() - started)
+
+
+def _with_room(job: Callable[..., Any], arguments: list[Any]) -> Any:
+    """Do a job, and once more without what is kept where there is not the memory for both."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return job(*arguments)
+    _make_room()
+    try:
+        return job(*arguments)
+    except torch.OutOfMemoryError:
+        _make_room()
+        raise
+
+
+def _make_room() -> None:
+    _inputs.cache_clear()
+    Replay.release()
 
 
 def _in_a_line(error: Exception) -> str:

@@ -49,6 +49,7 @@ PROTOCOL = 1  # of measuring: a change makes what was measured before no longer 
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
 SUSPECT = "killed: the tuner died while this was measured, so it is not launched again"
 KILLED = "killed"  # of what was being raced or proven when its tuner was
+RACED = "race"  # of a trial: the first of those that it is raced against, which is settled last
 FORGETS = "forgets"  # of a mark among the trials: those before it do not count
 MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
 RACES = (RACE, FRESH)
@@ -274,28 +275,30 @@ class Journal:
 
     def claim_race(
         self, problem: Problem, configs: Sequence[Any], extra: dict[str, Any], *, step: str
-    ) -> RaceClaim | dict[Any, Outcome]:
+    ) -> RaceClaim | dict[Any, Outcome] | None:
         """Write down that these are raced against each other, without those that may not be.
 
-        Or what came of the race that was held already; one that another worker holds is waited for. Nothing comes of
-        fewer than two.
+        Or what came of the race that was held already: nothing of fewer than two. None where another worker is at it.
         """
-        while True:
-            if known := self.raced(problem, extra, step):
-                return {config: outcome for config, outcome in known.items() if outcome.ms is not None}
-            fit = [config for config in configs if config not in self.barred(problem, extra)]
-            if len(fit) < 2:
-                return {}
-            study = self._study(problem, extra, step)
-            if (trials := self._claim(study, fit, step)) is not None:
-                return RaceClaim(self, study, step, fit, trials)
-            time.sleep(POLL_SECONDS)
+        if known := self.raced(problem, extra, step):
+            return {config: outcome for config, outcome in known.items() if outcome.ms is not None}
+        fit = [config for config in configs if config not in self.barred(problem, extra)]
+        if len(fit) < 2:
+            return {}
+        study = self._study(problem, extra, step)
+        trials = self._claim(study, fit, step)
+        return None if trials is None else RaceClaim(self, study, step, fit, trials)
 
     def run(self, **attributes: Any) -> Run:
         """Write down that a run of the tuner has begun; passwords in the attributes are masked."""
         run = Run(self)
         run.add(**attributes)
         return run
+
+    @property
+    def marks(self) -> bool:
+        """Whether it would be known which of several was launched last, if this worker was killed."""
+        return self._mark(0) is not None
 
     def sync(self) -> None:
         """Let what was written outlive a loss of power: rules are to name nothing that is forgotten then."""
@@ -325,10 +328,12 @@ class Journal:
         over += [run for run in others if run.number <= last]
         self._ended = {str(run.user_attrs.get("worker")) for run in over}
         for run in earlier:
-            if run.state == TrialState.RUNNING and store.is_dead(str(run.user_attrs.get("worker"))):
-                _close(storage, run._trial_id, TrialState.FAIL, {"reason": KILLED})
-            elif run.user_attrs.get("reason") == KILLED and run.number <= last:  # one that ended has asked about it
-                store.forget(str(run.user_attrs.get("worker")))
+            worker = str(run.user_attrs.get("worker"))
+            if run.state == TrialState.RUNNING and store.is_dead(worker):
+                launched = store.launched(worker)
+                mark = {} if launched is None else {"launched": launched}
+                _close(storage, run._trial_id, TrialState.FAIL, {"reason": KILLED, **mark})
+                store.forget(worker)
             elif run.state == TrialState.RUNNING:
                 self.rank += 1
 
@@ -363,8 +368,10 @@ class Journal:
             kept = False
             try:
                 with forkserver.uninterrupted():
-                    running = (_trial(config, TrialState.RUNNING, ours, constraints) for config in configs)
-                    trials.extend(storage.create_new_trial(study.number, trial) for trial in running)
+                    for config in configs:
+                        race = {RACED: trials[0]} if trials else {}
+                        trial = _trial(config, TrialState.RUNNING, ours | race, constraints)
+                        trials.append(storage.create_new_trial(study.number, trial))
                 self._read(storage, study, before=storage.get_trial(trials[0]).number)
                 kept = not study.is_taken(step, configs)
             finally:  # also after Ctrl-C: what was not launched must not look as if it had
@@ -374,6 +381,9 @@ class Journal:
 
         unrecorded: list[Any] | None = [None] * len(configs)
         return self._try(claim, unrecorded)
+
+    def _mark(self, trial: Any) -> Mark | None:
+        return None if self._store is None or trial is None else self._store.mark(trial)
 
     def _settle(self, study: _Study, step: str, config: Any, trial: Any, outcome: Outcome | None) -> None:
         kept = outcome if outcome and (outcome.ms is not None or is_verdict(outcome.reason)) else None
@@ -460,28 +470,43 @@ class Journal:
         """Take in a trial that has ended, of those that were forgotten only suspects; who is at one that `counts`."""
         assert self._store is not None
         worker, step = str(trial.user_attrs.get("worker")), str(trial.user_attrs.get("step", MEASURE))
-        if trial.state == TrialState.RUNNING and worker == self._store.worker:
+        is_running = trial.state == TrialState.RUNNING
+        if is_running and worker == self._store.worker:
             return
         config = _config(study.config_type, trial.params)
-        if trial.state == TrialState.RUNNING and config is not None and not self._store.is_dead(worker):
+        if config is not None and self._goes_on(storage, trial, worker):
             if counts:
                 study.busy.setdefault(step, set()).add(config)
             return
         study.read.add(trial.number)
-        if trial.state == TrialState.RUNNING and not self._may_have_broken(storage, trial, worker, step):
-            _close(storage, trial._trial_id, TrialState.PRUNED, {})
-            return
-        # What is raced or proven has run before. If its tuner goes twice, that may be for the memory that it takes.
-        spared = step != MEASURE and (step, config) not in study.spared
-        if trial.state == TrialState.RUNNING and spared and self._was_killed(storage, worker):
-            _close(storage, trial._trial_id, TrialState.PRUNED, {KILLED: True})
-            study.spared.add((step, config))
+        if _is_void(storage, trial) or (is_running and self._let_off(storage, study, trial, worker, config)):
             return
         if trial.user_attrs.get(KILLED):
             study.spared.add((step, config))
         outcome = None if config is None else self._outcome(storage, trial, worker, step)
         if outcome is not None and (trial.number >= study.since or outcome.reason == SUSPECT):
             _take(study, step, config, outcome, alone=trial.user_attrs.get("rivals", 1) == 1)
+
+    def _goes_on(self, storage: Any, trial: FrozenTrial, worker: str) -> bool:
+        """Whether a worker that lives is at it, or at the race that it is part of."""
+        assert self._store is not None
+        if trial.state == TrialState.RUNNING:
+            return not self._store.is_dead(worker)
+        race = trial.user_attrs.get(RACED)
+        return race is not None and not storage.get_trial(race).state.is_finished()
+
+    def _let_off(self, storage: Any, study: _Study, trial: FrozenTrial, worker: str, config: Any) -> bool:
+        """Close what a dead tuner has left running, where it may be launched again."""
+        step = str(trial.user_attrs.get("step", MEASURE))
+        if not self._may_have_broken(storage, trial, worker, step):
+            _close(storage, trial._trial_id, TrialState.PRUNED, {})
+            return True
+        # What is raced or proven has run before. If its tuner goes twice, that may be for the memory that it takes.
+        if step == MEASURE or (step, config) in study.spared or not self._was_killed(storage, worker):
+            return False
+        _close(storage, trial._trial_id, TrialState.PRUNED, {KILLED: True})
+        study.spared.add((step, config))
+        return True
 
     def _outcome(self, storage: Any, trial: FrozenTrial, worker: str, step: str) -> Outcome | None:
         figures, needs = trial.user_attrs.get("figures", {}), trial.user_attrs.get("needs")
@@ -502,10 +527,13 @@ class Journal:
         candidates alone, and the machine must be as it was.
         """
         assert self._store is not None
-        launched = self._store.launched(worker)
+        runs = storage.get_all_trials(self._runs, deepcopy=False)
+        own = [run.user_attrs for run in runs if run.user_attrs.get("worker") == worker]
+        noted = [attributes["launched"] for attributes in own if "launched" in attributes]
+        launched = noted[-1] if noted else self._store.launched(worker)
         if launched is None:
             return not (self._was_killed(storage, worker) and self._was_waiting(storage, trial))
-        return launched == (trial._trial_id if step == MEASURE else OTHER)
+        return launched == (OTHER if step == PROVE else trial.user_attrs.get(RACED, trial._trial_id))
 
     def _was_waiting(self, storage: Any, trial: FrozenTrial) -> bool:
         """Whether it was not launched yet: what it was to follow has not been settled."""
@@ -551,8 +579,7 @@ class Claim:
     @property
     def mark(self) -> Mark | None:
         """What its measuring process has to make when it launches this; None where nobody could read it."""
-        store = self.journal._store
-        return None if store is None or self.trial is None else store.mark(self.trial)
+        return self.journal._mark(self.trial)
 
     def settle(self, outcome: Outcome | None) -> None:
         """Write down what came of it; None: it counts as not tried."""
@@ -571,14 +598,20 @@ class RaceClaim:
 
     @property
     def trial(self) -> Any:
-        """The one that is settled last."""
-        return self.trials[-1]
+        """The one that stands for the race: the others name it, and count once it is settled."""
+        return self.trials[0]
+
+    @property
+    def mark(self) -> Mark | None:
+        """As a `Claim`'s."""
+        return self.journal._mark(self.trial)
 
     def settle(self, outcomes: Sequence[Outcome] | None) -> None:
         """Write down what came of each; None: the race counts as not held."""
         each: Sequence[Outcome | None] = [None] * len(self.configs) if outcomes is None else outcomes
-        for config, trial, outcome in zip(self.configs, self.trials, each, strict=True):
-            self.journal._settle(self.study, self.step, config, trial, outcome)
+        with forkserver.uninterrupted():
+            for config, trial, outcome in reversed([*zip(self.configs, self.trials, each, strict=True)]):
+                self.journal._settle(self.study, self.step, config, trial, outcome)
 
 
 class Run:
@@ -698,6 +731,16 @@ def _as_of(problem: Problem, config: Any) -> list[Any]:
 def is_verdict(reason: str) -> bool:
     """Whether this is what a candidate did, and neither the machine nor whoever uses it too: others are forgotten."""
     return is_crash(reason) or any(text in reason for text in VERDICTS)
+
+
+def _is_void(storage: Any, trial: FrozenTrial) -> bool:
+    """Whether it is an outcome of a race that its tuner has not settled to the end."""
+    race = trial.user_attrs.get(RACED)
+    is_outcome = trial.state in (TrialState.COMPLETE, TrialState.FAIL) and trial.user_attrs.get("reason") != SUSPECT
+    if race is None or not is_outcome:
+        return False
+    first = storage.get_trial(race)
+    return bool(first.state == TrialState.PRUNED or first.user_attrs.get("reason") == SUSPECT)
 
 
 def _take(study: _Study, step: str, config: Any, outcome: Outcome, *, alone: bool) -> None:

@@ -106,9 +106,11 @@ class Measurer:
         """The same, waited for."""
         return self.begin(problem, config, stop_above_ms, extra)()
 
-    def begin_compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> Callable[[], list[Timing]]:
+    def begin_compare(
+        self, problem: Problem, configs: list[Any], extra: dict[str, Any], mark: Mark | None = None
+    ) -> Callable[[], list[Timing]]:
         """Time several configurations in interleaved rounds, the order rotating; waited for as by `begin`."""
-        return partial(self._result, self._ask("compare", problem, configs, extra))
+        return partial(self._result, self._ask("compare", problem, configs, extra, mark=mark))
 
     def compare(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> list[Timing]:
         """The same, waited for."""

@@ -30,7 +30,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from tuning.device import MARK_LENGTH, Mark
+from tuning.device import MARK_LENGTH, OTHER, Mark
 
 HEARTBEAT_SECONDS = 5  # between two signs of life in a database
 GRACE_SECONDS = 20  # without one, after which a worker counts as dead
@@ -77,7 +77,7 @@ class Store(Protocol):
         """How this process's measuring process says that it launches a trial; None where that cannot be known."""
 
     def launched(self, worker: str) -> int | None:
-        """The trial that a dead process's one said last, or OTHER; None where nothing is known."""
+        """The trial that a dead process's one said last, or OTHER; None where that is not known."""
 
     def forget(self, worker: str) -> None:
         """Nobody will ask about this dead process any more."""
@@ -511,7 +511,7 @@ class _Lock:
 class Alive:
     """A file beside the journal that is locked while this process lives: its number and machine's name tell less.
 
-    It holds the measuring process's last mark, for which there is room from the beginning.
+    It holds the measuring process's last mark.
     """
 
     def __init__(self, path: Path) -> None:
@@ -519,7 +519,7 @@ class Alive:
         file = alive_path(path, self.name)
         handle = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        os.write(handle, b" " * MARK_LENGTH)
+        os.write(handle, f"{OTHER:<{MARK_LENGTH}}".encode("ascii"))
         os.fsync(handle)
         _sync(path.parent)
         self.end = weakref.finalize(self, _end, handle, file)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -148,7 +148,9 @@ class Judge(Protocol):
         Measurer.
         """
 
-    def begin_rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> Callable[[], list[Timing]]:
+    def begin_rank(
+        self, problem: Problem, configs: list[Any], extra: dict[str, Any], mark: Mark | None
+    ) -> Callable[[], list[Timing]]:
         """As `begin`, of several configurations, which that has seen or others of the same code, against each other."""
 
     def renew(self) -> None:
@@ -183,9 +185,11 @@ class GpuJudge:
         """Times on the GPU, after a check against float64."""
         return self._measurer.begin(problem, config, stop_above_ms, extra, mark)
 
-    def begin_rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> Callable[[], list[Timing]]:
+    def begin_rank(
+        self, problem: Problem, configs: list[Any], extra: dict[str, Any], mark: Mark | None
+    ) -> Callable[[], list[Timing]]:
         """Times in interleaved rounds."""
-        return self._measurer.begin_compare(problem, configs, extra)
+        return self._measurer.begin_compare(problem, configs, extra, mark)
 
     def renew(self) -> None:
         """End the measuring process: the next call starts another."""
@@ -219,7 +223,9 @@ class ModelJudge:
         timing = self._times[problem, config] = self._timing(predict(problem, config, self._arch, needs))
         return lambda: timing
 
-    def begin_rank(self, problem: Problem, configs: list[Any], extra: dict[str, Any]) -> Callable[[], list[Timing]]:
+    def begin_rank(
+        self, problem: Problem, configs: list[Any], extra: dict[str, Any], mark: Mark | None
+    ) -> Callable[[], list[Timing]]:
         """The same once more, and by the closed form alone where another's code was the same."""
         timings = [
             self._times.get((problem, config)) or self._timing(predict(problem, config, self._arch))
@@ -539,18 +545,27 @@ class Tuner:
         return None
 
     def _end_finished(self, tasks: list[_Task], under_way: deque[_Measuring | _Race]) -> bool:
-        """Have what finished searches found raced, behind what is under way; one that was raced is over."""
-        finished = [task for task in _idle(tasks, under_way) if task.finished]
-        for task in finished:
+        """Have what a finished search found raced, behind what is under way; one that was raced is over."""
+        moved = False
+        for task in [task for task in _idle(tasks, under_way) if task.finished]:
             if not task.kept:
                 self._complete += not task.cut_short
                 task.found.cut_short = task.cut_short
-                if self._keep(task):
-                    under_way.append(self._race(task.found, self.effort.finalists, RACE))
+                task.to_be_raced = self._keep(task)
+            if task.to_be_raced:
+                race = self._race(task.found, self.effort.finalists, RACE, under_way)
+                if race is None:
                     continue
-            tasks.remove(task)
-            self._tell_others(tasks)
-        return bool(finished)
+                task.to_be_raced = False
+                if race.answer:
+                    under_way.append(race)
+                else:
+                    race.end()
+            else:
+                tasks.remove(task)
+                self._tell_others(tasks)
+            moved = True
+        return moved
 
     def _compile_for_proofs(self, tasks: list[_Task]) -> None:
         """Where a compiler is free, let it have what the proof of an ended search launches."""
@@ -590,7 +605,8 @@ class Tuner:
         """Until something more is compiled, or another worker may have ended what is waited for."""
         began = time.monotonic()
         compiling = [future for task in tasks for future in task.compiling()]
-        seconds = POLL_SECONDS if any(task.awaited for task in tasks) or not compiling else LOOK_SECONDS
+        others = any(task.awaited or task.finished for task in tasks)
+        seconds = POLL_SECONDS if others or not compiling else LOOK_SECONDS
         if compiling:
             wait(compiling, seconds, FIRST_COMPLETED)
         else:
@@ -641,15 +657,31 @@ class Tuner:
         self.rank(task.found, self.effort.finalists)
         return bool(task.found.timings)
 
-    def _race(self, found: Found, count: int, step: str) -> _Race:
-        """Have the fastest timed against each other, but where that was done."""
+    def _race(
+        self, found: Found, count: int, step: str, under_way: Collection[_Measuring | _Race] = ()
+    ) -> _Race | None:
+        """Have the fastest timed against each other, but where that was done; None where that must wait.
+
+        For another worker, which holds it; or for what is under way: for a candidate of one of their kernels, which may
+        crash, or for all, where it would not be known after a kill which of the two was launched.
+        """
         extra, crashes = self.extra(found.problem), self.crashes(found.problem)
         configs = found.contenders(count) + (self._shareable(found) if step == FRESH else [])
         configs = [config for config in dict.fromkeys(configs) if config not in crashes]
-        claim = self.journal.claim_race(found.problem, configs, extra, step=step) if self.journal else None
-        if isinstance(claim, dict):
-            return _Race(self, found, count, step, [], known=claim)
-        race = _Race(self, found, count, step, claim.configs if claim else configs, claim)
+        candidates = [other for other in under_way if isinstance(other, _Measuring)]
+        if any(candidate.is_of_a_kernel(found.problem, configs) for candidate in candidates):
+            return None
+        race = _Race(self, found, count, step, configs)
+        if self.journal:
+            if under_way and not self.journal.marks:
+                return None
+            claim = self.journal.claim_race(found.problem, configs, extra, step=step)
+            if claim is None:
+                return None
+            if isinstance(claim, dict):
+                race.known = claim
+                return race
+            race.claim, race.configs = claim, claim.configs
         race.launch()
         return race
 
@@ -674,7 +706,9 @@ class Tuner:
             self.judge.renew()
             raced = [problem for problem, found in self.found.items() if found.timings]
             for number, problem in enumerate(self._others_last(raced, FRESH), 1):
-                self.funnel.confirmed += self._race(self.found[problem], CONTENDERS, FRESH).end()
+                while (race := self._race(self.found[problem], CONTENDERS, FRESH)) is None:
+                    time.sleep(POLL_SECONDS)
+                self.funnel.confirmed += race.end()
                 self.progress(number, len(raced), problem, "confirming", "")
 
     def prove(self) -> None:
@@ -852,7 +886,8 @@ class _Task:
         noise = MODEL_NOISE if tuner.judge.modelled else HELD
         self.found = Found(problem, self.default, set(incumbents), noise=noise)
         self.tried: set[Any] = set()
-        self.finished = self.cut_short = self.kept = False
+        self.finished = self.cut_short = False
+        self.kept = self.to_be_raced = False  # once it is finished
         self.batch: list[tuple[Any, Future[Compiled]]] = []  # of the round, what was not taken from the compiler yet
         self.awaited: Any | None = None  # another worker is at it
         self._take_in()
@@ -1043,9 +1078,13 @@ class _Measuring:
             return True
         if isinstance(other, _Race):
             return False
-        (one, own), (another, others) = ((m.task.problem, m.config) for m in (self, other))
-        is_alike = same_kernel(one, own) == same_kernel(another, others)
-        return is_alike or self.task.code(own) == other.task.code(others)
+        is_alike = self.is_of_a_kernel(other.task.problem, [other.config])
+        return is_alike or self.task.code(self.config) == other.task.code(other.config)
+
+    def is_of_a_kernel(self, problem: Problem, configs: Iterable[Any]) -> bool:
+        """Whether one of some configurations of a problem compiles to the same kernel."""
+        own = same_kernel(self.task.problem, self.config)
+        return any(same_kernel(problem, config) == own for config in configs)
 
     def launch(self) -> bool:
         """Have it measured after what is under way; False where it is withdrawn, because it is known by now."""
@@ -1115,7 +1154,8 @@ class _Race:
         try:
             for config in self.configs:  # what others have measured is not compiled here yet
                 self.tuner.pool.result(problem, config, extra=extra)
-            self.answer = self.tuner.judge.begin_rank(problem, self.configs, extra)
+            mark = self.claim.mark if self.claim else None
+            self.answer = self.tuner.judge.begin_rank(problem, self.configs, extra, mark)
         except BaseException:  # it may have been launched
             self.abandon()
             raise
@@ -1156,9 +1196,9 @@ class _Race:
             raise
 
     def _settle(self, outcomes: list[Outcome] | None) -> None:
-        claim, self.claim = self.claim, None
-        if claim:
-            claim.settle(outcomes)
+        if self.claim:
+            self.claim.settle(outcomes)
+            self.claim = None
 
 
 def _kind(reason: str) -> str:
