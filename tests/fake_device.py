@@ -60,9 +60,14 @@ def _launch(job: str, form: str, config: Any) -> str | None:
     fault = next((fault for part, fault in faults.items() if part in line), None)
     if fault == "hang":
         time.sleep(1000)
+    elif fault == "abort":
+        os.kill(os.getpid(), signal.SIGABRT)
     elif fault is not None and fault.startswith("kill"):
-        victims = {"kill device": os.getpid(), "kill tuner": int(os.environ["FAKE_TUNER"]), "kill server": os.getppid()}
-        os.kill(victims[fault], signal.SIGKILL)
+        if fault == "kill device once" and Path(os.environ["FAKE_LOG"]).read_text().splitlines().count(line) > 1:
+            return None
+        tuner = int(os.environ["FAKE_TUNER"])
+        victims = {"kill tuner": tuner, "kill server": os.getppid()}
+        os.kill(victims.get(fault, os.getpid()), signal.SIGKILL)
         if fault == "kill tuner":
             os._exit(1)  # where it was forked from the tuner, it holds the other end of its own pipe
         time.sleep(0.2)  # a process that is killed leaves its pipes a moment later

@@ -177,8 +177,8 @@ def test_what_a_tuner_was_killed_at_while_it_was_proven_is_proven_once_more(mach
     assert (machine.used() == knob_values(BEST)) == (kills == 1)
 
 
-def test_killed_measuring_process_costs_its_candidate_alone(machine: Machine) -> None:
-    code, output = machine.tune(faults={line("measure", BEST): "kill device"})
+def test_measuring_process_that_crashes_costs_its_candidate_alone(machine: Machine) -> None:
+    code, output = machine.tune(faults={line("measure", BEST): "abort"})
     assert code == 0, output
     assert "the measuring process died: the kernel crashed" in output
     assert machine.used() != knob_values(BEST)
@@ -221,7 +221,7 @@ def test_broken_candidate_is_named_and_the_next_best_wins(machine: Machine, faul
     assert landscape(type(BEST)(**machine.used())) == min(map(landscape, sound))
 
 
-@pytest.mark.parametrize("fault", ["hang", "illegal access", "kill device"])
+@pytest.mark.parametrize("fault", ["hang", "illegal access", "abort"])
 def test_what_ended_a_measuring_process_is_never_launched_again_at_any_shape(machine: Machine, fault: str) -> None:
     fatal = line("measure", BEST)
     assert machine.tune(faults={fatal: fault})[0] == 0
@@ -231,6 +231,24 @@ def test_what_ended_a_measuring_process_is_never_launched_again_at_any_shape(mac
     assert machine.launches()[fatal] == 1
     assert len(machine.launches()) > 20
     assert all(line("", BEST) not in launch for launch in (*machine.launches("compare"), *machine.launches("prove")))
+
+
+@pytest.mark.parametrize("job", ["measure", "compare", "prove"])
+def test_a_measuring_process_that_somebody_kills_costs_nothing(machine: Machine, job: str) -> None:
+    code, output = machine.tune(faults={line(job, BEST): "kill device once"})
+    assert code == 0, output
+    assert machine.used() == knob_values(BEST)
+    assert "crashed" not in output
+
+
+def test_what_is_killed_from_outside_each_time_is_given_up_in_this_run_alone(machine: Machine) -> None:
+    fatal = line("measure", BEST)
+    code, output = machine.tune(faults={fatal: "kill device"})
+    assert code == 0, output
+    assert machine.launches()[fatal] == 2
+    assert "ended from outside, by SIGKILL" in output
+    assert machine.tune()[0] == 0
+    assert machine.used() == knob_values(BEST)
 
 
 def test_what_ended_a_measuring_process_is_not_launched_by_the_runs_other_searches_either(machine: Machine) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,25 @@ def test_a_busy_measuring_process_ends_with_a_killed_tuner(tmp_path: Path) -> No
             os.kill(pid, signal.SIGKILL)
 
 
+def serve_at_once(pipe: Connection) -> None:
+    device.describe_gpu = lambda: Gpu("Pretended", "sm90", 1, 1, "0")
+    device._measure = lambda *job: None
+    device.JOBS["measure"] = lambda *job: "measured"
+    device.serve(pipe)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
+def test_a_measuring_process_that_ends_while_it_is_at_nothing_is_no_candidates_fault(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "serve", serve_at_once)
+    with contextlib.closing(Measurer()) as measurer:
+        for _ in range(2):
+            os.kill(measurer._process.pid, number)
+            assert wait_until(lambda: not measurer._process.is_alive())
+            assert measurer.measure(TINY, None, 1.0, {}) == "measured"
+
+
 def test_a_gpu_that_fails_before_any_candidate_is_no_candidates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "serve", serve_a_broken_gpu)
     with pytest.raises(MeasurementError, match="does not start") as caught:
@@ -122,9 +142,38 @@ KEPT = OnCpu("fused_chunk", "float32", 1, 64, 2, 16, 16)
 
 @pytest.fixture(autouse=True)
 def nothing_kept() -> Iterator[None]:
-    device._inputs.cache_clear()
+    device._kept.clear()
     yield
-    device._inputs.cache_clear()
+    device._kept.clear()
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, device.KEPT), (0.9, 1)])
+def test_inputs_are_kept_of_the_problems_used_last_where_there_is_memory(
+    share: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_memory_share", lambda: share)
+    problems = [replace(KEPT, T=16 + length) for length in range(device.KEPT + 1)]
+    for problem in problems[:-1]:
+        device._inputs(problem)
+    first = device._inputs(problems[0])
+    assert device._inputs(problems[0]) is first
+    device._inputs(problems[-1])
+    kept = [problems[-1]] if count == 1 else [*problems[2:-1], problems[0], problems[-1]]
+    assert list(device._kept) == kept
+    assert len(kept) == count
+
+
+def test_a_job_is_done_again_without_what_is_kept_where_memory_is_short() -> None:
+    def job() -> int:
+        tried.append(len(device._kept))
+        if tried[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 5
+
+    tried: list[int] = []
+    device._kept[KEPT] = device._made(KEPT)
+    assert device._answer(job, []).value == 5
+    assert tried == [1, 0]
 
 
 @pytest.mark.parametrize("fault", ["writes", "writes astray"])

@@ -72,8 +72,10 @@ class Server:
         options = ["-h", "127.0.0.1", "-p", str(self.port), "-k", str(self.folder), "-F"]
         command = [str(self._program), "-D", str(self.folder / "data"), *options]
         self._process: Any = self._run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+        import psycopg  # noqa: PLC0415 - where there is a server
+
+        for _ in range(200):  # it listens before it lets anybody in
+            with contextlib.suppress(psycopg.OperationalError), psycopg.connect(self.url(), connect_timeout=2):
                 return
             time.sleep(0.05)
 

@@ -34,7 +34,8 @@ CHECK_TOKENS = 333  # ragged for every chunk, and after the longest segment
 COMPARE_SECONDS = 0.4
 COMPARE_ROUNDS = 8
 FIRST = Problem("fused_chunk", "bfloat16", 1, 64, 1, 16, 16)  # measured before any job: it loads what all need
-KEPT = 8  # problems whose inputs stay in memory, where there is room: searches take turns
+KEPT = 8  # problems whose inputs stay in memory: searches take turns
+KEPT_SHARE = 0.25  # of the GPU's memory, above which fewer do
 MARK_LENGTH = 20
 OTHER = -1  # the mark of what has none of its own: a proof, or nothing yet
 # In torch's words for what a context does not recover from, and in Triton's.
@@ -147,7 +148,7 @@ def _answer(job: Callable[..., Any], arguments: list[Any]) -> Answer:
         sticky = any(text in f"{type(error).__name__}: {error}" for text in STICKY)
         status, value = "sticky" if sticky else "error", _in_a_line(error)
         if isinstance(error, ArithmeticError):  # what is wrong may have written to them
-            _inputs.cache_clear()
+            _kept.clear()
     return Answer(status, value, time.monotonic() - started)
 
 
@@ -164,7 +165,7 @@ def _with_room(job: Callable[..., Any], arguments: list[Any]) -> Any:
 
 
 def _make_room() -> None:
-    _inputs.cache_clear()
+    _kept.clear()
     Replay.release()
 
 
@@ -182,8 +183,23 @@ class _Inputs:
     expected: tuple[tuple[Tensor, ...], ...]
 
 
-@functools.lru_cache(maxsize=KEPT)
+_kept: dict[Problem, _Inputs] = {}  # those that were used last come last
+
+
 def _inputs(problem: Problem) -> _Inputs:
+    kept = _kept.pop(problem, None)
+    while kept is None and _kept and (len(_kept) >= KEPT or _memory_share() > KEPT_SHARE):
+        del _kept[next(iter(_kept))]
+    _kept[problem] = kept or _made(problem)
+    return _kept[problem]
+
+
+def _memory_share() -> float:
+    """How much of the GPU's memory this process uses."""
+    return float(torch.cuda.memory_allocated() / torch.cuda.get_device_properties(0).total_memory)
+
+
+def _made(problem: Problem) -> _Inputs:
     tokens = CHECK_TOKENS + (LONGEST if problem.form == "chunk" else 0)
     tokens = min(problem.T, tokens)
     tokens -= tokens % 16 == 0  # ragged, however short the problem is

@@ -24,6 +24,8 @@ from tuning.workers import GpuBusyError, gpu_alone
 # Seconds after which a job counts as hung: a candidate is timed in a fraction of one, a proof takes a few.
 DEADLINES = {"start": 180.0, "measure": 30.0, "compare": 60.0, "prove": 120.0}
 HANGS, DIED = "the kernel hangs", "the kernel crashed"
+# By which whoever manages the machine ends processes; what a kernel does shows in others.
+FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM)
 # Of CUDA's errors those that the machine makes, or whoever uses it too.
 MACHINES = (
     "out of memory",
@@ -58,12 +60,17 @@ class StartError(MeasurementError):
     """A measuring process that does not start, which is no candidate's fault."""
 
 
+class _EndedError(MeasurementError):
+    """A measuring process that somebody has ended, which is no candidate's fault either."""
+
+
 @dataclass(eq=False)
 class _Job:
     """What the process is asked for; `answer`, also for a process that died at it, when that is over."""
 
     content: tuple[Any, ...]
     sent: bool = False  # to the process that there is
+    ended: bool = False  # was a process at it, or about to be, when somebody ended that
     answer: Answer | None = None
 
 
@@ -180,6 +187,8 @@ class Measurer:
 
     def _send(self) -> None:
         """Give the process, or a new one, what it has not been given."""
+        if self._process is not None and not any(job.sent for job in self._jobs) and not self._process.is_alive():
+            self._end()  # it was at nothing
         if self._process is None:
             try:
                 self._start()
@@ -211,6 +220,11 @@ class Measurer:
         try:
             job.answer = self._hear(self._since + DEADLINES[job.content[0]] - time.monotonic(), HANGS, DIED)
             self.busy += job.answer.seconds  # it may have lain here for a while
+        except _EndedError as error:
+            if not job.ended:  # by another process, once more
+                job.ended = True
+                return
+            job.answer = Answer("error", str(error))
         except MeasurementError as error:
             job.answer = Answer("error", str(error))
             self.busy += time.monotonic() - self._since
@@ -228,6 +242,12 @@ class Measurer:
                 return answer
             reason = f"no answer from the measuring process: {silence}"
         except (EOFError, ConnectionError):
+            self._process.join(1)
+            code = self._process.exitcode
+            if code in [-number for number in FROM_OUTSIDE]:
+                self._end()
+                name = signal.Signals(-code).name
+                raise _EndedError(f"the measuring process was ended from outside, by {name}") from None
             reason = f"the measuring process died: {death}"
         self._end()
         raise MeasurementError(reason)

@@ -80,7 +80,7 @@ class _Correction:
     """f for one length, which is the unit of the features: what the measured tell of every candidate's.
 
     With each of them a row is added to the Cholesky factor, and nothing computed again. What there is of each candidate
-    and measurement is in float32: faster for long lists, and exact to hundred thousandths of an octave.
+    and measurement is in float32: faster for long lists, and exact to some ten thousandths of an octave.
     """
 
     def __init__(self, features: Array) -> None:
