@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes import NEEDS, PROBLEM, SM90, Judge, candidates, landscape, tune
+from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, tune
 from optuna.trial import TrialState
 
 from tuning.compilation import Resources
@@ -44,6 +45,22 @@ def test_everything_is_measured_once_and_nothing_off_the_list(name: str) -> None
     measured = run(search_for(listed, name=name))
     assert len(measured) == len(set(measured))
     assert set(measured) == {*listed, PROBLEM.default()}
+
+
+def test_brute_force_tries_every_candidate_whatever_the_effort() -> None:
+    few = Effort(first=4, rounds=1, per_round=2, finalists=3)
+    judge = Judge()
+    tuner = Tuner(judge, Pool(), SM90, few, math.inf, lambda problem: [], lambda *_: None, sampler="brute-force")
+    tuner.run([PROBLEM])
+    assert set(judge.timed) == {*candidates(), PROBLEM.default()}
+    assert tuner.ranked[PROBLEM][0].config == min(candidates(), key=landscape)
+
+
+def test_a_round_is_what_was_proposed_when_it_became_late() -> None:
+    told = iter([False, False, True])
+    search = search_for()
+    assert len(search.ask(lambda: next(told))) == 3
+    assert len(search_for().ask(lambda: True)) == 1
 
 
 @every_sampler

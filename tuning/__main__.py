@@ -16,7 +16,7 @@ from tuning.measurement import MeasurementError
 from tuning.peers import PEERS
 from tuning.problems import FORMS, PASSES
 from tuning.run import RunError
-from tuning.samplers import INFORMED, SAMPLERS, SamplerError
+from tuning.samplers import EXHAUSTIVE, INFORMED, SAMPLERS, SamplerError
 from tuning.storage import StorageError, masked
 from tuning.tuner import EFFORTS
 from tuning.workers import GpuBusyError
@@ -145,7 +145,8 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         choices=SAMPLERS,
         default=INFORMED,
         help=f"which way to search: {INFORMED} by a model, the compiler's figures and what was measured, the others "
-        f"are Optuna's; gp takes seconds a candidate (default: {INFORMED})",
+        f"are Optuna's; gp takes seconds a candidate, {EXHAUSTIVE} tries every one, whatever --effort says "
+        f"(default: {INFORMED})",
     )
     _add_budget(
         parser,

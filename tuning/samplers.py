@@ -27,14 +27,14 @@ from tuning.space import knob_values
 from tuning.surrogate import Array, Belief, Surrogate
 
 STARTUP = 4  # trials before Optuna's samplers begin to learn
-INFORMED = "informed"
+INFORMED, EXHAUSTIVE = "informed", "brute-force"
 OPTUNAS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, warn_independent_sampling=False),
     "cmaes": lambda seed: optuna.samplers.CmaEsSampler(
         seed=seed, n_startup_trials=STARTUP, warn_independent_sampling=False
     ),
-    "brute-force": lambda seed: optuna.samplers.BruteForceSampler(seed=seed),
+    EXHAUSTIVE: lambda seed: optuna.samplers.BruteForceSampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
 SAMPLERS = (INFORMED, *OPTUNAS)

@@ -12,6 +12,7 @@ multiprocessor lies in the trial as constraints, feasible up to 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,8 +90,11 @@ class Search:
         open_ = {self._list.configs[number] for number in self._list.open(self.study)}
         self._queue += [c for c in dict.fromkeys(configs) if c in open_ and c not in self._queue]
 
-    def ask(self) -> list[Any]:
-        """What to compile for the next round; `finished` where there is neither that nor anything left to measure."""
+    def ask(self, is_late: Callable[[], bool] = lambda: False) -> list[Any]:
+        """What to compile for the next round; `finished` where there is neither that nor anything left to measure.
+
+        Where it `is_late`, as it may be before a sampler has proposed a whole round, that is one.
+        """
         a_round = self._effort.per_round if self.results else self._effort.first + max(0, len(self._kept) - 1)
         self.left = max(
             self.left, sum(config in self._kept for config in self._queue)
@@ -108,7 +112,9 @@ class Search:
         if self.finished:
             self._prune(list(self._trials))
             return []
-        asked = [self._propose() for _ in range(count)]
+        asked: list[Any] = []
+        while len(asked) < count and not (asked and is_late()):
+            asked.append(self._propose())
         self._compiling.update(asked)
         return asked
 

@@ -21,7 +21,7 @@ from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, Measurer, StartError, Timing
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
-from tuning.samplers import INFORMED, Candidates
+from tuning.samplers import EXHAUSTIVE, INFORMED, Candidates
 from tuning.search import MAX_SPILLS, Effort, Search, constraints
 from tuning.space import Sifted, knob_values, launched
 
@@ -882,6 +882,8 @@ class _Task:
         incumbents = tuner.incumbents(problem)
         # To a model, compiling is measuring: looking ahead would tell it nothing.
         effort, max_spills = (replace(tuner.effort, ahead=0), 0) if tuner.judge.modelled else (tuner.effort, MAX_SPILLS)
+        if tuner.sampler == EXHAUSTIVE:
+            effort = replace(effort, first=len(candidates.configs), rounds=0)
         self.search = Search(candidates, effort, name=tuner.sampler, max_spills=max_spills)
         noise = MODEL_NOISE if tuner.judge.modelled else HELD
         self.found = Found(problem, self.default, set(incumbents), noise=noise)
@@ -1005,7 +1007,8 @@ class _Task:
             return
         self.search.enqueue(self.tuner.neighbours(self.problem))
         pool, extra = self.tuner.pool, self.tuner.extra(self.problem)
-        self.batch = [(config, pool.submit(self.problem, config, extra=extra)) for config in self.search.ask()]
+        asked = self.search.ask(lambda: self.tuner.seconds_left() == 0)
+        self.batch = [(config, pool.submit(self.problem, config, extra=extra)) for config in asked]
         self.finished = self.search.finished
         self.tuner.funnel.stopped += self.search.stopped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -86,14 +87,8 @@ def _parse(text: str, names: dict[str, list[Workload]]) -> list[Workload]:
         return names[text]
     if text.endswith((".yaml", ".yml")):
         return read(Path(text))
-    return _read_lines(Path(text)) if _is_file(text) else [parse_shape(text, names)]
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name, or not one
-        return False
+    # Of a text that is too long for a name, or cannot be one, these say no.
+    return _read_lines(Path(text)) if os.path.isfile(text) else [parse_shape(text, names)]  # noqa: PTH113
 
 
 def _read_lines(path: Path) -> list[Workload]:
@@ -134,7 +129,10 @@ def _text(path: Path) -> str:
 
 def _read_shape(path: Path, name: str, shape: Any) -> Workload:
     if not isinstance(shape, dict):
-        raise WorkloadError(f"workloads {path}: {name} is {shape!r}; it must be a mapping of B, T, H, K and V")
+        raise WorkloadError(
+            f"workloads {path}: {name} is {shape!r}; it must be a mapping of B, T, H, K and V, below a name, "
+            "and that below a group"
+        )
     text = ",".join(f"{key}={value}" for key, value in shape.items())
     try:
         return replace(parse_shape(text or "="), name=name)
@@ -146,7 +144,8 @@ def parse_shape(text: str, names: Iterable[str] = ()) -> Workload:
     """The workload of a shape; `names` are what else could have been meant."""
     if "=" not in text:
         either = ", ".join([*names, "B=..,T=..,H=..,K=..,V=.."])
-        raise WorkloadError(f"workload {text!r} is not known, and no file here; use one of {either}")
+        what = "a directory" if os.path.isdir(text) else "not known, and no file here"  # noqa: PTH112
+        raise WorkloadError(f"workload {text!r} is {what}; use one of {either}")
     text = re.sub(r"\s*([,=])\s*", r"\1", text.strip())
     pairs = [part.partition("=")[::2] for part in text.split(",")]
     names = sorted(name for name, _ in pairs if name != "dtype")
