@@ -123,7 +123,7 @@ class Journal:
     ) -> None:
         self._context, self._say, self._fresh, self._effort = dict(context), say, fresh, effort
         self._name = place.name if isinstance(place, Database) else named(place)
-        self._studies: dict[str, _Study] = {}
+        self._studies: dict[Any, _Study] = {}  # by problem, what runs beside it, and whether they are of its search
         self._ended: set[str] = set()  # workers whose races and proofs do not hold
         self._store: Store | None = None
         self._about: dict[str, Any] = {}  # what was written of this run
@@ -196,6 +196,8 @@ class Journal:
         At any shape and by any form, with this compiler.
         """
         self._try(self._read_crashes, None)
+        if not self._crashes:
+            return {}
         # With a T that only a segment for all sequences reaches: none was written down.
         kernels = {_kernel_of(one): one for one in (replace(problem, form=form, T=WHOLE) for form in FORMS)}
         found: dict[Any, str] = {}
@@ -413,13 +415,14 @@ class Journal:
         return study
 
     def _study(self, problem: Problem, extra: dict[str, Any], step: str) -> _Study:
-        described = "".join(f"; {key} {knob_values(value)}" for key, value in sorted(extra.items()))
-        name = self._name_of(problem) + described + ("" if step == MEASURE else "; finals")
-        if name not in self._studies:
+        key = problem, tuple(sorted(extra.items())), step == MEASURE
+        if key not in self._studies:
+            described = "".join(f"; {name} {knob_values(value)}" for name, value in sorted(extra.items()))
+            full_name = self._name_of(problem) + described + ("" if step == MEASURE else "; finals")
             empty = _Study(None, problem, type(problem.default()))
             attributes = self._described(problem, extra, step)
-            self._studies[name] = self._try(lambda storage: self._load(storage, name, empty, attributes), empty)
-        return self._studies[name]
+            self._studies[key] = self._try(lambda storage: self._load(storage, full_name, empty, attributes), empty)
+        return self._studies[key]
 
     def _load(self, storage: Any, name: str, empty: _Study, attributes: dict[str, Any]) -> _Study:
         study = replace(empty, number=_study_number(storage, name, attributes))

@@ -75,6 +75,9 @@ class Candidates:
         self._by_rank = {tuple(map(int, ranks)): number for number, ranks in enumerate(self.ranks)}
         self.features, self.learned = self._features(rows), 0
         self.estimates = np.log2([estimates[config] for config in self.configs])
+        self._study: Study | None = None  # the one that was asked about last
+        self._open: dict[int, None] = {}  # there, beside its first trials, of which there are so many:
+        self._taken = 0
 
     def learn(self, config: Any, needs: Resources) -> None:
         """Estimate anew with what the compiler says that the kernel needs: registers, spills, occupancy."""
@@ -91,8 +94,15 @@ class Candidates:
 
     def open(self, study: Study) -> list[int]:
         """Those that no trial has."""
-        taken = {self.number(trial.params) for trial in study.get_trials(deepcopy=False) if _is_whole(trial, self)}
-        return [number for number in range(len(self.configs)) if number not in taken]
+        if self._study is not study:
+            self._study, self._open, self._taken = study, dict.fromkeys(range(len(self.configs))), 0
+        trials = study.get_trials(deepcopy=False)
+        while self._taken < len(trials) and _is_whole(trials[self._taken], self):
+            self._open.pop(self.number(trials[self._taken].params), None)
+            self._taken += 1
+        # Behind one that is being asked for, and has no params yet.
+        taken = {self.number(trial.params) for trial in trials[self._taken :] if _is_whole(trial, self)}
+        return [number for number in self._open if number not in taken]
 
     def nearest(self, params: dict[str, Any], numbers: list[int]) -> int:
         """Which of some candidates is the fewest steps of knobs away."""

@@ -36,7 +36,7 @@ SHARED = 0.01  # what a point may lose against its fastest, so that neighbours s
 BUILD_UP = 0.25  # of the budget, where there is one, may pass before anything is measured
 BACKLOG = 2  # candidates a compiler that may wait: with more, no further search is started
 LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
-AHEAD = 4  # candidates that are handed over while one is being measured
+AHEAD = 6  # candidates that are handed over while one is being measured
 AT_ONCE = 4  # searches of a worker that is not the only one
 CONTENDERS = 3  # of each race, which a fresh process times again
 
