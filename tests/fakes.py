@@ -14,7 +14,8 @@ from tuning.device import Mark
 from tuning.journal import Journal
 from tuning.measurement import MeasurementError, Timing
 from tuning.problems import PLAIN, Problem
-from tuning.tuner import Effort, Tuner, likely_first
+from tuning.search import Effort
+from tuning.tuner import Tuner, likely_first
 
 SM90 = ARCHS["sm90"]
 PROBLEM = Problem("fused_chunk", "bfloat16", 8, 1024, 8, 64, 64)

@@ -27,8 +27,9 @@ from tuning.landscape import Landscape
 from tuning.measurement import MeasurementError, Timing
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PLAIN, Problem, problem_at
 from tuning.rules import Entry
+from tuning.search import EFFORTS
 from tuning.space import SWEEPS, knob_values
-from tuning.tuner import EFFORTS, HELD, NOISE
+from tuning.winners import HELD, NOISE
 
 ROOT = Path(__file__).resolve().parent.parent
 SM90 = ARCHS["sm90"]
@@ -356,7 +357,7 @@ ASKS = """
 from fakes import Judge, tune
 from tuning.compile_pool import CompilePool
 from tuning.problems import Problem
-from tuning.tuner import EFFORTS
+from tuning.search import EFFORTS
 if __name__ == "__main__":
     pool = CompilePool("sm90", 1)
     problem = Problem("fused_recurrent", "bfloat16", 1, 64, 1, 16, 16)

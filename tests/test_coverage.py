@@ -21,7 +21,7 @@ from tuning.coverage import AXES, Point, assign, beyond, regions
 from tuning.model import predict
 from tuning.problems import Problem
 from tuning.rules import Entry, point_of
-from tuning.tuner import MODEL_NOISE
+from tuning.winners import MODEL_NOISE
 
 KERNEL = "retention_fused_chunk"
 CONFIG_TYPE = type(Problem("fused_chunk", "bfloat16", 1, 1, 1, 16, 16).default())

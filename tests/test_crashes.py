@@ -24,8 +24,9 @@ from generated.configuration_file import parse_file
 from tuning import forkserver, rules, storage
 from tuning.journal import PROVE, SUSPECT, Journal, Outcome
 from tuning.rules import Entry, Point
+from tuning.search import Effort
 from tuning.space import knob_values
-from tuning.tuner import AHEAD, Effort
+from tuning.tuner import AHEAD
 
 TESTS = Path(__file__).resolve().parent
 KERNEL = "retention_fused_chunk"

@@ -23,9 +23,11 @@ from generated.retention import fused_chunk
 from tuning import measurement
 from tuning.compilation import ARCHS
 from tuning.journal import Journal
+from tuning.judges import GpuJudge
 from tuning.measurement import MeasurementError, Measurer
 from tuning.problems import Problem
-from tuning.tuner import Effort, GpuJudge, Tuner
+from tuning.search import Effort
+from tuning.tuner import Tuner
 
 pytestmark = pytest.mark.gpu
 

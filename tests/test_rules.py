@@ -14,7 +14,7 @@ from generated.configuration_file import parse_file
 from tuning import rules
 from tuning.coverage import Point
 from tuning.rules import Entry
-from tuning.tuner import Winner
+from tuning.winners import Winner
 
 DEVICE = {"arch": "sm90", "name": "Pretended"}
 USE = {"BT": 64, "BV": 32, "num_warps": 4, "num_stages": 2}

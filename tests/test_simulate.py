@@ -20,7 +20,7 @@ from tuning.landscape import Landscape
 from tuning.measurement import Gpu, MeasurementError, StartError, Timing
 from tuning.problems import Problem
 from tuning.samplers import INFORMED
-from tuning.tuner import EFFORTS
+from tuning.search import EFFORTS
 
 MEASUREMENTS = 60
 SMALL = "fused_chunk_bfloat16_B8_T2048_H8_K512_V256"

@@ -20,7 +20,7 @@ from generated.configuration_file import parse_file
 from tuning import nvml, rules
 from tuning.problems import Problem
 from tuning.timing import FIRST, MEASURE_MS, MOST, Timing, interleaved, median_interval, race, timing_of
-from tuning.tuner import Found, beats, both
+from tuning.winners import Found, beats, both
 
 # Intervals
 

@@ -31,12 +31,15 @@ from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool, compile_key
 from tuning.coverage import Point
+from tuning.funnel import Funnel
 from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
 from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
 from tuning.rules import Entry
+from tuning.search import Effort
 from tuning.space import knob_values
-from tuning.tuner import AHEAD, HELD, MODEL_NOISE, NOISE, Effort, Funnel, Tuner, Winner, likely_first
+from tuning.tuner import AHEAD, Tuner, likely_first
+from tuning.winners import HELD, MODEL_NOISE, NOISE, Winner
 from tuning.workloads import WorkloadError, builtin, parse
 
 # The loop

@@ -156,13 +156,13 @@ def test_written_rule_is_what_the_launcher_asks_for(modelled: tuple[File, str], 
 
 SAYS_WHAT_IT_TIMES = """
 import sys
-from tuning import tuner
+from tuning import judges
 from tuning.__main__ import main
-real = tuner.ModelJudge.begin
+real = judges.ModelJudge.begin
 def begin(judge, problem, config, *arguments):
     print("default" if problem.form == "fused_chunk" and config == problem.default() else "timed", flush=True)
     return real(judge, problem, config, *arguments)
-tuner.ModelJudge.begin = begin
+judges.ModelJudge.begin = begin
 sys.exit(main(sys.argv[1:]))
 """
 

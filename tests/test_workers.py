@@ -32,9 +32,8 @@ from tuning.compilation import ARCHS
 from tuning.history import open_storage, read
 from tuning.journal import PROVE, RACE, SUSPECT, Journal, Outcome, RaceClaim
 from tuning.run import RunError
-from tuning.search import constraints
+from tuning.search import Effort, constraints
 from tuning.storage import StorageError, masked, named
-from tuning.tuner import Effort
 from tuning.workers import GpuBusyError, gpu_alone, without
 
 TESTS = Path(__file__).resolve().parent

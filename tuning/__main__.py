@@ -17,8 +17,8 @@ from tuning.peers import PEERS
 from tuning.problems import FORMS, PASSES
 from tuning.run import RunError
 from tuning.samplers import EXHAUSTIVE, INFORMED, SAMPLERS, SamplerError
+from tuning.search import EFFORTS
 from tuning.storage import StorageError, masked
-from tuning.tuner import EFFORTS
 from tuning.workers import GpuBusyError
 from tuning.workloads import DTYPES, WorkloadError, builtin, groups
 

@@ -25,7 +25,7 @@ from tuning.coverage import AXES, Point, beyond, overlap
 from tuning.known_bad import known_bad
 from tuning.problems import FORMS, PLAIN, Problem, problem_at
 from tuning.proof import error_limit
-from tuning.tuner import NOISE
+from tuning.winners import NOISE
 
 ROUNDING = 1e-3  # figures are written with four digits
 TOLERANCE = 0.05  # what a rule may lose against the fastest at a point: what a tuner lets it, and some noise

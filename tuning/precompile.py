@@ -26,12 +26,13 @@ from generated import configuration
 from tuning import rules
 from tuning.compilation import ARCHS, Arch, Resources
 from tuning.compile_pool import CompilePool
+from tuning.judges import ModelJudge
 from tuning.problems import GRADIENTS, PLAIN, Problem
 from tuning.progress import SearchProgress
 from tuning.run import FOREVER, earlier_winners, incumbents_among, problems_for
-from tuning.search import Effort
+from tuning.search import EFFORTS, Effort
 from tuning.space import knob_values
-from tuning.tuner import EFFORTS, NEIGHBOUR_SEGMENTS, ModelJudge, Tuner
+from tuning.tuner import NEIGHBOUR_SEGMENTS, Tuner
 from tuning.workloads import parse
 
 FILTERS = ("known bad", "registers", "shared memory")

@@ -24,7 +24,7 @@ from tuning import space
 from tuning.coverage import AXES, Point, Region, regions
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
 from tuning.space import knob_values
-from tuning.tuner import HELD, NOISE, SHARED, Winner
+from tuning.winners import HELD, NOISE, SHARED, Winner
 
 NEEDS = ("registers", "spills", "shared")  # what a rule tells of the compiled kernel
 # A form is not given up for what its configuration may lose because it was in use, and is shared.

@@ -29,15 +29,19 @@ from tuning import nvml, rules
 from tuning.compilation import ARCHS, Arch, Resources
 from tuning.compile_pool import CompilePool, cores
 from tuning.coverage import Point
+from tuning.funnel import Funnel
 from tuning.journal import Journal, Run
 from tuning.journal import default_path as default_journal
+from tuning.judges import GpuJudge, Judge, ModelJudge
 from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
 from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, Problem, problem_at, problems_of
 from tuning.progress import SearchProgress
 from tuning.samplers import check_available
+from tuning.search import EFFORTS
 from tuning.space import knob_values
 from tuning.storage import VARIABLE, Database, check_place, is_url, named
-from tuning.tuner import EFFORTS, Funnel, GpuJudge, Judge, ModelJudge, Tuner, Winner
+from tuning.tuner import Tuner
+from tuning.winners import Winner
 from tuning.workers import SESSION, chosen, run_all, without
 from tuning.workloads import Workload, parse
 

@@ -49,6 +49,12 @@ class Effort:
         return self.first + self.rounds * self.per_round
 
 
+EFFORTS = {
+    "quick": Effort(first=16, rounds=6, per_round=4, finalists=3, ahead=12, gain=0.0002),
+    "full": Effort(first=24, rounds=5, per_round=8, finalists=5, ahead=24, gain=0.0002),
+}
+
+
 class Search:
     """A study over a finite list of configurations.
 

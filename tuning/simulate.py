@@ -28,8 +28,7 @@ from tuning.compilation import ARCHS
 from tuning.landscape import Landscape
 from tuning.run import RunError
 from tuning.samplers import INFORMED, Candidates, check_available
-from tuning.search import Effort, Search
-from tuning.tuner import EFFORTS
+from tuning.search import EFFORTS, Effort, Search
 
 DEFAULT_SAMPLERS = (INFORMED, "tpe", "random")
 MARKS = (10, 20, 40, 60)  # measurements after which the table tells the regret

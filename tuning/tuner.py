@@ -5,338 +5,38 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from tuning.compilation import Arch, Resources
 from tuning.compile_pool import Compiled, CompilePool, same_kernel, same_launch
 from tuning.coverage import assign
-from tuning.device import Mark
+from tuning.funnel import Funnel
 from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome, RaceClaim
+from tuning.judges import Judge
 from tuning.known_bad import known_bad
-from tuning.measurement import MeasurementError, Measurer, StartError, Timing
+from tuning.measurement import MeasurementError, StartError, Timing
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem
 from tuning.samplers import EXHAUSTIVE, INFORMED, Candidates
 from tuning.search import MAX_SPILLS, Effort, Search, constraints
 from tuning.space import Sifted, knob_values, launched
+from tuning.winners import HELD, MODEL_NOISE, SHARED, Found, Winner
 
 NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
 # Which runs the others' kernels too, or starts from their winners.
 AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
-NOISE = 0.01  # between two races' times of one configuration
-HELD = 0.02  # a challenger must beat what is in use by more than this
-MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' 18 choices none is then slower than the default
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
-SHARED = 0.01  # what a point may lose against its fastest, so that neighbours share a rule
 BUILD_UP = 0.25  # of the budget, where there is one, may pass before anything is measured
 BACKLOG = 2  # candidates a compiler that may wait: with more, no further search is started
 LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
 AHEAD = 6  # candidates that are handed over while one is being measured
 AT_ONCE = 4  # searches of a worker that is not the only one
 CONTENDERS = 3  # of each race, which a fresh process times again
-
-
-EFFORTS = {
-    "quick": Effort(first=16, rounds=6, per_round=4, finalists=3, ahead=12, gain=0.0002),
-    "full": Effort(first=24, rounds=5, per_round=8, finalists=5, ahead=24, gain=0.0002),
-}
-
-
-@dataclass(frozen=True)
-class Winner:
-    """What was found for one problem, with its proof.
-
-    `timing` is that of the races, or of the only measurement; `best_ms` is of the fastest, where that is another.
-    """
-
-    problem: Problem
-    config: Any
-    timing: Timing
-    default_ms: float | None
-    error: float | None
-    needs: Resources
-    trials: int
-    modelled: bool
-    best_ms: float | None = None
-
-    @property
-    def ms(self) -> float:
-        """The median milliseconds."""
-        return self.timing.ms
-
-
-MEASURING = ("search", "confirm", "prove")  # and the races, within the search
-
-
-@dataclass
-class Funnel:
-    """How many candidates came how far, how long each phase took, and for how long of it the judge was busy."""
-
-    enumerated: int = 0
-    compiled: int = 0
-    clean: int = 0
-    timed: int = 0
-    remembered: int = 0
-    same_code: int = 0
-    raced: int = 0
-    spare: int = 0  # of the timed, those that were while nothing else could be
-    stopped: int = 0  # searches that ended because nothing better was expected
-    confirmed: int = 0
-    proven: int = 0
-    compared: int = 0  # winners where a rule was in use before
-    flipped: int = 0  # those of them that replace it
-    seconds: dict[str, float] = field(default_factory=dict)
-    busy: dict[str, float] = field(default_factory=dict)
-    waited: float = 0.0  # seconds of the search in which nothing that could be measured was compiled
-    dropped: Counter[str] = field(default_factory=Counter)  # of the enumerated, by closed-form filter
-    failures: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)  # of each kind of failure the first, in its own words
-    rejected: list[str] = field(default_factory=list)
-
-    def idle_share(self, *phases: str) -> float:
-        """The part of these phases, or of all in which something is measured, in which nothing was."""
-        seconds, busy = (
-            sum(times.get(name, 0.0) for name in phases or MEASURING) for times in (self.seconds, self.busy)
-        )
-        return 1 - busy / seconds if seconds else 0.0
-
-    def spend(self, phase: str, seconds: float, busy: float) -> None:
-        """Add to the seconds of a phase, and to those of them in which the judge was busy."""
-        for times, more in ((self.seconds, seconds), (self.busy, busy)):
-            times[phase] = times.get(phase, 0.0) + more
-
-    def fail(self, reason: str) -> None:
-        """Count a candidate that came no further."""
-        kind = _kind(reason)
-        self.failures[kind] = self.failures.get(kind, 0) + 1
-        self.examples.setdefault(kind, reason)
-
-    def reject(self, problem: Problem, config: Any, reason: str) -> None:
-        """Count a candidate that the GPU did not run right, and say which it was."""
-        self.fail(reason)
-        self.rejected.append(
-            f"{problem.form} K={problem.K} V={problem.V} {problem.dtype} {knob_values(config)}: {reason}"
-        )
-
-
-class Judge(Protocol):
-    """Times candidates: on the GPU, or by the model."""
-
-    modelled: bool
-
-    @property
-    def busy(self) -> float:
-        """Seconds that it was at it."""
-
-    def begin(
-        self,
-        problem: Problem,
-        config: Any,
-        needs: Resources,
-        stop_above_ms: float,
-        extra: dict[str, Any],
-        mark: Mark | None,
-    ) -> Callable[[], Timing]:
-        """Begin to time, only roughly where over `stop_above_ms`; what is returned waits for the times.
-
-        It raises MeasurementError for what does not run right. What is asked for meanwhile comes next. `mark`: as of a
-        Measurer.
-        """
-
-    def begin_rank(
-        self, problem: Problem, configs: list[Any], extra: dict[str, Any], mark: Mark | None
-    ) -> Callable[[], list[Timing]]:
-        """As `begin`, of several configurations, which that has seen or others of the same code, against each other."""
-
-    def renew(self) -> None:
-        """Go on in a fresh process, which owes nothing to what this one is at or has been through."""
-
-    def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
-        """The error at the full shape, or None where nothing runs; MeasurementError if it is too large."""
-
-
-class GpuJudge:
-    """Measures; every answer stands on a check against float64."""
-
-    modelled = False
-
-    def __init__(self, measurer: Measurer) -> None:
-        self._measurer = measurer
-
-    @property
-    def busy(self) -> float:
-        """Seconds that the measuring process was at jobs."""
-        return self._measurer.busy
-
-    def begin(
-        self,
-        problem: Problem,
-        config: Any,
-        needs: Resources,
-        stop_above_ms: float,
-        extra: dict[str, Any],
-        mark: Mark | None,
-    ) -> Callable[[], Timing]:
-        """Times on the GPU, after a check against float64."""
-        return self._measurer.begin(problem, config, stop_above_ms, extra, mark)
-
-    def begin_rank(
-        self, problem: Problem, configs: list[Any], extra: dict[str, Any], mark: Mark | None
-    ) -> Callable[[], list[Timing]]:
-        """Times in interleaved rounds."""
-        return self._measurer.begin_compare(problem, configs, extra, mark)
-
-    def renew(self) -> None:
-        """End the measuring process: the next call starts another."""
-        self._measurer.renew()
-
-    def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
-        """The error against float64 at the full shape."""
-        return self._measurer.prove(problem, config, extra)
-
-
-class ModelJudge:
-    """Estimates, from the resources of the compiled kernel."""
-
-    modelled = True
-    busy = 0.0
-
-    def __init__(self, arch: Arch) -> None:
-        self._arch = arch
-        self._times: dict[Any, Timing] = {}
-
-    def begin(
-        self,
-        problem: Problem,
-        config: Any,
-        needs: Resources,
-        stop_above_ms: float,
-        extra: dict[str, Any],
-        mark: Mark | None,
-    ) -> Callable[[], Timing]:
-        """Milliseconds by the model, which has no noise."""
-        timing = self._times[problem, config] = self._timing(predict(problem, config, self._arch, needs))
-        return lambda: timing
-
-    def begin_rank(
-        self, problem: Problem, configs: list[Any], extra: dict[str, Any], mark: Mark | None
-    ) -> Callable[[], list[Timing]]:
-        """The same once more, and by the closed form alone where another's code was the same."""
-        timings = [
-            self._times.get((problem, config)) or self._timing(predict(problem, config, self._arch))
-            for config in configs
-        ]
-        return lambda: timings
-
-    @staticmethod
-    def _timing(ms: float) -> Timing:
-        return Timing(ms, low=ms, high=ms, spread=0.0, repeats=1)
-
-    def renew(self) -> None:
-        """There is no process."""
-
-    def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
-        """Nothing runs, so nothing is proved."""
-        return None
-
-
-@dataclass
-class Found:
-    """What a search found: times of its candidates, known better from race to race.
-
-    What is in use, `incumbents` that rules name or else the default, stays unless it is beaten beyond the noise in
-    every race, so that tuning again does not flip files; but not where the default was faster in the last one. Rules
-    stay where there was no race, as after Ctrl-C.
-    `last` are that race's times, with which a winner is written down.
-    """
-
-    problem: Problem
-    default: Any
-    incumbents: set[Any]
-    timings: dict[Any, Timing] = field(default_factory=dict)
-    needs: dict[Any, Resources] = field(default_factory=dict)
-    raced: set[Any] = field(default_factory=set)
-    last: dict[Any, Timing] = field(default_factory=dict)
-    trials: int = 0
-    cut_short: bool = False  # by the deadline: a later run goes on
-    noise: float = HELD
-
-    @property
-    def in_use(self) -> set[Any]:
-        """What would be used if nothing were found."""
-        return self.incumbents or {self.default}
-
-    def contenders(self, count: int) -> list[Any]:
-        """The fastest, and whatever else was in use or is the default."""
-        fastest = self._order()[:count]
-        return fastest + [c for c in self.timings if (c in self.in_use or c == self.default) and c not in fastest]
-
-    def raced_against(self, config: Any) -> dict[Any, Timing]:
-        """The figures of what was raced, with this configuration; its own alone where it was not raced."""
-        return {c: self.figures[c] for c in (self.raced if config in self.raced else {config})}
-
-    def take(self, configs: list[Any], timings: list[Timing], *, first: bool) -> None:
-        """Take the times of a race: in place of single measurements, or beside those of an earlier race."""
-        for config, timing in zip(configs, timings, strict=True):
-            self.timings[config] = timing if first else both(self.timings[config], timing)
-        self.raced.update(configs)
-        self.last = dict(zip(configs, timings, strict=True))
-
-    def winner(self, config: Any, *, modelled: bool) -> Winner:
-        """One of the configurations as the winner, not proven yet."""
-        figures = self.figures
-        default_ms = figures[self.default].ms if self.default in figures else None
-        timing, needs = figures[config], self.needs[config]
-        best_ms = min(known.ms for known in (timing, *(self.last or figures).values()))
-        return Winner(self.problem, config, timing, default_ms, None, needs, self.trials, modelled, best_ms)
-
-    @property
-    def figures(self) -> dict[Any, Timing]:
-        """The times of the last race, and what is known of what was not in it."""
-        return self.timings | self.last
-
-    def winners(self, configs: list[Any], *, modelled: bool) -> list[Winner]:
-        """These configurations as winners, best first."""
-        ranked = [self.winner(config, modelled=modelled) for config in self._order() if config in configs]
-        # What no GPU has run is not recommended where it spills, not even the default; nor what hardly beats that.
-        if modelled and ranked and ranked[0].needs.spills:
-            return []
-        return [winner for winner in ranked if not (modelled and winner.needs.spills)]
-
-    def _order(self) -> list[Any]:
-        # What was left out of the race is known less well: it is not to win by that.
-        ordered = sorted(
-            self.timings,
-            key=lambda config: (self._is_slower(config), config not in self.raced, self.timings[config].ms),
-        )
-        held = next((config for config in ordered if config in self.in_use and not self._is_slower(config)), None)
-        unraced = held in self.incumbents and held not in self.raced
-        if held is not None and (unraced or not beats(self.timings[ordered[0]], self.timings[held], self.noise)):
-            ordered.remove(held)
-            ordered.insert(0, held)
-        return ordered
-
-    def _is_slower(self, config: Any) -> bool:
-        """Whether it is slower than the default beyond the noise."""
-        default = self.figures.get(self.default)
-        return default is not None and self.figures[config].ms > (1 + NOISE) * default.ms
-
-
-def beats(challenger: Timing, holder: Timing, noise: float = HELD) -> bool:
-    """Whether it is faster beyond the noise: by more than such a share, and the two intervals lie apart."""
-    return challenger.ms < (1 - noise) * holder.ms and challenger.high < holder.low
-
-
-def both(one: Timing, other: Timing) -> Timing:
-    """Two races' times of one configuration: the mean, and an interval that holds both."""
-    low, high = min(one.low, other.low), max(one.high, other.high)
-    spread, error = max(one.spread, other.spread), one.error
-    return Timing((one.ms + other.ms) / 2, low, high, spread, one.repeats + other.repeats, error)
 
 
 class Tuner:
@@ -1202,7 +902,3 @@ class _Race:
         if self.claim:
             self.claim.settle(outcomes)
             self.claim = None
-
-
-def _kind(reason: str) -> str:
-    return reason.split(":", 1)[0] if reason.split(":", 1)[0].isidentifier() else reason[:60]

@@ -25,7 +25,7 @@ from tuning.known_bad import known_bad
 from tuning.measurement import Gpu, MeasurementError, Measurer, StartError, Timing, gpu_present
 from tuning.problems import GRADIENTS, Problem, problem_at
 from tuning.run import FOREVER, RunError
-from tuning.tuner import beats
+from tuning.winners import beats
 from tuning.workloads import builtin
 
 SAMPLE = 12
