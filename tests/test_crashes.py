@@ -274,6 +274,20 @@ def test_no_memory_for_anything_writes_nothing_and_says_why(machine: Machine) ->
 # Disks
 
 
+@pytest.mark.parametrize("size", ["30000", "60000"])
+def test_what_was_open_when_the_record_was_lost_is_not_taken_for_fatal(machine: Machine, size: str) -> None:
+    shapes = [SHAPE.replace("=64", f"={width}") for width in (64, 128, 256)]
+    workloads = [argument for shape in shapes for argument in ("--workload", shape)]
+    journal = machine.directory / "a.journal"
+    command = ["run", *workloads, "--out", str(machine.rules), "--form", "fused_chunk", "--storage", str(journal)]
+    ended(*machine.start_command(command, FAKE_DISK=size))
+    assert of_candidates(journal, TrialState.RUNNING)
+    code, output = ended(*machine.start_command(command))
+    assert code == 0, output
+    assert "killed" not in output
+    assert not [trial for trial in of_candidates(journal, TrialState.FAIL) if trial.user_attrs["reason"] == SUSPECT]
+
+
 def test_disk_that_fills_up_is_said_once_and_the_old_rules_stay(machine: Machine) -> None:
     assert machine.tune()[0] == 0
     old = machine.rules.read_bytes()

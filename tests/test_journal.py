@@ -353,7 +353,7 @@ def test_of_what_a_killed_tuner_had_handed_over_what_was_launched_last_is_the_su
 HANDED_OVER = [(replace(PROBLEM, T=T), config) for T, config in ((256, FIRST), (512, SECOND), (1024, THIRD))]
 
 
-def hand_over_three_and_die(path: Path, launched: int) -> None:
+def hand_over_three_and_die(path: Path, launched: int, lost: bool = False) -> None:
     journal, claims = open_journal(path), list[Claim]()
     for problem, config in HANDED_OVER:
         claim = journal.claim(problem, config, {}, behind=claims[-1] if claims else None)
@@ -362,6 +362,8 @@ def hand_over_three_and_die(path: Path, launched: int) -> None:
     mark = claims[launched].mark
     assert mark is not None
     (mark._replace(trial=OTHER) if launched == OTHER else mark).make()
+    if lost:
+        lose_mark(journal)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -371,6 +373,34 @@ def test_where_the_machine_may_have_died_what_was_to_follow_is_a_suspect_too(pat
     process.start()
     process.join(60)
     assert open_journal(path).outcomes(PROBLEM, {}) == dict.fromkeys((FIRST, SECOND), Outcome(None, SUSPECT))
+
+
+def test_where_no_mark_can_be_read_the_first_that_was_handed_over_is_the_only_suspect(path: Path) -> None:
+    process = forkserver.context().Process(target=hand_over_three_and_die, args=(path, OTHER, True))
+    process.start()
+    process.join(60)
+    journal = open_journal(path)
+    assert [config for problem, config in HANDED_OVER if journal.outcomes(problem, {}).get(config)] == [FIRST]
+
+
+def test_a_mark_is_known_though_another_tuner_takes_it_away_just_now(path: Path) -> None:
+    journal = open_journal(path)
+    process = forkserver.context().Process(target=hand_over_three_and_die, args=(path, 1))
+    process.start()
+    process.join(60)
+    assert journal._store is not None
+    launched, others = journal._store.launched, list[Journal]()
+
+    def launched_and_taken_away(worker: str) -> int | None:
+        before = launched(worker)
+        others.append(open_journal(path))
+        return before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal._store, "launched", launched_and_taken_away)
+        found = [config for problem, config in HANDED_OVER if journal.outcomes(problem, {}).get(config)]
+    assert found == [SECOND]
+    assert others
 
 
 def claim_two_and_die(path: Path, settled: bool) -> None:

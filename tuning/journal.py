@@ -49,6 +49,7 @@ PROTOCOL = 1  # of measuring: a change makes what was measured before no longer 
 KNOB = IntDistribution(1, 1 << 30, log=True)  # one for every knob and for all times: a study's may not change
 SUSPECT = "killed: the tuner died while this was measured, so it is not launched again"
 KILLED = "killed"  # of what was being raced or proven when its tuner was
+NOT_LAUNCHED = "not launched"  # of what a dead tuner had handed over, or had ended when it went on
 RACED = "race"  # of a trial: the first of those that it is raced against, which is settled last
 FORGETS = "forgets"  # of a mark among the trials: those before it do not count
 MEASURE, RACE, FRESH, PROVE = "measure", "race", "fresh", "prove"
@@ -502,7 +503,7 @@ class Journal:
         """Close what a dead tuner has left running, where it may be launched again."""
         step = str(trial.user_attrs.get("step", MEASURE))
         if not self._may_have_broken(storage, trial, worker, step):
-            _close(storage, trial._trial_id, TrialState.PRUNED, {})
+            _close(storage, trial._trial_id, TrialState.PRUNED, {NOT_LAUNCHED: True})
             return True
         # What is raced or proven has run before. If its tuner goes twice, that may be for the memory that it takes.
         if step == MEASURE or (step, config) in study.spared or not self._was_killed(storage, worker):
@@ -530,10 +531,11 @@ class Journal:
         candidates alone, and the machine must be as it was.
         """
         assert self._store is not None
+        launched = self._store.launched(worker)  # first: whoever takes it away has noted it before
         runs = storage.get_all_trials(self._runs, deepcopy=False)
         own = [run.user_attrs for run in runs if run.user_attrs.get("worker") == worker]
         noted = [attributes["launched"] for attributes in own if "launched" in attributes]
-        launched = noted[-1] if noted else self._store.launched(worker)
+        launched = noted[-1] if noted else launched
         if launched is None:
             return not (self._was_killed(storage, worker) and self._was_waiting(storage, trial))
         return launched == (OTHER if step == PROVE else trial.user_attrs.get(RACED, trial._trial_id))
@@ -544,8 +546,8 @@ class Journal:
         if behind is None:
             return False
         first = storage.get_trial(behind)
-        unsettled = first.user_attrs.get("reason") == SUSPECT or bool(first.user_attrs.get(KILLED))
-        return unsettled or first.state == TrialState.RUNNING
+        is_open = first.state == TrialState.RUNNING or first.user_attrs.get("reason") == SUSPECT
+        return bool(is_open or any(first.user_attrs.get(name) for name in (KILLED, NOT_LAUNCHED)))
 
     def _was_killed(self, storage: Any, worker: str) -> bool:
         """Whether a tuner is gone, but its machine was not started again since: it was killed from outside."""
@@ -563,7 +565,9 @@ class Journal:
             return otherwise
 
     def _lose(self, error: Exception) -> None:
-        self.close()
+        if self._store is not None:  # nothing that stays open there may have ended this process
+            store, self._store = self._store, None
+            store.leave()
         for study in self._studies.values():
             study.busy.clear()  # what others are at is not going to be heard of any more
         self._say(f"{self._name}: {reason_of(error)}: what is measured from here on is not remembered")

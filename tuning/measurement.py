@@ -26,6 +26,10 @@ DEADLINES = {"start": 180.0, "measure": 30.0, "compare": 60.0, "prove": 120.0}
 HANGS, DIED = "the kernel hangs", "the kernel crashed"
 # By which whoever manages the machine ends processes; what a kernel does shows in others.
 FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM)
+# Exit codes, and what they tell; 255 where the fork server, which knows, is gone too.
+ENDED: dict[int | None, str] = {None: "whom nobody knows", 255: "whom nobody knows"}
+ENDED |= {-number: number.name for number in FROM_OUTSIDE}
+GOING_SECONDS = 30.0  # a process that has let go of its pipe may still hold the GPU
 # Of CUDA's errors those that the machine makes, or whoever uses it too.
 MACHINES = (
     "out of memory",
@@ -242,12 +246,11 @@ class Measurer:
                 return answer
             reason = f"no answer from the measuring process: {silence}"
         except (EOFError, ConnectionError):
-            self._process.join(1)
+            self._process.join(GOING_SECONDS)
             code = self._process.exitcode
-            if code in [-number for number in FROM_OUTSIDE]:
+            if code in ENDED:
                 self._end()
-                name = signal.Signals(-code).name
-                raise _EndedError(f"the measuring process was ended from outside, by {name}") from None
+                raise _EndedError(f"the measuring process was ended from outside, by {ENDED[code]}") from None
             reason = f"the measuring process died: {death}"
         self._end()
         raise MeasurementError(reason)

@@ -85,6 +85,9 @@ class Store(Protocol):
     def sync(self) -> None:
         """What was written outlives a loss of power from now on."""
 
+    def leave(self) -> None:
+        """This process writes no more, and ends none of what it has written down: none of that has ended it."""
+
     def close(self) -> None:
         """This process is no user any more."""
 
@@ -179,6 +182,10 @@ class Database:
 
     def sync(self) -> None:
         """A database sees to that itself."""
+
+    def leave(self) -> None:
+        """The same as `close`."""
+        self.close()
 
     def close(self) -> None:
         """Give no more signs of life."""
@@ -349,6 +356,11 @@ class JournalFile:
     def sync(self) -> None:
         """Wait for the disk."""
         _sync(self._path)
+
+    def leave(self) -> None:
+        """Hold the lock for as long as this process lives, and leave its file to the next run."""
+        self._alive.end.detach()
+        Mark(str(alive_path(self._path, self.worker)), OTHER).make()
 
     def close(self) -> None:
         """Let go of the lock, once all that was written is safe."""

@@ -583,7 +583,8 @@ class _Task:
         # To a model, compiling is measuring: looking ahead would tell it nothing.
         effort, max_spills = (replace(tuner.effort, ahead=0), 0) if tuner.judge.modelled else (tuner.effort, MAX_SPILLS)
         if tuner.sampler == EXHAUSTIVE:
-            effort = replace(effort, first=len(candidates.configs), rounds=0)
+            left = len(candidates.configs) - effort.first
+            effort = replace(effort, rounds=-(-max(0, left) // effort.per_round))
         self.search = Search(candidates, effort, name=tuner.sampler, max_spills=max_spills)
         noise = MODEL_NOISE if tuner.judge.modelled else HELD
         self.found = Found(problem, self.default, set(incumbents), noise=noise)
@@ -867,7 +868,9 @@ class _Race:
         """Wait for the times, write them down and rank by them; how many there are."""
         if self.answer:
             busy, outcomes = self.tuner.judge.busy, self._outcomes(self.answer)
-            self._settle(None if self.found.cut_short else outcomes)  # a later run holds it again
+            # A later run holds it again where the search was cut short; but not if it crashes.
+            whole = all(outcome.ms is not None for outcome in outcomes)
+            self._settle(None if self.found.cut_short and whole else outcomes)
             self.known = {c: o for c, o in zip(self.configs, outcomes, strict=True) if o.ms is not None}
             if self.step == RACE:
                 self.tuner.funnel.spend("race", *[self.tuner.judge.busy - busy] * 2)
