@@ -76,10 +76,15 @@ class Mark(NamedTuple):
     def make(self) -> None:
         """Write it over the last, safely; where that fails the file is emptied, so that it says nothing wrong."""
         try:
-            os.pwrite(_opened(self.file), f"{self.trial:<{MARK_LENGTH}}".encode("ascii"), 0)
+            os.pwrite(_opened(self.file), mark_text(self.trial), 0)
         except OSError:
             with contextlib.suppress(OSError):
                 os.truncate(self.file, 0)
+
+
+def mark_text(trial: int) -> bytes:
+    """What stands in a mark's file: always as long, so that it needs no more room than at first."""
+    return f"{trial:<{MARK_LENGTH}}".encode("ascii")
 
 
 @functools.lru_cache(maxsize=1)

@@ -30,7 +30,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from tuning.device import MARK_LENGTH, OTHER, Mark
+from tuning.device import OTHER, Mark, mark_text
 
 HEARTBEAT_SECONDS = 5  # between two signs of life in a database
 GRACE_SECONDS = 20  # without one, after which a worker counts as dead
@@ -338,7 +338,7 @@ class JournalFile:
         """Whether nobody holds its lock."""
         return is_dead(self._path, worker)
 
-    def mark(self, trial: int) -> Mark | None:
+    def mark(self, trial: int) -> Mark:
         """In the file that is locked."""
         return Mark(str(alive_path(self._path, self.worker)), trial)
 
@@ -360,7 +360,7 @@ class JournalFile:
     def leave(self) -> None:
         """Hold the lock for as long as this process lives, and leave its file to the next run."""
         self._alive.end.detach()
-        Mark(str(alive_path(self._path, self.worker)), OTHER).make()
+        self.mark(OTHER).make()
 
     def close(self) -> None:
         """Let go of the lock, once all that was written is safe."""
@@ -531,7 +531,7 @@ class Alive:
         file = alive_path(path, self.name)
         handle = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        os.write(handle, f"{OTHER:<{MARK_LENGTH}}".encode("ascii"))
+        os.write(handle, mark_text(OTHER))
         os.fsync(handle)
         _sync(path.parent)
         self.end = weakref.finalize(self, _end, handle, file)

@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Array32 = NDArray[np.float32]
 
 LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0)  # in steps of a knob
 NOISE = 1e-3  # variance of a measurement, by that of f; the slope's is that of f
@@ -54,8 +53,8 @@ class Surrogate:
     """The process over a finite list of candidates, given by their features [candidates, any]: in steps of a knob."""
 
     def __init__(self, features: Array) -> None:
-        self._measured: list[int] = []
-        self._corrections = [_Correction(features / length) for length in LENGTHS]
+        self._features, self._measured = features, list[int]()
+        self._corrections = [_Correction(length, len(features)) for length in LENGTHS]
 
     def believe(self, estimates: Array, times: Mapping[int, float]) -> Belief:
         """What is to be expected of every candidate.
@@ -65,9 +64,10 @@ class Surrogate:
         """
         new = [number for number in times if number not in self._measured]
         self._measured += new
-        for correction in self._corrections:
-            for number in new:
-                correction.add(number)
+        for number in new:
+            distances = np.sqrt(((self._features - self._features[number]) ** 2).sum(1))
+            for correction in self._corrections:
+                correction.add(number, distances)
         log_ms = np.array([times[number] for number in self._measured])
         missed, slopes = log_ms - estimates[self._measured], estimates - estimates[self._measured].mean()
         fits = [one.fit(slopes, slopes[self._measured], missed - missed.mean()) for one in self._corrections]
@@ -77,24 +77,24 @@ class Surrogate:
 
 
 class _Correction:
-    """f for one length, which is the unit of the features: what the measured tell of every candidate's.
+    """f for one length, over so many candidates: what the measured tell of every one's.
 
     With each of them a row is added to the Cholesky factor, and nothing computed again. What there is of each candidate
     and measurement is in float32: faster for long lists, and exact to some ten thousandths of an octave.
     """
 
-    def __init__(self, features: Array) -> None:
-        self._features = features
+    def __init__(self, length: float, candidates: int) -> None:
+        self._length = length
         self._inverse = np.empty((0, 0))  # of the Cholesky factor of the measured ones' covariance
-        self._rows = np.empty((ROOM, len(features)), dtype=np.float32)  # the inverse, times their kernel with all
-        self._variance = np.ones(len(features))
+        self._rows = np.empty((ROOM, candidates), dtype=np.float32)  # the inverse, times their kernel with all
+        self._variance = np.ones(candidates)
 
-    def add(self, number: int) -> None:
-        """Take in one more that was measured."""
+    def add(self, number: int, distances: Array) -> None:
+        """Take in one more that was measured; distances: from it to every candidate."""
         count = len(self._inverse)
         if count == len(self._rows):
             self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
-        known, kernel = self._rows[:count], _matern(np.sqrt(((self._features - self._features[number]) ** 2).sum(1)))
+        known, kernel = self._rows[:count], _matern(distances / self._length)
         shared = known[:, number].astype(np.float64)
         pivot = math.sqrt(1 + NOISE - shared @ shared)
         self._rows[count] = row = (kernel - known[:, number] @ known) / pivot
