@@ -141,8 +141,9 @@ class Tuner:
     def _build_up(self, waiting: list[Problem], tasks: list[_Task]) -> None:
         """Start every search that need not wait for another, and compile what each begins with.
 
-        So that the GPU can be kept busy from its first candidate on. What the others are going to begin with is
-        guessed, unless other workers may be at them first.
+        So that the GPU can be kept busy from its first candidate on, and what is left to be compiled then takes no
+        longer than what is left to be measured. What the others are going to begin with is guessed, unless other
+        workers may be at them first.
         """
         now, guesses = time.monotonic(), list[Future[Compiled]]()
         guessed = set(waiting) if self.journal and self.journal.shared else set()
@@ -158,7 +159,7 @@ class Tuner:
                 time.sleep(POLL_SECONDS)
             elif problem := next((problem for problem in waiting if problem not in guessed), None):
                 guessed.add(problem)
-                likely = self.listed(problem)[1].configs[: 1 + self.effort.first]
+                likely = self.listed(problem)[1].configs[: 1 + self.effort.first + self.effort.ahead]
                 guesses += [self.pool.submit(problem, config) for config in likely]
             else:
                 return
