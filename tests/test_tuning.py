@@ -396,12 +396,27 @@ def test_no_way_to_the_gradients_is_chosen_where_there_are_not_both(winners: lis
 def test_between_forms_within_the_noise_what_is_in_use_stays_or_else_the_default(
     held: str | None, fused: float, chosen: str
 ) -> None:
-    winners = [won("fused_chunk", fused), won("chunk", 4.0)]
+    winners = [won("fused_chunk", fused, T=2048), won("chunk", 4.0, T=2048)]
     (found,) = rules.form_entries(winners)
     known = [replace(found, use={"form": held})] if held else []
     (again,) = rules.form_entries(winners, known)
     assert again.use == {"form": chosen}
     assert rules.form_entries(reversed(winners), [again]) == [again]
+
+
+def test_forms_that_come_to_one_launch_are_as_fast_as_each_other() -> None:
+    chunk, fused = won("chunk", 4.0, T=2048), won("fused_chunk", 3.0, T=2048)
+    whole = replace(chunk, config=replace(chunk.config, L=1 << 20))
+    for winner, config, held, chosen in (
+        (whole, whole.config.whole, None, "chunk"),
+        (whole, whole.config.whole, "fused_chunk", "fused_chunk"),
+        (whole, replace(whole.config.whole, num_warps=8), "chunk", "fused_chunk"),
+        (chunk, chunk.config.whole, "chunk", "fused_chunk"),
+    ):
+        winners = [winner, replace(fused, config=config)]
+        (found,) = rules.form_entries(winners)
+        known = [replace(found, use={"form": held})] if held else []
+        assert [entry.use for entry in rules.form_entries(winners, known)] == [{"form": chosen}]
 
 
 @pytest.mark.parametrize(("ms", "chosen"), [(2.0, []), (4.0, []), (4.5, [{"form": "chunk"}])])

@@ -20,7 +20,7 @@ from triton import knobs
 from generated.launch import blocks
 from tuning import forkserver
 from tuning.compilation import ARCHS, Resources, compile_launch
-from tuning.problems import PLAIN, Problem
+from tuning.problems import PLAIN, Problem, same_launch
 from tuning.space import LONGEST
 
 COMPILE_SECONDS = 20
@@ -154,13 +154,6 @@ class CompilePool:
         finally:
             _end(pool)
         return outcome
-
-
-def same_launch(problem: Problem, config: Any) -> tuple[Problem, Any]:
-    """What is launched, by one name for all that come to it: chunk is fused_chunk where L reaches T."""
-    if problem.form == "chunk" and config.L >= problem.T:
-        return replace(problem, form="fused_chunk"), config.whole
-    return problem, config
 
 
 def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHING) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ direction is an argument of the kernels and changes no instruction: it is checke
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -154,6 +154,13 @@ class Problem:
             given |= fused_chunk.shared_scores(k, q, g_gamma, config, cu_seqlens=None, reverse=False)
         results = FORMS[self.form].run(*inputs, self.K**-0.5, **given)
         return results if isinstance(results, tuple) else (results,)
+
+
+def same_launch(problem: Problem, config: Any) -> tuple[Problem, Any]:
+    """What is launched, by one name for all that come to it: chunk is fused_chunk where L reaches T."""
+    if problem.form == "chunk" and config.L >= problem.T:
+        return replace(problem, form="fused_chunk"), config.whole
+    return problem, config
 
 
 def problem_at(kernel: str, dtype: str, K: int, V: int, BH: int, T: int) -> Problem:

@@ -22,7 +22,7 @@ from generated.configuration import ActiveRule, kernel_problem, kernel_registry
 from generated.configuration_file import ConfigurationError, File, Rule, parse_file
 from tuning import space
 from tuning.coverage import AXES, Point, Region, regions
-from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem
+from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem, same_launch
 from tuning.space import knob_values
 from tuning.winners import HELD, NOISE, SHARED, Winner
 
@@ -71,7 +71,7 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
     What `known` rules say stays unless it is beaten beyond the noise, where there are none the default: the form chunk,
     and for gradients three sweeps by the chosen form. A model does not choose: it is good enough to rank the tiles of
     one form, not to hold one form against another. A form that is in use and was not tuned now stays where its figures
-    are not beaten.
+    are not beaten. Forms that come to the same launch are as fast as each other, whatever was measured.
     """
     rules = {(entry.kernel, entry.point): entry for entry in known if "form" in entry.use}
     held = {place: str(entry.use["form"]) for place, entry in rules.items()}
@@ -107,7 +107,12 @@ def _was_faster(rule: Entry | None, forms: dict[str, Winner]) -> bool:
 
 def _form_entry(kernel: str, choice: space.Choice, ways: dict[str, Winner], held: str | None) -> Entry:
     hold = HELD if held is None else FORM_HELD
-    form = choice.choose({way: winner.ms for way, winner in ways.items()}, held, hold=hold, noise=NOISE)
+    launches = {way: same_launch(winner.problem, winner.config) for way, winner in ways.items()}
+    times = {
+        way: min(ways[other].ms for other, same in launches.items() if same == launch)
+        for way, launch in launches.items()
+    }
+    form = choice.choose(times, held, hold=hold, noise=NOISE)
     default = ways.get(choice.values[0], ways[form])
     # best_ms is of another configuration of the same kernel, which is not what is chosen here.
     best = replace(ways[form], default_ms=default.ms, best_ms=None, trials=len(ways))

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from tuning.compilation import Arch, Resources
-from tuning.compile_pool import Compiled, CompilePool, same_kernel, same_launch
+from tuning.compile_pool import Compiled, CompilePool, same_kernel
 from tuning.coverage import assign
 from tuning.funnel import Funnel
 from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome, RaceClaim
@@ -21,7 +21,7 @@ from tuning.judges import Judge
 from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, StartError, Timing
 from tuning.model import predict
-from tuning.problems import GRADIENTS, Problem
+from tuning.problems import GRADIENTS, Problem, same_launch
 from tuning.samplers import EXHAUSTIVE, INFORMED, Candidates
 from tuning.search import MAX_SPILLS, Effort, Search, constraints
 from tuning.space import Sifted, knob_values, launched
