@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fakes import PROBLEM, Judge, candidates, tune
 
+from generated import configuration
+from generated.known_bad import ENTRIES, KnownBad, known_bad
 from generated.retention.chunk import ChunkConfig, ChunkStatesConfig
 from generated.retention.fused_chunk import FusedChunkConfig
 from generated.retention.fused_recurrent import FusedRecurrentConfig
 from tuning import rules
 from tuning.__main__ import main
 from tuning.compilation import ARCHS
-from tuning.known_bad import _entry, entries, known_bad
 from tuning.problems import FORMS, Problem
 from tuning.rules import Entry, Point
 from tuning.tuner import likely_first
@@ -46,14 +49,14 @@ def test_the_list_is_about_forms_architectures_versions_and_knobs(
 
 
 def test_an_entry_may_end_before_a_version() -> None:
-    entry = _entry(["a"], ["sm90"], {"from": "3.6", "before": "3.8"}, {"BT": [64, None]}, "seen")
+    entry = KnownBad(("a",), ("sm90",), "3.6", "3.8", {"BT": (64, math.inf)}, "seen")
     found = [entry.covers("a", BAD, "sm90", triton) for triton in ("3.5.9", "3.6.0", "3.7.1", "3.8.0", "3.10.0")]
     assert found == [False, True, True, False, False]
 
 
 def test_every_entry_is_about_what_exists_and_says_what_was_seen() -> None:
-    assert entries()
-    for entry in entries():
+    assert ENTRIES
+    for entry in ENTRIES:
         assert entry.forms
         assert entry.archs
         assert entry.knobs
@@ -62,7 +65,7 @@ def test_every_entry_is_about_what_exists_and_says_what_was_seen() -> None:
         assert re.search(r"Triton \d+\.\d+", entry.evidence)  # with which it was seen
         for form in entry.forms:
             config = Problem(form, "bfloat16", 1, 1024, 1, 64, 64).default()
-            assert all(hasattr(config, name) for name, _ in entry.knobs)
+            assert all(hasattr(config, name) for name in entry.knobs)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -91,3 +94,27 @@ def test_a_file_with_a_rule_on_the_list_is_wrong(tmp_path: Path, capsys: pytest.
     rules.write(path, rules.document([entry], {"arch": "sm90"}, None))
     assert main(["check", "--no-compile", str(path)]) == 1
     assert "rules[0] is known bad: Unpipelined" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_rule_on_the_list_is_not_used_and_the_warning_names_it(only_this_directory: Path) -> None:
+    figures = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9}
+    good = replace(BAD, num_stages=2)
+    entries = [
+        Entry(PROBLEM.kernel, Point("bfloat16", 64, 64, 64, T), vars(config), "measured", figures)
+        for T, config in ((1024, BAD), (8192, good))
+    ]
+    device = {"name": "Pretended", "arch": "sm90"}
+    rules.write(only_this_directory / "a.yaml", rules.document(entries, device, None))
+    configuration.reload()
+
+    def chosen(T: int) -> Any:
+        shape = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "K": 64, "V": 64, "BH": 64, "T": T}
+        return configuration.select_config(PROBLEM.kernel, FusedChunkConfig, "the default", **shape)  # type: ignore[misc]
+
+    with pytest.warns(configuration.ConfigurationWarning, match=r"rules\[0\]: Unpipelined .* Tune again") as told:
+        assert chosen(1024) == "the default"
+    assert chosen(8192) == good
+    assert len([one for one in told if "known bad" in str(one.message)]) == 1
+    found = {rule.use["num_stages"]: rule.status for rule in configuration.active_rules("Pretended", "sm90")}
+    assert found[2] == "active"
+    assert found[1].startswith("known bad: kernels.retention_fused_chunk.rules[0]: Unpipelined")

@@ -13,9 +13,9 @@ import pytest
 import torch
 import triton
 
+from generated.known_bad import known_bad
 from generated.retention import auto
 from tuning.compilation import ARCHS, Resources, compile_launch, offline, read_cubin
-from tuning.known_bad import known_bad
 from tuning.problems import FORMS, Problem
 from tuning.space import BT, GRADIENTS, SLACK, SPACES, SWEEPS, WHOLE, L, Place, Sifted, knob_values, launched
 

@@ -18,11 +18,11 @@ from rich.table import Table
 from generated import configuration
 from generated.configuration import kernel_problem, kernel_registry
 from generated.configuration_file import ConfigurationError, File, KernelRules, Rule, parse_file
+from generated.known_bad import known_bad
 from tuning import rules
 from tuning.compilation import ARCHS, Arch, Resources
 from tuning.compile_pool import CompilePool, compile_key
 from tuning.coverage import AXES, Point, beyond, overlap
-from tuning.known_bad import known_bad
 from tuning.problems import FORMS, PLAIN, Problem, problem_at
 from tuning.proof import error_limit
 from tuning.winners import NOISE

@@ -18,10 +18,10 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from generated.known_bad import known_bad
 from generated.launch import ALIGNMENT, padded
 from generated.retention.fused_chunk import WIDEST_PART, state_rows
 from tuning.compilation import Arch, Resources
-from tuning.known_bad import known_bad
 
 MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
 BASE_REGISTERS = 40  # of a thread, for addresses and loops

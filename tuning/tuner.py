@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from generated.known_bad import known_bad
 from tuning.compilation import Arch, Resources
 from tuning.compile_pool import Compiled, CompilePool, same_kernel
 from tuning.coverage import assign
 from tuning.funnel import Funnel
 from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome, RaceClaim
 from tuning.judges import Judge
-from tuning.known_bad import known_bad
 from tuning.measurement import MeasurementError, StartError, Timing
 from tuning.model import predict
 from tuning.problems import GRADIENTS, Problem, same_launch

@@ -21,7 +21,6 @@ from generated.configuration import ActiveRule, active_rules, kernel_registry
 from tuning import rules
 from tuning.check import TUNED
 from tuning.coverage import Point
-from tuning.known_bad import known_bad
 from tuning.measurement import Gpu, MeasurementError, Measurer, StartError, Timing, gpu_present
 from tuning.problems import GRADIENTS, Problem, problem_at
 from tuning.run import FOREVER, RunError
@@ -111,11 +110,9 @@ def draw(claims: list[Claim], count: int, seed: int) -> list[Claim]:
 
 
 def look(claim: Claim, measurer: Measurer, tolerance: float) -> Finding:
-    """Check a claim's numerics and time it beside the default, in interleaved rounds; nothing that is known bad."""
+    """Check a claim's numerics and time it beside the default, in interleaved rounds."""
     problem, config, default = claim.problem, claim.config, claim.problem.default()
     then = claim.figures.get("ms") if _is_of(claim.rule, measurer.gpu) else None
-    if evidence := known_bad(problem.form, config, measurer.gpu.arch):
-        return Finding(claim, then, None, None, "known bad", evidence)
     try:
         measurer.measure(problem, config, 0.0, {})
         raced = [config, default] if config != default and _runs(problem, default, measurer) else [config]

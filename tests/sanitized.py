@@ -1,0 +1,55 @@
+"""Launch every shipped configuration for this GPU at small sizes, for NVIDIA's compute-sanitizer to look on.
+
+    compute-sanitizer --tool memcheck --kernel-regex kns=^.*chunk.*$ python tests/sanitized.py
+    compute-sanitizer --tool racecheck python tests/sanitized.py --part 0 8     an eighth of them
+
+What is launched is the proof of tuning/proof.py: ragged and packed sequences, states, both directions, large and tiny
+numbers. Its own margins and checks hold as well. Ends with status 1 if a proof fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
+
+import torch
+
+from generated.configuration import active_rules
+from tuning.check import TUNED
+from tuning.compile_pool import same_kernel
+from tuning.device import describe_gpu
+from tuning.proof import prove
+from tuning.verify import Claim, claims_of
+
+
+def shipped() -> list[Claim]:
+    """The points of the rules that are active here, one for all that compile to one kernel."""
+    gpu = describe_gpu()
+    rules = active_rules(gpu.name, gpu.arch, gpu.sms, gpu.bandwidth_gbs)
+    claims = claims_of([rule for rule in rules if rule.kernel in TUNED])
+    return list({same_kernel(claim.problem, claim.config): claim for claim in claims}.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Launch what the command line asks for; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every Nth, from the Ith")
+    first, step = parser.parse_args(argv).part
+    claims, failed = shipped()[first::step], 0
+    for claim in claims:
+        try:
+            found = f"error {prove(claim.problem, claim.config, {}, 'cuda'):.1e}"
+        except ArithmeticError as fault:
+            found, failed = f"FAILED: {fault}", failed + 1
+        print(f"{claim} {claim.config}: {found}", flush=True)
+    torch.cuda.synchronize()
+    print(f"{len(claims)} configurations, {failed} failed", flush=True)
+    return int(failed > 0 or not claims)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
