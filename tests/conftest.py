@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def poisoned_memory() -> Iterator[None]:
     """Fill what is allocated without a value with NaN during a test."""
     with poison():
+        yield
+
+
+@pytest.fixture
+def gpu_to_itself() -> Iterator[None]:
+    """Wait for other tests that measure: of tests in several processes, one may."""
+    with (Path(tempfile.gettempdir()) / "retgen-tests.lock").open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -113,6 +113,8 @@ class Pool:
     def outstanding(self) -> int:
         return 0
 
+    submitted = 0
+
     def forget_waiting(self) -> None:
         pass
 

@@ -111,6 +111,11 @@ class CompilePool:
             if future.done() and not future.cancelled() and future.exception() is None:
                 yield problem, future.result()
 
+    @property
+    def submitted(self) -> int:
+        """How many different candidates it was given."""
+        return len(self._futures)
+
     def outstanding(self) -> int:
         """How many candidates the compiler is at or has not begun; to be asked by any thread."""
         return len(self._outstanding)

@@ -78,18 +78,20 @@ def rehearse(
     known = list(known)
     longer = replace(effort, rounds=effort.rounds + MORE_ROUNDS, ahead=effort.ahead + MORE_AHEAD, gain=0.0)
 
-    def say(done: int, total: int, problem: Problem, phase: str, standing: str) -> None:
-        progress(done, total, problem)  # the times are no news
+    def say(done: int, total: int, problem: Problem, phase: str = "", standing: str = "") -> None:
+        """Of what was compiled: the times are no news."""
+        likely = max(pool.submitted, len(problems) * longer.measurements)
+        progress(pool.submitted - pool.outstanding(), likely, problem)
 
     earlier = earlier_winners(known)
     tuner = Tuner(Rehearsal(arch), pool, arch, longer, deadline, incumbents_among(known), say, earlier=earlier)
     tuner.run(problems)
     if not tuner.unfinished:
-        _wait_for_best(tuner)
+        _wait_for_best(tuner, say)
     return tuner
 
 
-def _wait_for_best(tuner: Tuner) -> None:
+def _wait_for_best(tuner: Tuner, say: Any) -> None:
     """Compile what else a run wants of the best few of each search: until the deadline, or Ctrl-C."""
     wanted = [
         (problem, config, variant)
@@ -104,6 +106,7 @@ def _wait_for_best(tuner: Tuner) -> None:
         for problem, config, variant in wanted:
             extra = tuner.extra(problem)
             tuner.pool.result(problem, config, variant=variant, extra=extra, seconds=tuner.seconds_left())
+            say(0, 0, problem)
 
 
 def _best(tuner: Tuner, problem: Problem) -> list[Any]:

@@ -40,5 +40,8 @@ def show(options: argparse.Namespace, console: Console) -> int:
                 ),
                 soft_wrap=True,
             )
+    if not found:
+        model = "" if gpu else f" --arch {device[1]}"
+        console.print(f"every kernel runs its default here: tune with `python -m tuning run{model}`")
     console.print("float16 goes by bfloat16's rules too; any other shape uses the default")
     return 0

@@ -1,0 +1,69 @@
+"""The tuner on a GPU from end to end: it searches, proves and writes; goes on where it was; and holds what it wrote."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generated.configuration_file import parse_file
+from tuning.device import describe_gpu
+from tuning.rules import slowness
+
+pytestmark = pytest.mark.gpu
+
+SELECTED = ("--workload", "B=4,T=1024,H=8,K=64,V=64", "--form", "fused_chunk")
+GRADIENTS = "retention_fused_chunk_gradients"
+
+
+def tuning(folder: Path, *arguments: str) -> str:
+    """Run a command that finds its configuration in a folder; what it printed. It must end well."""
+    environment = {**os.environ, "RETGEN_CONFIG_DIR": str(folder)}
+    command = [sys.executable, "-m", "tuning", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def count(stage: str, text: str) -> int:
+    """How many candidates the funnel tells of a stage."""
+    found = re.search(rf"{stage}\s+│\s+(\d+)", text)
+    assert found, text
+    return int(found.group(1))
+
+
+def rules_of(path: Path) -> dict[str, list[Any]]:
+    """Each kernel's rules."""
+    return {kernel: entry.rules for kernel, entry in parse_file(path).kernels.items()}
+
+
+def test_what_is_tuned_is_faster_than_the_default_proven_and_still_so_when_looked_at(
+    tmp_path: Path, gpu_to_itself: None
+) -> None:
+    path, storage = tmp_path / "gpu.yaml", tmp_path / "record"
+    run = ("run", *SELECTED, "--storage", str(storage), "--out", str(path))
+    first = tuning(tmp_path, *run)
+    assert count("timed", first) > 20
+    assert count("proven", first) == 2
+    assert parse_file(path).device.name == describe_gpu().name
+    found = rules_of(path)
+    assert found.keys() == {"retention_fused_chunk", GRADIENTS}
+    for (rule,) in found.values():
+        assert rule.proof == "measured"
+        assert 0 < rule.figures["ms"] <= 1.02 * rule.figures["default_ms"]
+        assert 0 < rule.figures["error"] < 1e-2
+        assert slowness(rule.figures) <= 1.05
+
+    again = tuning(tmp_path, *run)
+    assert count("timed", again) == 0
+    assert "known from earlier runs" in again
+    assert "of 2 rules in use before changed" in again
+
+    verified = tuning(tmp_path, "verify", "--all", "--kernel", "fused_chunk", "--tolerance", "0.5")
+    assert "2 fresh" in verified
+    assert "retention_fused_chunk" in tuning(tmp_path, "show", "--kernel", GRADIENTS)
