@@ -1,10 +1,12 @@
 """Launch every shipped configuration for this GPU at small sizes, for NVIDIA's compute-sanitizer to look on.
 
-    compute-sanitizer --tool memcheck --kernel-regex kns=^.*chunk.*$ python tests/sanitized.py
+    compute-sanitizer --tool memcheck python tests/sanitized.py
     compute-sanitizer --tool racecheck python tests/sanitized.py --part 0 8     an eighth of them
+    compute-sanitizer --tool memcheck python tests/sanitized.py --planted       what it must find
 
 What is launched is the proof of tuning/proof.py: ragged and packed sequences, states, both directions, large and tiny
-numbers. Its own margins and checks hold as well. Ends with status 1 if a proof fails.
+numbers. Its own margins and checks hold as well. Ends with status 1 if a proof fails. With
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, beside which nothing is anybody's.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
 import torch
+import triton
+import triton.language as tl
 
 from generated.configuration import active_rules
 from tuning.check import TUNED
@@ -24,6 +28,12 @@ from tuning.compile_pool import same_kernel
 from tuning.device import describe_gpu
 from tuning.proof import prove
 from tuning.verify import Claim, claims_of
+
+
+@triton.jit
+def planted_kernel(x, size, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201 - Triton gives the arguments types
+    o = tl.arange(0, BLOCK)
+    tl.store(x + size + o, o)
 
 
 def shipped() -> list[Claim]:
@@ -38,7 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Launch what the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every Nth, from the Ith")
-    first, step = parser.parse_args(argv).part
+    parser.add_argument("--planted", action="store_true", help="a kernel that writes beside a tensor instead")
+    options = parser.parse_args(argv)
+    if options.planted:
+        planted_kernel[(1,)](torch.zeros(512, dtype=torch.int32, device="cuda"), 512, 32)
+        torch.cuda.synchronize()
+        return 0
+    first, step = options.part
     claims, failed = shipped()[first::step], 0
     for claim in claims:
         try:

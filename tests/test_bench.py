@@ -22,14 +22,13 @@ from tuning.bench import HEAD, WIDTH, Contender, Failure, Row, Times
 from tuning.measurement import Gpu
 from tuning.peers import Peer
 from tuning.workers import gpu_alone
-from tuning.workloads import Ceilings, parse
+from tuning.workloads import Workload, parse
 
 SHAPE = "B=2,T=70,H=5,K=16,V=24"
 WORKLOAD = parse([SHAPE + ",dtype=float32"])[0]
 INPUTS = bench.make_inputs(WORKLOAD, "cpu")
 EXPECTED = bench.reference(*INPUTS)
 NAMES = ("o", "dq", "dk", "dv")
-CEILINGS = Ceilings(1e9, 100e9)
 
 
 def row(
@@ -69,7 +68,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(bench, "gpu_present", lambda: True)
     monkeypatch.setattr(bench, "describe_gpu", lambda: Gpu("Imagined GPU", "sm90", 132, 80, "1.2"))
     monkeypatch.setattr(bench, "Replay", Replayed)
-    monkeypatch.setattr(bench, "measured_ceilings", lambda: CEILINGS)
     return asked
 
 
@@ -171,7 +169,7 @@ def test_a_default_is_timed_without_the_rules(calls: list[int], monkeypatch: pyt
         yield
 
     monkeypatch.setattr(bench, "defaults_only", defaults_only)
-    (rows,) = bench._measure(WORKLOAD, ["chunk"], [], CEILINGS, with_default=True)
+    (rows,) = bench._measure(WORKLOAD, ["chunk"], [], with_default=True)
     assert [row.variant for row in rows] == ["tuned", "default"]
     assert len(entered) == 1 + bench.ROUNDS
 
@@ -237,7 +235,7 @@ def refuse(*inputs: Tensor) -> Any:
 
 def test_a_peer_that_fails_says_so_and_the_others_go_on(calls: list[int]) -> None:
     peer = Peer("fla", "7.8", {"chunk": refuse, "parallel": generated.parallel_retention})
-    chunk, parallel = bench._measure(WORKLOAD, ["chunk", "parallel"], [peer], CEILINGS, with_default=False)
+    chunk, parallel = bench._measure(WORKLOAD, ["chunk", "parallel"], [peer], with_default=False)
     assert isinstance(chunk[0], Row)
     assert chunk[1] == Failure(WORKLOAD.name, WORKLOAD.shape, "chunk", "fla", "ValueError: unsupported shape")
     assert isinstance(parallel[1], Row)
@@ -265,7 +263,7 @@ def test_a_workload_that_does_not_fit_is_one_row(calls: list[int], monkeypatch: 
         raise torch.OutOfMemoryError("640 GiB")
 
     monkeypatch.setattr(bench, "make_inputs", too_large)
-    ((found,),) = bench._measure(WORKLOAD, ["chunk", "parallel"], [], CEILINGS, with_default=False)
+    ((found,),) = bench._measure(WORKLOAD, ["chunk", "parallel"], [], with_default=False)
     assert isinstance(found, Failure)
     assert "OutOfMemoryError: 640 GiB" in found.failure
 
@@ -285,7 +283,7 @@ def test_a_peer_that_does_not_import_is_left_out(monkeypatch: pytest.MonkeyPatch
 
 
 def test_pytorchs_attention_is_timed_and_not_held_against_retention(calls: list[int]) -> None:
-    (rows,) = bench._measure(WORKLOAD, ["parallel"], [peers.find("sdpa")], CEILINGS, with_default=False)
+    (rows,) = bench._measure(WORKLOAD, ["parallel"], [peers.find("sdpa")], with_default=False)
     assert isinstance(rows[1], Row)
     assert (rows[1].variant, rows[1].errors, rows[1].speedups) == ("sdpa", {}, [1.0, 1.0])
     assert len(bench.line(rows[1])) == len(HEAD)
@@ -489,20 +487,11 @@ def test_figures_are_drawn_again_without_a_gpu(tmp_path: Path, capsys: pytest.Ca
 
 def test_what_bars_stand_for_is_the_ratio_to_retgens_best(tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    bench_plots._speedups(figure, figures())
+    found = figures()
+    workloads = {name: Workload(**sizes) for name, sizes in found["workloads"].items()}
+    bench_plots._speedups(figure, [one for one in found["rows"] if "failure" not in one], workloads)
     heights = {axes.get_title(): [bar.get_y() + bar.get_height() for bar in axes.patches] for axes in figure.axes}
     assert heights["forward"] == heights["forward + backward"] == [4.0, 4.0, 0.5, 0.5]
-
-
-@pytest.mark.parametrize(
-    ("measured", "peak"), [({}, 745.0), ({"ceilings": {"copied_bytes": 4e9, "matrix_flops": 800e9}}, 800.0)]
-)
-def test_the_roof_is_what_the_gpu_did_or_an_h100s(measured: dict[str, Any], peak: float) -> None:
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    bench_plots._roofline(figure, figures() | measured)
-    for axes in figure.axes:
-        assert max(axes.lines[0].get_ydata()) == peak
-        assert len({text.get_text() for text in axes.texts}) == 2
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])

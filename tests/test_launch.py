@@ -17,7 +17,7 @@ import generated
 from generated import configuration
 from generated import launch as launching
 from generated.launch import choose_config, dot_precision, has_aligned_rows, padded, use_descriptors
-from generated.retention import auto, fused_chunk, operators
+from generated.retention import auto, fused_chunk, operators, parallel
 
 
 @pytest.mark.parametrize(("size", "width"), [(1, 16), (16, 16), (17, 32), (256, 256), (428, 512)])
@@ -118,6 +118,31 @@ def test_prepared_calls_of_ever_new_shapes_are_not_kept_for_ever(monkeypatch: py
         assert calls(x, x, x, None, None, None, False, None, False, False, None) == T
         assert len(calls._kinds) <= 4
     assert prepared == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("form", "together", "V", "gradients"),
+    [
+        ("chunk", "fused_chunk", 64, fused_chunk.run_gradients),
+        ("fused_chunk", "fused_chunk", 64, fused_chunk.run_gradients),
+        ("parallel", "fused_chunk", 64, fused_chunk.run_gradients),
+        ("parallel", "sweeps", 64, parallel.run_gradients),
+        ("parallel", "sweeps", 32, None),  # the sweeps of the other shape may be another form's
+        ("fused_chunk", "sweeps", 64, None),
+        ("fused_chunk", "fused_chunk", 32, None),
+    ],
+)
+def test_auto_prepares_the_gradients_that_its_rules_choose(
+    form: str, together: str, V: int, gradients: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {auto.KERNEL: auto.FormConfig(form), auto.GRADIENTS_KERNEL: auto.GradientsFormConfig(together)}
+    monkeypatch.setattr(auto, "choose_config", lambda kernel, *_: chosen[kernel])
+    q, v = torch.randn(2, 64, 4, 64), torch.randn(2, 64, 4, V)
+    ready = auto.auto_ready(q, v, 1.0, None, False, None)
+    assert ready is not None
+    assert getattr(ready.gradients, "func", None) is gradients
+    own = parallel if form == "parallel" else fused_chunk
+    assert ready.output.func is own.run_output  # type: ignore[attr-defined]
 
 
 class Device:

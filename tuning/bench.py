@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import statistics
@@ -31,9 +32,9 @@ from tuning.peers import PEERS, Peer, find, in_a_line
 from tuning.proof import error_limit
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
-from tuning.timing import Replay, measured_ceilings, time_calls
+from tuning.timing import Replay, time_calls
 from tuning.workers import gpu_alone
-from tuning.workloads import H100, Ceilings, Workload, parse
+from tuning.workloads import Workload, parse
 
 FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto")
 DEVICE = "cuda"
@@ -48,7 +49,7 @@ Context = Callable[[], contextlib.AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Times:
-    """A call's median milliseconds, the distance between its quartiles, and the time that the GPU cannot beat.
+    """A call's median milliseconds, the distance between its quartiles, and the time that an H100 cannot beat.
 
     `gpu_ms` is the median of the GPU's work alone, None where the call cannot be captured as a graph.
     """
@@ -135,14 +136,9 @@ def _time(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, 
     figures |= {"workloads": {workload.name: asdict(workload) for workload in workloads}, "rows": []}
     rows: list[Row | Failure] = []
     with gpu_alone(gpu.uuid) if gpu.uuid else contextlib.nullcontext():
-        ceilings = measured_ceilings()
-        Replay.release()
-        figures["ceilings"] = asdict(ceilings)
-        say(f"the floor is of what this GPU did just now: {bench_plots.told(ceilings)}")
         for workload in workloads:
             say(f"\n{workload.name}: {workload.shape}\n{HEAD}")
-            forms = options.form or FORMS
-            for found in _measure(workload, forms, peers, ceilings, with_default=not options.no_default):
+            for found in _measure(workload, options.form or FORMS, peers, with_default=not options.no_default):
                 rows += found
                 say("\n".join(map(line, found)))
                 figures["rows"] = [asdict(row) for row in rows]
@@ -163,7 +159,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _measure(
-    workload: Workload, forms: Sequence[str], peers: Sequence[Peer], ceilings: Ceilings, *, with_default: bool
+    workload: Workload, forms: Sequence[str], peers: Sequence[Peer], *, with_default: bool
 ) -> Iterator[list[Row | Failure]]:
     """The rows of one form after the other."""
     try:
@@ -184,8 +180,7 @@ def _measure(
         ]
         race(contenders)
         tuned, *others = contenders
-        rest = [other.row(workload, form, tuned, ceilings) for other in others]
-        yield [tuned.row(workload, form, ceilings=ceilings), *rest]
+        yield [tuned.row(workload, form), *(other.row(workload, form, tuned) for other in others)]
         del contenders, tuned, others  # and with them their graphs, before the memory of all is given back
         Replay.release()
 
@@ -271,9 +266,7 @@ class Contender:
         for replay, times in zip(self._replays, self._gpu_times, strict=True):
             times += replay.times() if replay else []
 
-    def row(
-        self, workload: Workload, form: str, tuned: Contender | None = None, ceilings: Ceilings = H100
-    ) -> Row | Failure:
+    def row(self, workload: Workload, form: str, tuned: Contender | None = None) -> Row | Failure:
         """What was found, and how many times as long as the tuned variant that takes."""
         where = (workload.name, workload.shape, form, self.variant)
         if self.failure:
@@ -283,7 +276,7 @@ class Contender:
                 statistics.median(times),
                 _spread(times),
                 len(times),
-                workload.floor_ms(backward=backward, ceilings=ceilings),
+                workload.floor_ms(backward=backward),
                 statistics.median(gpu_times) if gpu_times else None,
             )
             for times, gpu_times, backward in zip(self._times, self._gpu_times, (False, True), strict=True)
@@ -332,6 +325,7 @@ def _replay(call: Callable[[], object]) -> Replay | None:
 
 
 def _extra_mib(call: Callable[[], object]) -> float:
+    gc.collect()  # what the last workload left would be given back during the call
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

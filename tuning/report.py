@@ -39,7 +39,7 @@ from tuning.workloads import Workload, builtin
 LEVELS = (1.02, 1.05, 1.15, 1.4, 2.0, 4.0)  # a heat map's colours change at these multiples of the best
 LINEAR_REGRET = 0.02  # below it the regret's axis is linear, above it logarithmic: it ends at 0
 REGRET_TICKS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
-FLOOR_OF = "H100"  # in the name of a GPU that floors are of where no ceilings were measured, as in Problem.floor_ms
+FLOOR_OF = "H100"  # in the name of a GPU that the floors of `bench` are of, as in Problem.floor_ms
 FEWEST_TRIALS = 20  # of a kernel, for the importance of its knobs
 STEPS = {"": "search", "race": "race", "fresh": "fresh process", "prove": "proof", "failed": "failed"}
 RESOURCES = (
@@ -242,7 +242,7 @@ def read_peers(paths: Iterable[str]) -> Peers:
     for path in paths:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            has_floor = "ceilings" in found or FLOOR_OF in found["gpu"]["name"]
+            has_floor = FLOOR_OF in found["gpu"]["name"]
             rows += [_checked(row, has_floor=has_floor) for row in found["rows"] if "failure" not in row]
             versions = {name: found[name] for name in ("torch", "triton")} | found["peers"]
             software = ", ".join(f"{name} {known}" for name, known in versions.items())

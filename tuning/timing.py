@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuning.workloads import Ceilings
-
 FLUSH_BYTES = 128 * 2**20  # as much as the largest L2 cache
 CONFIDENCE = 0.95
 FIRST, MOST = 3, 96  # calls of one measurement, at least and at most
@@ -25,7 +23,6 @@ STEADY = 0.01  # clocks are steady when two windows of work in a row take the sa
 SETTLED = 0.05  # an interval wider than that, relative to the median, tells of a disturbance
 WINDOW = 40  # products in a window of warming up, some 10 ms
 WARM_SECONDS = 2.0  # and no longer
-COPIED_BYTES, SIDE = 2**30, 8192  # of what the ceilings are measured with
 COLD_SECONDS = 1.0  # a GPU that did nothing for so long has lowered its clocks
 
 
@@ -118,16 +115,6 @@ class Replay:
         """Milliseconds of each of the calls, the L2 cache flushed before it."""
         self._graph.replay()
         return _elapsed(self._events)
-
-
-def measured_ceilings() -> Ceilings:
-    """What this GPU does at the most, as medians: a copy of COPIED_BYTES, a product of random matrices of SIDE."""
-    source = torch.randint(0, 256, (COPIED_BYTES,), dtype=torch.uint8, device="cuda")
-    target, factors = torch.empty_like(source), torch.randn(2, SIDE, SIDE, device="cuda").bfloat16()
-    copy, product = Replay(lambda: target.copy_(source)), Replay(lambda: torch.mm(*factors))
-    warm_up()
-    copied, multiplied = (statistics.median(race(replay.times, math.inf)) for replay in (copy, product))
-    return Ceilings(2 * COPIED_BYTES / copied, 2 * SIDE**3 / multiplied)
 
 
 def _captured(run: Callable[[], object], pool: Any) -> tuple[torch.cuda.CUDAGraph, object]:

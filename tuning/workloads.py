@@ -15,23 +15,14 @@ import yaml
 from generated.launch import MAX_WIDTH
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COPY_BYTES_PER_MS = 3.0e9  # an H100's measured device-to-device copy, bytes read and written
 MAX_SIZE = 2**31 - 1
 MAX_ELEMENTS = 2**38  # of one tensor: 512 GiB in bfloat16
+MATRIX_FLOPS_PER_MS = 745e9  # an H100's measured bfloat16 matrix product
 
 
 class WorkloadError(ValueError):
     """A workload that is not known or not well formed."""
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """The most that a GPU does in a millisecond: bytes that a copy reads and writes, FLOPs of a bfloat16 product."""
-
-    copied_bytes: float
-    matrix_flops: float
-
-
-H100 = Ceilings(3.0e9, 745e9)  # measured on one
 
 
 @dataclass(frozen=True)
@@ -62,10 +53,10 @@ class Workload:
         forward = tokens * size * (2 * K + 2 * V), tokens * (4 * K * V + 64 * (K + V))
         return [forward, (tokens * size * (4 * K + 3 * V), tokens * 10 * K * V)][: 1 + backward]
 
-    def floor_ms(self, *, backward: bool, ceilings: Ceilings = H100) -> float:
-        """The time a GPU cannot beat: that of the bytes or of the FLOPs of each pass, whichever is longer."""
+    def floor_ms(self, *, backward: bool) -> float:
+        """The time an H100 cannot beat: that of the bytes or of the FLOPs of each pass, whichever is longer."""
         passes = self.passes(backward=backward)
-        return sum(max(moved / ceilings.copied_bytes, flops / ceilings.matrix_flops) for moved, flops in passes)
+        return sum(max(moved / COPY_BYTES_PER_MS, flops / MATRIX_FLOPS_PER_MS) for moved, flops in passes)
 
 
 def groups() -> dict[str, dict[str, Workload]]:
