@@ -29,6 +29,7 @@ WORKLOAD = parse([SHAPE + ",dtype=float32"])[0]
 INPUTS = bench.make_inputs(WORKLOAD, "cpu")
 EXPECTED = bench.reference(*INPUTS)
 NAMES = ("o", "dq", "dk", "dv")
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def row(
@@ -483,6 +484,18 @@ def test_figures_are_drawn_again_without_a_gpu(tmp_path: Path, capsys: pytest.Ca
     assert [found.name for found in drawn] == ["roofline.png", "speedups.png"]
     assert all(found.read_bytes().startswith(b"\x89PNG") for found in drawn)
     assert capsys.readouterr().out.count("wrote ") == 2
+
+
+def test_the_readmes_figures_are_drawn_from_the_file_that_it_names(tmp_path: Path) -> None:
+    assert main(["bench", "--from", str(DOCS / "bench_h200.json"), "--plot", str(tmp_path)]) == 0
+    assert (DOCS / "speedups.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((DOCS / "bench_h200.json").read_text(encoding="utf-8"))["rows"]
+    table = DOCS.with_name("README.md").read_text(encoding="utf-8")
+    ours = {(row["workload"], row["form"]): row for row in rows if row["variant"] == "tuned"}
+    for row in (row for row in rows if row["variant"] == "fla"):
+        place = row["workload"], row["form"]
+        times = [f"{one['forward']['ms']:.3f} / {one['both']['ms']:.3f}" for one in (ours[place], row)]
+        assert f"| {' | '.join((*place, *times))} |" in table
 
 
 def test_what_bars_stand_for_is_the_ratio_to_retgens_best(tmp_path: Path) -> None:

@@ -120,9 +120,9 @@ def _roofline(figure: Any, rows: Sequence[Mapping[str, Any]], workloads: Mapping
                 _name(axes, points)
         axes.set(xscale="log", yscale="log", title=title, xlabel="FLOPs a byte that must be moved")
         axes.set_xticks(ticks := [32, 64, 128, 256, 512], list(map(str, ticks)))
-        limits = axes.get_ylim()
+        low, high = axes.get_ylim()
         axes.set_yticks(ticks := [10**e * step for e in range(-2, 5) for step in (1, 2, 5)], [f"{x:g}" for x in ticks])
-        axes.set_ylim(limits)
+        axes.set_ylim(0.8 * low, high)  # room for a name below the lowest
         axes.minorticks_off()
         plots.strip(axes)
     figure.axes[0].set_ylabel("TFLOP/s")
