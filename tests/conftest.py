@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,9 +48,9 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def gpu_to_itself() -> Iterator[None]:
-    """Wait for other tests that measure: of tests in several processes, one may."""
-    with (Path(tempfile.gettempdir()) / "retgen-tests.lock").open("a", encoding="utf-8") as file:
+def measures_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Wait for the other tests that ask for this, in other processes of the same run: of all that measure, one may."""
+    with (tmp_path_factory.getbasetemp().parent / "measures-alone.lock").open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{claim} {claim.config}: {found}", flush=True)
     torch.cuda.synchronize()
     print(f"{len(claims)} configurations, {failed} failed", flush=True)
-    return int(failed > 0 or not claims)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -521,7 +521,7 @@ def test_a_file_that_is_none_of_benchs_is_refused(
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::generated.configuration.ConfigurationWarning")
-def test_bench_on_a_gpu_measures_what_the_oracle_accepts(tmp_path: Path, gpu_to_itself: None) -> None:
+def test_bench_on_a_gpu_measures_what_the_oracle_accepts(tmp_path: Path, measures_alone: None) -> None:
     path = tmp_path / "figures.json"
     forms = ["--form", "chunk", "--form", "naive", "--form", "parallel", "--against", "sdpa"]
     assert main(["bench", "--workload", "B=2,T=300,H=4,K=32,V=64", *forms, "--json", str(path)]) == 0

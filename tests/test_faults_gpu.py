@@ -65,7 +65,7 @@ BROKEN = {32: "illegal memory access", 64: "hangs", 128: "OutOfMemoryError"}
 
 
 @pytest.fixture
-def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
+def measurer(monkeypatch: pytest.MonkeyPatch, measures_alone: None) -> Iterator[Measurer]:
     with contextlib.closing(Measurer()) as made:
         made.measure(PLANTED, SOUND, math.inf, {})  # the first compiles
         monkeypatch.setitem(measurement.DEADLINES, "measure", DEADLINE)

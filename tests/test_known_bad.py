@@ -13,7 +13,7 @@ import torch
 from fakes import PROBLEM, Judge, candidates, tune
 
 from generated import configuration
-from generated.known_bad import ENTRIES, KnownBad, known_bad
+from generated.known_bad import ENTRIES, KnownBad, form_of, known_bad
 from generated.retention.chunk import ChunkConfig, ChunkStatesConfig
 from generated.retention.fused_chunk import FusedChunkConfig
 from generated.retention.fused_recurrent import FusedRecurrentConfig
@@ -99,9 +99,10 @@ def test_a_file_with_a_rule_on_the_list_is_wrong(tmp_path: Path, capsys: pytest.
 def test_a_rule_on_the_list_is_not_used_and_the_warning_names_it(only_this_directory: Path) -> None:
     figures = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9}
     good = replace(BAD, num_stages=2)
+    points = [Point("bfloat16", 64, 64, 64, T) for T in (1024, 8192)]
     entries = [
-        Entry(PROBLEM.kernel, Point("bfloat16", 64, 64, 64, T), vars(config), "measured", figures)
-        for T, config in ((1024, BAD), (8192, good))
+        Entry(PROBLEM.kernel, point, vars(config), "measured", figures | {"point": rules.point_text(point)})
+        for point, config in zip(points, (BAD, good), strict=True)
     ]
     device = {"name": "Pretended", "arch": "sm90"}
     rules.write(only_this_directory / "a.yaml", rules.document(entries, device, None))
@@ -111,10 +112,28 @@ def test_a_rule_on_the_list_is_not_used_and_the_warning_names_it(only_this_direc
         shape = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "K": 64, "V": 64, "BH": 64, "T": T}
         return configuration.select_config(PROBLEM.kernel, FusedChunkConfig, "the default", **shape)  # type: ignore[misc]
 
-    with pytest.warns(configuration.ConfigurationWarning, match=r"rules\[0\]: Unpipelined .* Tune again") as told:
+    with pytest.warns(
+        configuration.ConfigurationWarning, match=r"known bad: Unpipelined .* not tried\. Tune again"
+    ) as told:
         assert chosen(1024) == "the default"
     assert chosen(8192) == good
     assert len([one for one in told if "known bad" in str(one.message)]) == 1
     found = {rule.use["num_stages"]: rule.status for rule in configuration.active_rules("Pretended", "sm90")}
     assert found[2] == "active"
-    assert found[1].startswith("known bad: kernels.retention_fused_chunk.rules[0]: Unpipelined")
+    assert found[1].startswith("known bad: Unpipelined")
+    (entry,) = rules.existing_entries(only_this_directory / "a.yaml")
+    assert entry.use == vars(good)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "form"),
+    [
+        ("retention_chunk", "chunk"),
+        ("retention_fused_chunk", "fused_chunk"),
+        ("linear_attention_fused_chunk_gradients", "fused_chunk_gradients"),
+        ("retention_fused_recurrent", ""),
+        ("retention_form", ""),
+    ],
+)
+def test_a_kernels_name_ends_in_its_form(kernel: str, form: str) -> None:
+    assert form_of(kernel) == form

@@ -13,6 +13,7 @@ import pytest
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 SCRIPT = Path(__file__).with_name("sanitized.py")
 FOUND = 86  # the exit status by which the sanitizer tells of a finding
+SECONDS = 500  # for one process, less than pytest gives a test
 PARTS = 6  # of the configurations, each in a process of its own
 
 pytestmark = [
@@ -22,15 +23,16 @@ pytestmark = [
 ]
 
 
-def sanitized(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script below the sanitizer, each tensor in an allocation of its own."""
+def sanitized(folder: Path, tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script below the sanitizer with the packaged rules, each tensor in an allocation of its own."""
     command = [str(SANITIZER), "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, str(SCRIPT), *arguments]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    places = {"RETGEN_CONFIG_DIR": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    environment = {**os.environ, **places, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
 
 
-def test_what_is_planted_is_found() -> None:
-    done = sanitized("memcheck", "--planted")
+def test_what_is_planted_is_found(tmp_path: Path) -> None:
+    done = sanitized(tmp_path, "memcheck", "--planted")
     assert done.returncode == FOUND
     assert "Invalid __global__ write of size 4 bytes" in done.stdout
     assert "planted_kernel" in done.stdout
@@ -38,8 +40,9 @@ def test_what_is_planted_is_found() -> None:
 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_nothing_is_found_in_what_is_shipped(tool: str, part: int) -> None:
-    done = sanitized(tool, "--part", str(part), str(PARTS))
+def test_nothing_is_found_in_what_is_shipped(tool: str, part: int, tmp_path: Path) -> None:
+    done = sanitized(tmp_path, tool, "--part", str(part), str(PARTS))
+    if "0 configurations, 0 failed" in done.stdout.splitlines():
+        pytest.skip("no rules are shipped for this GPU")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert ", 0 failed" in done.stdout
-    assert "0 errors" in done.stdout

@@ -15,18 +15,19 @@ from generated.configuration_file import parse_file
 from tuning.device import describe_gpu
 from tuning.rules import slowness
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
+ROOT = Path(__file__).resolve().parent.parent
 SELECTED = ("--workload", "B=4,T=1024,H=8,K=64,V=64", "--form", "fused_chunk")
 GRADIENTS = "retention_fused_chunk_gradients"
 
 
-def tuning(folder: Path, *arguments: str) -> str:
-    """Run a command that finds its configuration in a folder; what it printed. It must end well."""
-    environment = {**os.environ, "RETGEN_CONFIG_DIR": str(folder)}
+def tuning(folder: Path, *arguments: str, ends: tuple[int, ...] = (0,)) -> str:
+    """Run a command that finds its configuration in a folder and the package; what it printed."""
+    environment = {**os.environ, "RETGEN_CONFIG_DIR": str(folder), "XDG_CONFIG_HOME": str(folder / "none")}
     command = [sys.executable, "-m", "tuning", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in ends, done.stdout + done.stderr
     return done.stdout
 
 
@@ -43,7 +44,7 @@ def rules_of(path: Path) -> dict[str, list[Any]]:
 
 
 def test_what_is_tuned_is_faster_than_the_default_proven_and_still_so_when_looked_at(
-    tmp_path: Path, gpu_to_itself: None
+    tmp_path: Path, measures_alone: None
 ) -> None:
     path, storage = tmp_path / "gpu.yaml", tmp_path / "record"
     run = ("run", *SELECTED, "--storage", str(storage), "--out", str(path))
@@ -64,7 +65,8 @@ def test_what_is_tuned_is_faster_than_the_default_proven_and_still_so_when_looke
     assert "known from earlier runs" in again
     assert "of 2 rules in use before changed" in again
 
-    verified = tuning(tmp_path, "verify", "--all", "--kernel", GRADIENTS, "--tolerance", "0.5")
-    assert "T=1024" in verified
-    assert re.search(r"^\d+ fresh$", verified, re.MULTILINE)
-    assert "retention_fused_chunk" in tuning(tmp_path, "show", "--kernel", GRADIENTS)
+    # The package has rules of this kernel too, which are not this test's affair.
+    verified = tuning(tmp_path, "verify", "--all", "--kernel", GRADIENTS, "--tolerance", "0.5", ends=(0, 1))
+    (line,) = (line for line in verified.splitlines() if "K=64 V=64 BH=32 T=1024" in line)
+    assert "fresh" in line
+    assert "gpu.yaml" in tuning(tmp_path, "show", "--kernel", GRADIENTS)

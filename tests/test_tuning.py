@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import os
 import re
@@ -358,7 +359,10 @@ def test_gradients_share_a_launch_where_it_is_faster_than_three_of_the_fastest_s
         "retention_form_gradients": {"form": form},
     }
     assert [entry.point for entry in found] == [Point("bfloat16", 64, 64, 64, 1024)] * 2
-    assert [(entry.figures["ms"], entry.figures["default_ms"]) for entry in found] == [(2.0, 4.0), (ms, 6.0)]
+    assert [(entry.figures["ms"], entry.figures["default_ms"]) for entry in found] == [
+        (2.0, 3.0),
+        (ms, 6.0),
+    ]  # chunk's launch is fused_chunk's
     assert [entry.figures["trials"] for entry in found] == [3, 2]
     write(tmp_path / "a.yaml", *found)
     assert rules.existing_entries(tmp_path / "a.yaml") == found
@@ -417,6 +421,20 @@ def test_forms_that_come_to_one_launch_are_as_fast_as_each_other() -> None:
         (found,) = rules.form_entries(winners)
         known = [replace(found, use={"form": held})] if held else []
         assert [entry.use for entry in rules.form_entries(winners, known)] == [{"form": chosen}]
+
+
+def test_sweeps_of_one_launch_take_its_best_time_where_gradients_are_chosen() -> None:
+    chunk = won("chunk", 4.0, T=2048)
+    whole = replace(chunk, config=replace(chunk.config, L=1 << 20))
+    fused = replace(won("fused_chunk", 3.0, T=2048), config=whole.config.whole)
+    other, together = won("parallel", 9.0, T=2048), won(GRADIENTS, 10.0, T=2048)
+    for winners in itertools.permutations([whole, fused, other, together]):
+        form, gradients = rules.form_entries(winners)
+        assert (form.use, form.figures["ms"], form.figures["default_ms"]) == ({"form": "chunk"}, 3.0, 3.0)
+        assert (gradients.use, gradients.figures["ms"]) == ({"form": "sweeps"}, 9.0)
+    held = [replace(form, use={"form": "parallel"})]
+    for winners in itertools.permutations([whole, fused, other]):
+        assert [entry.use for entry in rules.form_entries(winners, held)] == [{"form": "chunk"}]
 
 
 @pytest.mark.parametrize(("ms", "chosen"), [(2.0, []), (4.0, []), (4.5, [{"form": "chunk"}])])

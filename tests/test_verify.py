@@ -163,7 +163,7 @@ def test_what_is_known_bad_is_named_and_never_launched(
     write(path, replace(entry(1024), use=bad))
     code, out = run(capsys)
     assert code == 1
-    assert "rules not used: known bad: kernels.retention_fused_chunk.rules[0]" in out
+    assert "rules not used: known bad: Unpipelined" in out
     assert "reads of memory that is not the program's own" in out
     assert "--workload B=1,T=1024" in out
 

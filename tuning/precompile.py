@@ -78,20 +78,22 @@ def rehearse(
     known = list(known)
     longer = replace(effort, rounds=effort.rounds + MORE_ROUNDS, ahead=effort.ahead + MORE_AHEAD, gain=0.0)
 
-    def say(done: int, total: int, problem: Problem, phase: str = "", standing: str = "") -> None:
-        """Of what was compiled: the times are no news."""
-        likely = max(pool.submitted, len(problems) * longer.measurements)
-        progress(pool.submitted - pool.outstanding(), likely, problem)
+    # Roughly: what is left over is measured for nothing while the compiler is busy, and made up for.
+    likely = len(problems) * (longer.measurements + 2 * longer.ahead)
+
+    def say(done: int, total: int, problem: Problem, phase: str, standing: str) -> None:
+        """Of what was compiled: the model's times are no news."""
+        progress(pool.submitted - pool.outstanding(), max(pool.submitted, likely), problem)
 
     earlier = earlier_winners(known)
     tuner = Tuner(Rehearsal(arch), pool, arch, longer, deadline, incumbents_among(known), say, earlier=earlier)
     tuner.run(problems)
     if not tuner.unfinished:
-        _wait_for_best(tuner, say)
+        _wait_for_best(tuner, progress)
     return tuner
 
 
-def _wait_for_best(tuner: Tuner, say: Any) -> None:
+def _wait_for_best(tuner: Tuner, progress: Any) -> None:
     """Compile what else a run wants of the best few of each search: until the deadline, or Ctrl-C."""
     wanted = [
         (problem, config, variant)
@@ -103,10 +105,10 @@ def _wait_for_best(tuner: Tuner, say: Any) -> None:
     for problem, config, variant in wanted:
         tuner.pool.submit(problem, config, variant=variant, extra=tuner.extra(problem))
     with contextlib.suppress(TimeoutError, KeyboardInterrupt):
-        for problem, config, variant in wanted:
+        for number, (problem, config, variant) in enumerate(wanted, 1):
             extra = tuner.extra(problem)
             tuner.pool.result(problem, config, variant=variant, extra=extra, seconds=tuner.seconds_left())
-            say(0, 0, problem)
+            progress(number, len(wanted), problem, "compiling for proofs")
 
 
 def _best(tuner: Tuner, problem: Problem) -> list[Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from generated.configuration import ActiveRule, kernel_problem, kernel_registry
+from generated.configuration import ActiveRule, kernel_problem, kernel_registry, rule_problem
 from generated.configuration_file import ConfigurationError, File, Rule, parse_file
 from tuning import space
 from tuning.coverage import AXES, Point, Region, regions
@@ -77,7 +77,7 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
     held = {place: str(entry.use["form"]) for place, entry in rules.items()}
     shapes: dict[Problem, dict[str, Winner]] = {}
     gradients: dict[Problem, Winner] = {}
-    for winner in (winner for winner in winners if not winner.modelled):
+    for winner in _as_fast_as_their_launches([winner for winner in winners if not winner.modelled]):
         shape = replace(winner.problem, form="")
         if winner.problem.form == GRADIENTS:
             gradients[shape] = winner
@@ -98,6 +98,16 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
     return entries
 
 
+def _as_fast_as_their_launches(winners: list[Winner]) -> list[Winner]:
+    """The winners, those that come to one launch with the best time of any of them."""
+    launches = [same_launch(winner.problem, winner.config) for winner in winners]
+    best: dict[Any, Winner] = {}
+    for launch, winner in zip(launches, winners, strict=True):
+        if launch not in best or winner.ms < best[launch].ms:
+            best[launch] = winner
+    return [replace(winner, timing=best[launch].timing) for launch, winner in zip(launches, winners, strict=True)]
+
+
 def _was_faster(rule: Entry | None, forms: dict[str, Winner]) -> bool:
     """Whether a rule names a form that did not run now, and was faster than all that did."""
     if rule is None or rule.use["form"] in forms:
@@ -107,12 +117,7 @@ def _was_faster(rule: Entry | None, forms: dict[str, Winner]) -> bool:
 
 def _form_entry(kernel: str, choice: space.Choice, ways: dict[str, Winner], held: str | None) -> Entry:
     hold = HELD if held is None else FORM_HELD
-    launches = {way: same_launch(winner.problem, winner.config) for way, winner in ways.items()}
-    times = {
-        way: min(ways[other].ms for other, same in launches.items() if same == launch)
-        for way, launch in launches.items()
-    }
-    form = choice.choose(times, held, hold=hold, noise=NOISE)
+    form = choice.choose({way: winner.ms for way, winner in ways.items()}, held, hold=hold, noise=NOISE)
     default = ways.get(choice.values[0], ways[form])
     # best_ms is of another configuration of the same kernel, which is not what is chosen here.
     best = replace(ways[form], default_ms=default.ms, best_ms=None, trials=len(ways))
@@ -120,7 +125,7 @@ def _form_entry(kernel: str, choice: space.Choice, ways: dict[str, Winner], held
 
 
 def existing_entries(path: Path) -> list[Entry]:
-    """The rules of a file that hold for the kernels as they are now; none where there is no file or it is broken."""
+    """The rules of a file that may be used with the kernels as they are now; none where there is no file to read."""
     with contextlib.suppress(ConfigurationError):
         return _entries(_stored(path))
     return []
@@ -132,6 +137,7 @@ def _entries(file: File | None) -> list[Entry]:
         for kernel, found in (file.kernels.items() if file else ())
         if kernel_problem(kernel, found) is None
         for rule in found.rules
+        if rule_problem(kernel, rule, file.device.arch if file else None) is None
         for point, figures in points_of(rule).items()
     ]
 

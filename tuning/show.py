@@ -20,7 +20,8 @@ def show(options: argparse.Namespace, console: Console) -> int:
     console.print(escape(f"{device[0] or 'no GPU: rules for an unnamed one of architecture'} {device[1]}"))
     for directory in configuration.config_directories():
         console.print(escape(f"looking in {directory}"))
-    found = [rule for rule in configuration.active_rules(*device) if (options.kernel or "") in rule.kernel]
+    rules = configuration.active_rules(*device)
+    found = [rule for rule in rules if (options.kernel or "") in rule.kernel]
     table = Table("kernel", "when", "use", "proof", "ms", "file", "status")
     for rule in found:
         when = f"{rule.when.dtype} " + " ".join(f"{axis}={getattr(rule.when, axis)}" for axis in ("K", "V", "BH", "T"))
@@ -40,7 +41,7 @@ def show(options: argparse.Namespace, console: Console) -> int:
                 ),
                 soft_wrap=True,
             )
-    if not found:
+    if not any(rule.status == "active" for rule in rules):
         model = "" if gpu else f" --arch {device[1]}"
         console.print(f"every kernel runs its default here: tune with `python -m tuning run{model}`")
     console.print("float16 goes by bfloat16's rules too; any other shape uses the default")

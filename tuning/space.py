@@ -419,11 +419,11 @@ class Choice:
     values: tuple[str, ...]
 
     def choose(self, ms: Mapping[str, float], held: str | None, *, hold: float, noise: float) -> str:
-        """The fastest way; but what is `held` now, or else the default, unless another is faster by `hold`.
+        """The fastest way or the first of equals; but what is `held` now, or else the default, unless beaten by `hold`.
 
         Nor does it stay where it is slower than the default beyond the noise.
         """
-        fastest = min(ms, key=ms.__getitem__)
+        fastest = min(ms, key=lambda way: (ms[way], self.values.index(way)))
         holder = held if held is not None and held in ms else self.values[0]
         limit = min((1 + hold) * ms[fastest], (1 + noise) * ms.get(self.values[0], math.inf))
         return holder if holder in ms and ms[holder] <= limit else fastest

@@ -82,12 +82,17 @@ def verify(options: argparse.Namespace, console: Console) -> int:
         drawn = claims if options.all else draw(claims, options.sample, options.seed)
         console.print(escape(f"{len(drawn)} of {len(claims)} points of active rules, on {gpu.name}"), soft_wrap=True)
         findings, interrupted = _look_at(drawn, measurer, options, console)
-    unused = [rule for rule in wanted if rule.status != "active" and rule.device == gpu.name]
+    unused = [rule for rule in wanted if rule.status != "active" and _concerns(rule, gpu)]
     _report(console, findings, len(drawn) - len(findings), unused)
     stale = [finding.claim for finding in findings if finding.verdict != FRESH]
     if again := stale + [claim for rule in unused for claim in _points(rule)]:
         console.print(escape(f"tune them again with\n  {command(again)}"), soft_wrap=True)
     return 130 if interrupted else int(bool(stale or unused))
+
+
+def _concerns(rule: ActiveRule, gpu: Gpu) -> bool:
+    """Whether a rule that is not used is this GPU's own, or would be used if it were not for a compiler."""
+    return rule.device == gpu.name or rule.status.startswith("known bad")
 
 
 def claims_of(found: list[ActiveRule]) -> list[Claim]:
