@@ -37,12 +37,13 @@ import triton
 from generated.configuration import packaged_directory
 from generated.configuration_file import Rule, parse_file
 from tuning.compilation import ARCHS, Resources, offline, resources
-from tuning.problems import FAMILY, FORMS, GRADIENTS, WITH_STATES, Problem
+from tuning.problems import FAMILY, FORMS, GRADIENTS, HOPPER, WITH_STATES, Problem
 from tuning.space import knob_values
 
 DTYPES = ("bfloat16", "float16", "float32")
 WIDTHS = ((1, 1), (64, 64), (80, 80), (128, 128), (256, 512), (512, 256), (512, 512))
-PUBLIC_FORMS = tuple(form for form in FORMS if form != "chunk_states")  # chunk launches that one too
+# chunk launches its states' pass too, and fused_chunk stands for HOPPER elsewhere than at its sizes.
+PUBLIC_FORMS = tuple(form for form in FORMS if form not in ("chunk_states", HOPPER))
 SECONDS = 120  # for one launch
 TOKENS = 1024  # more than the default segment of chunk
 SEQUENCES = 3
@@ -123,9 +124,11 @@ def default_cases(*, every: bool = False) -> list[Case]:
 
 
 def variant_cases() -> list[Case]:
-    """The variants of every form's launch at one width, the architectures and dtypes in turn."""
+    """The variants of every form's launch at one width, the architectures and dtypes in turn; and HOPPER's."""
     archs = list(ARCHS)
-    return [
+    whole = [Problem(HOPPER, dtype, 1, TOKENS, 1, 256, 512) for dtype in ("bfloat16", "float16")]
+    cases = [Case("sm90", problem, None, variant) for problem in whole for variant in ((), ("reverse",))]
+    return cases + [
         Case(archs[(i + j) % len(archs)], Problem(form, DTYPES[i % 3], 1, TOKENS, 1, 64, 64), None, variant)
         for j, form in enumerate(PUBLIC_FORMS)
         for i, variant in enumerate((*VARIANTS[form], *([SHORT_CHUNKS] if form == "chunk" else [])))
@@ -159,7 +162,7 @@ def launch_options(case: Case) -> dict[str, Any]:
         state = torch.empty((*shape[:2], problem.V, problem.K), device="meta").mT
     options: dict[str, Any] = {name: state for name in ("initial_state", "final_state") if name in words}
     offsets = (torch.empty(SEQUENCES + 1, device="meta", dtype=getattr(torch, w)) for w in words if w.startswith("int"))
-    options |= {"cu_seqlens": next(offsets, None), "adjoint": "adjoint" in words}
+    options |= {"cu_seqlens": next(offsets, None), "adjoint": "adjoint" in words, "reverse": "reverse" in words}
     return options | ({"chunk_size": 16} if "chunk_size" in words else {})
 
 

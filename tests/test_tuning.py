@@ -35,7 +35,7 @@ from tuning.coverage import Point
 from tuning.funnel import Funnel
 from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
-from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem, problems_of
+from tuning.problems import FORMS, GRADIENTS, HOPPER, PLAIN, Problem, problems_of
 from tuning.rules import Entry
 from tuning.search import Effort
 from tuning.space import knob_values
@@ -491,11 +491,13 @@ def test_every_builtin_workload_has_problems_of_every_form() -> None:
             widths = {(workload.K, workload.V), (workload.V, workload.K)}
             if form == GRADIENTS and workload.K != workload.V:  # whose sweeps have two shapes, and no common launch
                 widths = set()
+            if form == HOPPER:
+                widths = {(K, V) for K, V in widths if K == 256 and V % 128 == 0}
             assert len(found) == len(widths)
             assert {(p.K, p.V) for p in found} == widths
 
 
-SWEEPS = ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
+SWEEPS = ["fused_chunk", HOPPER, "chunk", "parallel", "fused_recurrent"]
 
 
 @pytest.mark.parametrize(
@@ -507,17 +509,27 @@ SWEEPS = ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
         (["fused_recurrent"], ["fused_recurrent"]),
         (["fused_chunk", "chunk"], ["fused_chunk", GRADIENTS, "chunk_states", "chunk"]),
         (["chunk", "fused_chunk", "chunk"], ["chunk_states", "chunk", GRADIENTS, "fused_chunk"]),
-        ([], ["fused_chunk", GRADIENTS, "chunk_states", "chunk", "parallel", "fused_recurrent"]),
+        ([], ["fused_chunk", GRADIENTS, HOPPER, "chunk_states", "chunk", "parallel", "fused_recurrent"]),
     ],
     ids=lambda forms: "+".join(forms) or "all",
 )
 def test_a_form_is_tuned_with_the_passes_that_it_launches(forms: list[str], tuned: list[str]) -> None:
     equal, unequal = parse(["small", "retnet_1.3b"])
-    assert [problem.form for problem in run_module.problems_for([equal], forms)] == tuned
+    everywhere = [form for form in tuned if form != HOPPER]
+    assert [problem.form for problem in run_module.problems_for([equal], forms, SM90)] == everywhere
     both_ways = [(form, K, V) for form in tuned if form != GRADIENTS for K, V in ((256, 512), (512, 256))]
-    assert [(p.form, p.K, p.V) for p in run_module.problems_for([unequal], forms)] == both_ways
-    together = run_module.problems_for([equal, unequal, equal], forms)
-    assert sorted(p.form for p in together) == sorted([*tuned, *(form for form, _, _ in both_ways)])
+    both_ways = [place for place in both_ways if place != (HOPPER, 512, 256)]
+    assert [(p.form, p.K, p.V) for p in run_module.problems_for([unequal], forms, SM90)] == both_ways
+    together = run_module.problems_for([equal, unequal, equal], forms, SM90)
+    assert sorted(p.form for p in together) == sorted([*everywhere, *(form for form, _, _ in both_ways)])
+    elsewhere = run_module.problems_for([unequal], forms, ARCHS["sm80"])
+    assert [p.form for p in elsewhere] == [form for form, _, _ in both_ways if form != HOPPER]
+
+
+def test_a_kernel_for_one_architecture_and_some_sizes_is_tuned_there_alone() -> None:
+    small, wide, unequal = parse(["small", "wide_256", "retnet_1.3b"])
+    found = run_module.problems_for([small, wide, unequal], [HOPPER], SM90)
+    assert [(p.form, p.K, p.V) for p in found] == [(HOPPER, 256, 256), (HOPPER, 256, 512)]
 
 
 def test_workload_is_given_by_name_or_shape() -> None:
@@ -1027,7 +1039,15 @@ def test_run_offers_the_forms_of_sweeps(
         main(["run", "--help"])
     assert f"--form {{{','.join(SWEEPS)}}}" in capsys.readouterr().out
     for form in SWEEPS:
+        if form == HOPPER:
+            continue
         assert main([*RUN[:-1], form, "--budget", "1e-9", "--out", str(tmp_path / f"{form}.yaml")]) == 0
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_a_form_that_runs_none_of_the_workloads_is_an_error(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--arch", arch, "--workload", "small", "--form", HOPPER]) == 2
+    assert f"nothing to tune on {arch}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["check"], ["verify"], ["show"], ["bench"]])

@@ -82,11 +82,11 @@ def landscape(options: argparse.Namespace, console: Console) -> int:
     for workload in workloads:
         if not has_aligned_rows(workload.torch_dtype, workload.K, workload.V):
             raise RunError(f"{workload.name}: an odd K or V in {workload.dtype} always runs the defaults: no search is")
-    problems = problems_for(workloads, options.form)
     measurer, failed = Measurer(), 0
     with contextlib.closing(measurer), contextlib.closing(CompilePool(measurer.gpu.arch, options.workers)) as pool:
         directory = Path(options.out) if options.out else DIRECTORY / configuration.slug(measurer.gpu.name)
         arch = ARCHS[measurer.gpu.arch]
+        problems = problems_for(workloads, options.form, arch)
         searches = {problem: [problem.default(), *likely_first(problem, arch)] for problem in problems}
         searches = {problem: list(dict.fromkeys(configs)) for problem, configs in searches.items()}
         for problem, configs in searches.items():

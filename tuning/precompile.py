@@ -50,7 +50,7 @@ class Rehearsal(ModelJudge):
 def precompile(options: argparse.Namespace, console: Console) -> int:
     """Fill Triton's cache with what a run is likely to want; 1 if nothing was compiled."""
     arch, started = ARCHS[options.arch], time.monotonic()
-    problems, known = problems_for(parse(options.workload), options.form), known_entries(arch)
+    problems, known = problems_for(parse(options.workload), options.form, arch), known_entries(arch)
     console.print(escape(f"for {arch.name}, into {cache_directory()}"), soft_wrap=True)
     deadline = started + min(options.budget or FOREVER, FOREVER)
     with contextlib.closing(CompilePool(arch.name, options.workers)) as pool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generated.retention import auto, chunk, fused_chunk, fused_recurrent, parallel
+from generated.retention import auto, chunk, fused_chunk, fused_chunk_hopper, fused_recurrent, parallel
 from tuning.compilation import Arch
 from tuning.oracle import retnet_rates
 from tuning.space import SPACES, Place, Sifted, Space
@@ -54,6 +54,11 @@ FORMS = {
     "fused_chunk_gradients": Form(
         fused_chunk.FusedChunkGradientsConfig, fused_chunk.default_gradients_config, _fused_chunk_gradients
     ),
+    "fused_chunk_hopper": Form(
+        fused_chunk_hopper.FusedChunkHopperConfig,
+        fused_chunk_hopper.default_config,
+        fused_chunk_hopper.fused_chunk_hopper_sweep,
+    ),
     "chunk_states": Form(chunk.ChunkStatesConfig, chunk.default_states_config, _chunk_states_sweep),
     "chunk": Form(chunk.ChunkConfig, chunk.default_config, chunk.chunk_sweep),
     "parallel": Form(parallel.ParallelConfig, parallel.default_config, parallel.parallel_sweep),
@@ -64,6 +69,7 @@ FORMS = {
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
 PLAIN = "plain"  # the variant of a launch that is timed
 GRADIENTS = "fused_chunk_gradients"
+HOPPER = "fused_chunk_hopper"  # runs whole chunks of one width alone, without states, and nothing packed
 PASSES = ("chunk_states", GRADIENTS)  # no sweeps of their own
 FORM_KERNEL, GRADIENTS_FORM_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL
 
@@ -93,6 +99,11 @@ class Problem:
     def place(self, arch: Arch) -> Place:
         """What the space depends on, for an architecture."""
         return Place(self.form, self.T, self.K, self.V, self.torch_dtype.itemsize, arch)
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether it is of the sizes that HOPPER is written for."""
+        return fused_chunk_hopper.runs_at(self.torch_dtype.itemsize, self.K, self.V, self.T)
 
     def sift(self, arch: Arch) -> Sifted:
         """The configurations worth compiling for an architecture, and what the closed-form filters dropped."""
@@ -132,6 +143,8 @@ class Problem:
         if self.form in WITH_STATES:
             states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
         found: dict[str, dict[str, Any]] = {PLAIN: {}}
+        if self.form == HOPPER:
+            return found | {"reversed": {"reverse": True}}
         if states:
             found["states"] = states
         if self.form != "chunk_states":
@@ -169,9 +182,13 @@ def problem_at(kernel: str, dtype: str, K: int, V: int, BH: int, T: int) -> Prob
 
 
 def problems_of(workload: Workload, form: str) -> list[Problem]:
-    """The problems of one form at one workload: one, or two where K and V differ (none of gradients in one launch)."""
+    """The problems of one form at one workload: one, or two where K and V differ.
+
+    None of gradients in one launch there, and of HOPPER only at its own sizes.
+    """
     w = workload
     if form == GRADIENTS and w.K != w.V:
         return []
     widths = dict.fromkeys([(w.K, w.V), (w.V, w.K)])
-    return [Problem(form, w.dtype, w.B, w.T, w.H, K, V) for K, V in widths]
+    found = [Problem(form, w.dtype, w.B, w.T, w.H, K, V) for K, V in widths]
+    return [problem for problem in found if form != HOPPER or problem.runs_whole]

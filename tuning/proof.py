@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from generated.retention.fused_chunk_hopper import LONGEST
 from tuning.oracle import gradients_reference, segment_states, sweep_reference
-from tuning.problems import GRADIENTS, STATES_SEGMENT, WITH_STATES, Problem
+from tuning.problems import GRADIENTS, HOPPER, STATES_SEGMENT, WITH_STATES, Problem
 
 # The largest relative error against float64 that is taken for rounding: a few units of each dtype.
 ERROR_LIMITS = {"bfloat16": 1e-2, "float16": 1.3e-3, "float32": 1e-5}
@@ -31,6 +32,7 @@ SIZES = {"bfloat16": 20, "float16": 2, "float32": 20}  # how many powers of two 
 RATES = (math.log1p(-(2.0**-5)), 0.0, -3.0)  # a slow decay, none, and one that forgets within a chunk
 MARGIN = 2048  # bytes on either side of a tensor; a multiple of what tensors are aligned at
 TOKENS = 333  # ragged for every chunk
+WHOLE_TOKENS = 320  # whole chunks, of all lengths
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
     segment = STATES_SEGMENT if problem.form == "chunk_states" else getattr(config, "L", 0)
     tokens = segment + TOKENS if 0 < segment < problem.T else TOKENS  # more than a segment, where there is one
     size = SIZES[problem.dtype]
+    if problem.form == HOPPER:
+        return [
+            Draw("from the first token", (WHOLE_TOKENS,)),
+            Draw("from the last token", (WHOLE_TOKENS,), reverse=True),
+            Draw("one chunk", (LONGEST,)),
+            Draw("large numbers", (WHOLE_TOKENS,), log2_size=size),
+            Draw("tiny numbers", (WHOLE_TOKENS,), log2_size=-size),
+        ]
     found = [
         Draw("from the first token", (tokens,)),
         Draw("from the last token", (tokens,), reverse=True),

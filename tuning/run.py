@@ -43,7 +43,7 @@ from tuning.storage import VARIABLE, Database, check_place, is_url, named
 from tuning.tuner import Tuner
 from tuning.winners import Winner
 from tuning.workers import SESSION, chosen, run_all, without
-from tuning.workloads import Workload, parse
+from tuning.workloads import Workload, WorkloadError, parse
 
 FOREVER = 10 * 365 * 86400.0
 RULES = re.compile(r"\A# Written by `python -m tuning run`|^kernels:", re.MULTILINE)  # also in a damaged file
@@ -89,7 +89,7 @@ def _run(
     judge: Judge = GpuJudge(measurer) if measurer else ModelJudge(arch)
     # A model remembers without a journal.
     journal, record = _journal(options, console, measurer.gpu, store) if measurer else (None, None)
-    problems = problems_for(workloads, options.form)
+    problems = problems_for(workloads, options.form, arch)
     _announce(console, measurer, arch, workloads, problems, path)
     with nvml.logging(measurer.gpu.uuid if measurer else "") as log, _termination_as_interrupt() as told:
         tuner = _tune(options, console, judge, arch, problems, path, journal)
@@ -248,13 +248,21 @@ def _check_output(path: Path, device: str) -> None:
             raise RunError(f"{path} is there, and is no file of rules: give another file with --out, or move it away")
 
 
-def problems_for(workloads: list[Workload], forms: list[str]) -> list[Problem]:
-    """What to tune, the cheap and widely used first, with the passes that a form's own launches are made of."""
+def problems_for(workloads: list[Workload], forms: list[str], arch: Arch) -> list[Problem]:
+    """What to tune, the cheap and widely used first, with the passes that a form's own launches are made of.
+
+    WorkloadError where there is nothing: a form may be written for some sizes and one architecture alone.
+    """
     passes = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk", GRADIENTS)}
-    wanted = forms or ["fused_chunk", "chunk", "parallel", "fused_recurrent"]
+    wanted = forms or ["fused_chunk", "fused_chunk_hopper", "chunk", "parallel", "fused_recurrent"]
     parts = [part for form in wanted for part in passes.get(form, (form,))]
     found = [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
-    return list(dict.fromkeys(found))
+    problems = [problem for problem in dict.fromkeys(found) if problem.space.is_for(arch)]
+    if not problems:
+        raise WorkloadError(
+            f"nothing to tune on {arch.name}: no form that was chosen runs any of these workloads there"
+        )
+    return problems
 
 
 def _announce(

@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 from generated.known_bad import known_bad
 from generated.launch import ALIGNMENT, padded
 from generated.retention.fused_chunk import WIDEST_PART, state_rows
+from generated.retention.fused_chunk_hopper import AT_FIRST, COLUMNS, GROUPS
+from generated.retention.fused_chunk_hopper import LONGEST as LONGEST_WHOLE
 from tuning.compilation import Arch, Resources
 
 MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
@@ -125,7 +127,13 @@ def _recurrent_registers(K: int, c: Any) -> float:
     return float((2 * K * c.BV + 2 * K) / (32 * c.num_warps))
 
 
+def _hopper_shared(place: Place, c: Any) -> int:
+    slot = c.BT * (2 * place.width + GROUPS * COLUMNS + c.BT)
+    return int(c.num_stages * slot + 2 * GROUPS * c.BT * COLUMNS + 4 * c.BT)  # outputs twice, and two rows of float32
+
+
 SWEEP = Needs(_sweep_registers, _sweep_shared)
+HOPPER = Needs(lambda K, c: AT_FIRST - BASE_REGISTERS, _hopper_shared)
 STATES = Needs(_states_registers, _states_shared)
 PARALLEL = Needs(_parallel_registers, _parallel_shared)
 RECURRENT = Needs(_recurrent_registers, lambda place, c: 0)
@@ -289,6 +297,19 @@ class Stages(Knob):
 
 
 @dataclass(frozen=True)
+class Slots(Knob):
+    """Chunks that lie in shared memory at once, one of which is being worked on."""
+
+    most: int
+    name = "num_stages"
+    in_the_code = True
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """From two on: with one nothing is loaded ahead."""
+        return range(2, self.most + 1)
+
+
+@dataclass(frozen=True)
 class RegisterLimit(Knob):
     """The most registers a thread may have (0: no limit): lets more programs share a multiprocessor, and may spill."""
 
@@ -348,10 +369,15 @@ class Space:
 
     knobs: tuple[Knob, ...]
     needs: Needs
+    archs: tuple[str, ...] = ()  # the only ones that the kernel is written for, if there are such
+
+    def is_for(self, arch: Arch) -> bool:
+        """Whether the kernel is written for an architecture."""
+        return not self.archs or arch.name in self.archs
 
     def combinations(self, place: Place) -> Iterator[dict[str, int]]:
         """Every valid combination of the knobs."""
-        return _nested(self.knobs, place, {})
+        return _nested(self.knobs, place, {}) if self.is_for(place.arch) else iter(())
 
     def sift(self, config_type: type[Any], place: Place) -> Sifted:
         """The configurations worth compiling at a place."""
@@ -396,6 +422,7 @@ SPACES = {
         PARALLEL,
     ),
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
+    "fused_chunk_hopper": Space((BT(16, LONGEST_WHOLE), Slots(6)), HOPPER, archs=("sm90",)),
 }
 
 
@@ -430,6 +457,6 @@ class Choice:
 
 
 # A sweep in segments that run at once, one pass, token by token, or of all pairs.
-SWEEPS = Choice("form", ("chunk", "fused_chunk", "fused_recurrent", "parallel"))
+SWEEPS = Choice("form", ("chunk", "fused_chunk", "fused_chunk_hopper", "fused_recurrent", "parallel"))
 # Each gradient has a sweep, or all three share a launch.
 GRADIENTS = Choice("form", ("sweeps", "fused_chunk"))
