@@ -22,13 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Know the marker also where pyproject.toml is not read, and compute on one thread.
 
     The tests' tensors are small: on a busy machine, threads that wait for each other are ten times slower than one.
-    Ctrl-C is to end what the tests start, wherever they run, and so is a terminal that closes.
+    Ctrl-C is to end what the tests start, wherever they run.
     """
     torch.set_num_threads(1)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as below nohup
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.pop("COLUMNS", None)  # of the terminal that the tests run in: tables are to be as wide as in a file
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
 

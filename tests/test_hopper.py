@@ -6,26 +6,35 @@ import functools
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import assert_matches, by_blocks, make_problem
+import triton
+from fakes import NEEDS, timing
+from oracle import assert_matches, by_blocks, make_problem, run
 
-from generated.configuration import kernel_registry
+import generated
+from generated import configuration, launch
+from generated.configuration import kernel_registry, source_hash
 from generated.retention import auto
 from generated.retention import fused_chunk_hopper as hopper
+from generated.retention.fused_chunk import chunk_scores_kernel
 from generated.retention.fused_chunk_hopper import FusedChunkHopperConfig, fused_chunk_hopper_sweep
+from tuning import rules
 from tuning.compilation import ARCHS, compile_launch
 from tuning.problems import HOPPER, Problem
 from tuning.proof import draws
+from tuning.rules import Entry, Point
+from tuning.winners import Winner
 from tuning.workloads import builtin
 
 SM90 = ARCHS["sm90"]
 PROBLEM = Problem(HOPPER, "bfloat16", 8, 2048, 8, 256, 512)
 PLAIN = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
 needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    not torch.cuda.is_available() or not hopper.is_hopper(torch.device("cuda")), reason="needs a Hopper GPU"
 )
 
 
@@ -44,6 +53,7 @@ def inputs(T: int = 128, K: int = 256, V: int = 128, dtype: torch.dtype = torch.
         ({"V": 192}, False),
         ({"V": 428}, False),
         ({"dtype": torch.float32}, False),
+        ({"V": 1024}, False),
     ],
     ids=str,
 )
@@ -52,7 +62,7 @@ def test_it_runs_whole_chunks_of_its_own_sizes(changes: dict[str, Any], runs: bo
     assert hopper.runs_here(q, v, None, None, None, None) is runs
     if not runs:
         with pytest.raises(ValueError, match="fused_chunk_retention"):
-            fused_chunk_hopper_sweep(q, q, v, torch.empty(3), 1.0, reverse=False, adjoint=False, **PLAIN)  # type: ignore[arg-type]
+            PROBLEM.run((q, q, v, torch.empty(3)), PROBLEM.default())
 
 
 @pytest.mark.parametrize("given", PLAIN)
@@ -60,25 +70,73 @@ def test_it_runs_no_states_and_nothing_packed(given: str) -> None:
     q, v = inputs()
     something: Any = 64 if given == "chunk_size" else torch.empty(1, device="meta")
     assert not hopper.runs_here(q, v, **{**PLAIN, given: something})
-    assert not hopper.runs_here(torch.empty(2, 128, 3, 256, dtype=q.dtype), torch.empty(2, 128, 3, 128), **PLAIN)
+    assert not hopper.runs_here(*(torch.empty(2, 128, 3, width, dtype=q.dtype) for width in (256, 128)), **PLAIN)
+
+
+@pytest.fixture
+def rule(only_this_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule of the form's for whatever is on the meta device, which passes for a Hopper GPU."""
+    point = Point("bfloat16", 256, 128, 6, 128)
+    figures = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9, "point": rules.point_text(point)}
+    entry = Entry(PROBLEM.kernel, point, {"BT": 32, "num_stages": 4}, "measured", figures)
+    rules.write(only_this_directory / "a.yaml", rules.document([entry], {"name": "Pretended", "arch": "sm90"}, None))
+    configuration.reload()
+    select = configuration.select_config
+
+    def on_gpu(*given: Any, device: torch.device, **shape: Any) -> Any:
+        return select(*given, device=torch.device("cuda", 0), **shape)
+
+    monkeypatch.setattr(launch, "select_config", on_gpu)
+
+
+RULE = FusedChunkHopperConfig(32, 4)
+
+
+def test_its_rule_is_what_has_it_used_whatever_was_asked_before(rule: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (q, v), (longer, values) = inputs(), inputs(T=1024)
+    for _ in range(2):
+        assert hopper.tuned_config(q, v, **PLAIN) == RULE
+        assert hopper.tuned_config(longer, values, **PLAIN) is None
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    assert hopper.tuned_config(q, v, **PLAIN) is None
 
 
 @pytest.mark.parametrize(
-    ("T", "tuned", "form"),
-    [(128, True, HOPPER), (128, False, "fused_chunk"), (100, True, "fused_chunk"), (8, True, "fused_recurrent")],
+    ("changes", "used"),
+    [
+        ({}, [HOPPER]),
+        ({"T": 192}, [HOPPER]),
+        ({"T": 100}, ["chunk"]),
+        ({"T": 8}, ["fused_recurrent"]),
+        ({"V": 256}, ["chunk"]),  # beyond the rule
+        ({"initial_state": torch.empty(1)}, ["chunk"]),
+        ({"final_state": torch.empty(1)}, ["chunk"]),
+        ({"chunk_size": 64}, ["chunk"]),
+        ({"cu_seqlens": torch.tensor([0, 128])}, ["chunk"]),
+        ({"scores": torch.empty(1)}, ["chunk"]),  # it reads none that others made
+    ],
+    ids=lambda value: "-".join(value) or "plain",
 )
-def test_auto_goes_back_to_fused_chunk_where_it_does_not_run_or_no_rule_holds(
-    T: int, tuned: bool, form: str, monkeypatch: pytest.MonkeyPatch
+def test_auto_runs_it_where_its_rule_holds_and_the_chosen_form_elsewhere(
+    changes: dict[str, Any], used: list[str], rule: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used: list[str] = []
+    found: list[str] = []
     for name in auto.SWEEPS:
-        monkeypatch.setitem(auto.SWEEPS, name, lambda *_, name=name, **__: used.append(name))
-    monkeypatch.setattr(auto, "choose_config", lambda *_: auto.FormConfig(HOPPER))
-    if tuned:
-        monkeypatch.setattr(hopper, "choose_config", lambda *_: PROBLEM.default())
-    q, v = inputs(T)
-    auto.auto_sweep(q, q, v, torch.empty(3), 1.0, reverse=False, adjoint=False, **PLAIN)  # type: ignore[arg-type]
-    assert used == [form]
+        monkeypatch.setitem(auto.SWEEPS, name, lambda *_, name=name, **__: found.append(name))
+    monkeypatch.setattr(auto, "run_on_hopper", lambda config, *_: found.append(HOPPER) if config == RULE else None)
+    sizes = {name: changes[name] for name in changes if name in ("T", "V")}
+    q, v = inputs(**sizes)
+    given = PLAIN | {name: value for name, value in changes.items() if name not in sizes}
+    auto.auto_sweep(q, q, v, torch.empty(3), 1.0, reverse=False, adjoint=False, **given)  # type: ignore[arg-type]
+    assert found == used
+
+
+def test_auto_has_its_calls_ready(rule: None) -> None:
+    q, v = inputs()
+    ready = auto.auto_ready(q, v, 1.0, None, False, None)
+    assert ready is not None
+    assert (ready.output.func, ready.output.args) == (hopper.run_output, (RULE, 1.0, False))  # type: ignore[attr-defined]
+    assert ready.gradients is None
 
 
 def test_every_candidate_compiles_in_both_directions_without_spills_and_fits() -> None:
@@ -97,13 +155,63 @@ def test_every_candidate_compiles_in_both_directions_without_spills_and_fits() -
 
 
 def test_gluon_is_imported_when_the_kernel_first_runs() -> None:
-    code = "import sys, generated; sys.exit('triton.experimental.gluon' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = (
+        "import sys, generated.retention.auto",
+        "from generated.retention.fused_chunk_hopper import gluon_parts",
+        "assert 'triton.experimental.gluon' not in sys.modules",
+        "gluon_parts()",
+        "assert 'triton.experimental.gluon' in sys.modules",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(code)], check=True)
 
 
-def test_rules_know_the_kernel_by_its_text_and_that_of_the_scores() -> None:
-    assert kernel_registry()["retention_fused_chunk_hopper"].source == hopper.kernel_hash()
-    assert len(hopper.kernel_hash()) == 16
+def test_rules_know_the_launches_by_the_texts_of_both_kernels() -> None:
+    scores = source_hash(chunk_scores_kernel)
+    assert "fused_chunk_hopper_kernel" in hopper.KERNEL_TEXT
+    found = [hopper.kernel_hash(hopper.KERNEL_TEXT, scores), hopper.kernel_hash(hopper.KERNEL_TEXT + " ", scores)]
+    found.append(hopper.kernel_hash(hopper.KERNEL_TEXT, "another"))
+    assert kernel_registry()[PROBLEM.kernel].source == found[0]
+    assert len(set(found)) == 3
+    assert {len(one) for one in found} == {16}
+
+
+def won(form: str, ms: float, **changes: Any) -> Winner:
+    problem = replace(PROBLEM, form=form, **changes)
+    return Winner(problem, problem.default(), timing(ms), 9.0, 0.001, NEEDS, 9, modelled=False)
+
+
+@pytest.mark.parametrize(
+    ("ms", "others", "known", "used"),
+    [
+        (0.90, [1.0], [], True),
+        (0.99, [1.0], [], False),
+        (0.99, [1.0], [HOPPER], True),
+        (1.02, [1.0], [HOPPER], True),
+        (1.04, [1.0], [HOPPER], False),
+        (0.90, [], [], False),
+        (0.90, [], ["form"], True),
+        (0.99, [], ["form"], False),
+        (0.90, [1.0, 0.85], [], False),
+    ],
+)
+def test_it_has_a_rule_where_it_is_faster_than_what_would_run_otherwise(
+    ms: float, others: list[float], known: list[str], used: bool
+) -> None:
+    winner, point = won(HOPPER, ms), rules.point_of(PROBLEM)
+    winners = [winner, *(won(form, other) for form, other in zip(("chunk", "parallel"), others, strict=False))]
+    entries = [Entry(f"retention_{name}", point, {}, "measured", {"ms": 1.0}) for name in known]
+    assert rules.without_use(winners, entries) == ([] if used else [winner])
+    modelled = replace(winner, modelled=True)
+    assert rules.without_use([modelled, *winners[1:]], entries) == [modelled]
+    assert all(entry.use != {"form": HOPPER} for entry in rules.form_entries(winners))
+
+
+def test_a_rule_that_is_of_no_use_any_more_leaves_its_file(tmp_path: Path) -> None:
+    path, device = tmp_path / "a.yaml", {"name": "Pretended", "arch": "sm90"}
+    entries = [rules.entry_of(won(HOPPER, 0.5, T=T)) for T in (2048, 16384)]
+    rules.update(path, entries, device, None)
+    rules.update(path, [], device, None, gone=[(entries[0].kernel, entries[0].point)])
+    assert [entry.point.T for entry in rules.existing_entries(path)] == [16384]
 
 
 def test_it_is_proven_on_whole_chunks() -> None:
@@ -147,3 +255,29 @@ def test_outputs_on_a_gpu_are_the_oracles_and_the_same_bits_twice(BT: int, stage
     }
     assert_matches(found, problem, formula=by_blocks)
     assert torch.equal(found["o"], sweep(q, k, v, reverse=False))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.filterwarnings("ignore::generated.ConfigurationWarning")
+@pytest.mark.parametrize(
+    ("T", "V", "states"), [(640, 512, False), (640, 256, False), (650, 512, False), (640, 512, True)], ids=str
+)
+def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
+    T: int, V: int, states: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make_problem(2, T, 5, 256, V, torch.bfloat16, device="cuda", states=states)
+    point = Point("bfloat16", 256, V, 10, 640)
+    figures = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9, "point": rules.point_text(point)}
+    entry = Entry(PROBLEM.kernel, point, {"BT": 64, "num_stages": 2}, "measured", figures)
+    device = {"name": torch.cuda.get_device_name(), "arch": "sm90"}
+    rules.write(tmp_path / "a.yaml", rules.document([entry], device, None))
+    monkeypatch.setenv("RETGEN_CONFIG_DIR", str(tmp_path))
+    configuration.reload()
+    try:
+        q, v = problem.q.detach(), problem.v.detach()
+        assert (hopper.tuned_config(q, v, **PLAIN) is not None) is (T == 640)
+        assert_matches(run(generated.retention, problem), problem, formula=by_blocks)
+    finally:
+        monkeypatch.undo()
+        configuration.reload()

@@ -161,7 +161,7 @@ def states_of_runs(path: Path) -> list[TrialState]:
 def test_rules_that_cannot_be_written_cost_neither_the_tables_nor_the_record(
     measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, *_: Any) -> None:
+    def full(path: Path, *_: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     path, journal = tmp_path / "a.yaml", tmp_path / "a.journal"
@@ -208,9 +208,11 @@ class Telling(Judge):
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def sent(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
-    """A signal, whose handling is as it was afterwards."""
+    """A signal that nothing ignores, as nohup has one ignored; its handling is as it was afterwards."""
     number: signal.Signals = request.param
     before = signal.getsignal(number)
+    if before is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
     yield number
     signal.signal(number, before)
 

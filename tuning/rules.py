@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +22,14 @@ from generated.configuration import ActiveRule, kernel_problem, kernel_registry,
 from generated.configuration_file import ConfigurationError, File, Rule, parse_file
 from tuning import space
 from tuning.coverage import AXES, Point, Region, regions
-from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, PASSES, Problem, same_launch
+from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER, PASSES, Problem, same_launch
 from tuning.space import knob_values
 from tuning.winners import HELD, NOISE, SHARED, Winner
 
 NEEDS = ("registers", "spills", "shared")  # what a rule tells of the compiled kernel
 # A form is not given up for what its configuration may lose because it was in use, and is shared.
 FORM_HELD = HELD + SHARED
+HOPPER_KERNEL = Problem(HOPPER, "", 1, 1, 1, 1, 1).kernel
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
         shape = replace(winner.problem, form="")
         if winner.problem.form == GRADIENTS:
             gradients[shape] = winner
-        elif winner.problem.form not in PASSES:
+        elif winner.problem.form not in (*PASSES, HOPPER):
             shapes.setdefault(shape, {})[winner.problem.form] = winner
     entries = []
     for shape, forms in shapes.items():
@@ -96,6 +97,31 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
                 now = held.get((GRADIENTS_FORM_KERNEL, point))
                 entries.append(_form_entry(GRADIENTS_FORM_KERNEL, space.GRADIENTS, ways, now))
     return entries
+
+
+def without_use(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list[Winner]:
+    """Winners of HOPPER that must have no rule: wherever one holds it is used, whatever form is chosen.
+
+    It must be faster, beyond the noise, than all that were tuned at its shape, and than what `known` rules choose. What
+    is in use stays until it is as much slower. A model does not choose.
+    """
+    winners, others, in_use = list(winners), dict[Point, float](), set[Point]()
+    for entry in known:
+        if entry.kernel == FORM_KERNEL:
+            others[entry.point] = float(entry.figures.get("ms", math.inf))
+        elif entry.kernel == HOPPER_KERNEL:
+            in_use.add(entry.point)
+    for winner in winners:
+        if winner.problem.form not in (*PASSES, HOPPER) and not winner.modelled:
+            point = point_of(winner.problem)
+            others[point] = min(winner.ms, others.get(point, math.inf))
+
+    def is_used(winner: Winner) -> bool:
+        point = point_of(winner.problem)
+        limit = 1 + FORM_HELD if point in in_use else 1 - HELD
+        return not winner.modelled and point in others and winner.ms < limit * others[point]
+
+    return [winner for winner in winners if winner.problem.form == HOPPER and not is_used(winner)]
 
 
 def _as_fast_as_their_launches(winners: list[Winner]) -> list[Winner]:
@@ -240,8 +266,18 @@ def slowness(figures: Mapping[str, Any]) -> float:
     return float(ms / best) if (best := figures.get("best_ms", ms)) else 1.0
 
 
-def update(path: Path, entries: Iterable[Entry], device: dict[str, Any], driver: str | None) -> Path | None:
-    """Merge the entries into the file, whoever else does so at the same time; say where a broken one went."""
+def update(
+    path: Path,
+    entries: Iterable[Entry],
+    device: dict[str, Any],
+    driver: str | None,
+    *,
+    gone: Collection[tuple[str, Point]] = (),
+) -> Path | None:
+    """Merge the entries into the file, whoever else does so at the same time; say where a broken one went.
+
+    `gone`: kernels and points of which the file shall have no rule any more.
+    """
     with _alone(path.resolve().parent):
         file = aside = None
         try:
@@ -250,7 +286,8 @@ def update(path: Path, entries: Iterable[Entry], device: dict[str, Any], driver:
             aside = _set_aside(path)
         if _owner(file) not in (None, device.get("name") or device["arch"]):
             raise FileExistsError(errno.EEXIST, "holds another GPU's rules since this run began", str(path))
-        write(path, document(merge(_with_origin(file), entries), device, driver))
+        stays = [entry for entry in _with_origin(file) if (entry.kernel, entry.point) not in gone]
+        write(path, document(merge(stays, entries), device, driver))
     return aside
 
 

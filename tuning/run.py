@@ -95,20 +95,23 @@ def _run(
         tuner = _tune(options, console, judge, arch, problems, path, journal)
     winners, complete = list(tuner.winners.values()), False
     known = rules.existing_entries(path)
-    forms = rules.form_entries(winners, known)
+    forms, unused = rules.form_entries(winners, known), rules.without_use(winners, known)
     _count_forms(tuner.funnel, forms, known)
     try:
         try:
             _report(console, winners, tuner, len(problems), options.budget, log.summary())
+            for winner in unused:
+                place = f"{winner.problem.form} at {rules.point_text(rules.point_of(winner.problem))}"
+                console.print(f"no rule for {place}: no other form is known to be slower there", soft_wrap=True)
         finally:  # also where nobody reads what is printed any more
-            _write(console, winners, forms, path, measurer, arch)
+            _write(console, winners, unused, forms, path, measurer, arch)
         complete = not tuner.interrupted
     finally:
         if journal and record and measurer:
             figures = _figures(tuner, log.summary(), measurer.gpu.name)
             record.finish(time.monotonic() - started, interrupted=not complete, **figures)
             journal.close()
-    _conclude(console, len(winners), path, time.monotonic() - started)
+    _conclude(console, len(winners) - len(unused), path, time.monotonic() - started)
     return 128 + (told or [signal.SIGINT])[0] if tuner.interrupted else int(not winners)
 
 
@@ -414,6 +417,7 @@ def _count_forms(funnel: Funnel, forms: list[rules.Entry], known: list[rules.Ent
 def _write(
     console: Console,
     winners: list[Winner],
+    unused: list[Winner],
     forms: list[rules.Entry],
     path: Path,
     measurer: Measurer | None,
@@ -421,9 +425,10 @@ def _write(
 ) -> None:
     if not winners:
         return
-    entries = [rules.entry_of(winner) for winner in winners] + forms
+    entries = [rules.entry_of(winner) for winner in winners if winner not in unused] + forms
+    gone = [(winner.problem.kernel, rules.point_of(winner.problem)) for winner in unused]
     device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
-    if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None):
+    if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None, gone=gone):
         console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)
 
 

@@ -457,6 +457,6 @@ class Choice:
 
 
 # A sweep in segments that run at once, one pass, token by token, or of all pairs.
-SWEEPS = Choice("form", ("chunk", "fused_chunk", "fused_chunk_hopper", "fused_recurrent", "parallel"))
+SWEEPS = Choice("form", ("chunk", "fused_chunk", "fused_recurrent", "parallel"))
 # Each gradient has a sweep, or all three share a launch.
 GRADIENTS = Choice("form", ("sweeps", "fused_chunk"))
