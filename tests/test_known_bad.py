@@ -49,9 +49,10 @@ def test_the_list_is_about_forms_architectures_versions_and_knobs(
 
 
 def test_an_entry_may_end_before_a_version() -> None:
-    entry = KnownBad(("a",), ("sm90",), "3.6", "3.8", {"BT": (64, math.inf)}, "seen")
-    found = [entry.covers("a", BAD, "sm90", triton) for triton in ("3.5.9", "3.6.0", "3.7.1", "3.8.0", "3.10.0")]
-    assert found == [False, True, True, False, False]
+    entry = KnownBad(("a",), ("sm90",), "3.6.0", "3.8", {"BT": (64, math.inf)}, "seen")
+    versions = ("3.5.9", "3.6", "3.6.0", "3.7.1", "3.8", "3.8.0", "3.10.0")
+    found = [entry.covers("a", BAD, "sm90", triton) for triton in versions]
+    assert found == [False, True, True, True, False, False, False]
 
 
 def test_every_entry_is_about_what_exists_and_says_what_was_seen() -> None:
