@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from generated.retention import fused_chunk
-from generated.retention.fused_chunk_hopper import COLUMNS, GROUPS
 from tuning.compilation import Arch, Resources
-from tuning.problems import GRADIENTS, HOPPER, Problem
+from tuning.problems import GRADIENTS, Problem
 
 STEP_LATENCY_MS = 1.2e-3
 TOKEN_LATENCY_MS = 0.5e-3
@@ -71,7 +70,7 @@ def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None =
         work.latency,
     )
     parts = _parts(problem, config)
-    launches = parts + (problem.form == "chunk" and config.L < problem.T) + _is_scored(problem, config)
+    launches = parts + (problem.form == "chunk" and config.L < problem.T) + getattr(config, "scores", 0)
     spilled = 1 + needs.spills / 256  # every spilled word goes through memory and back
     return (
         spilled * waves * work.steps * step
@@ -102,11 +101,6 @@ def _work(problem: Problem, config: Any) -> Work:
         programs = _blocks(V, config.BV) * _blocks(T, config.BT) * rows
         flops = 2.0 * config.BT * config.BS * (K + config.BV)
         return Work(programs, max(1.0, T / 2 / config.BS), flops, size * config.BS * (K + config.BV), hidden)
-    if problem.form == HOPPER:
-        columns = COLUMNS * GROUPS
-        flops = 2.0 * config.BT * columns * (config.BT + 2 * K)
-        moved = size * config.BT * (2 * K + 2 * columns + config.BT)
-        return Work(_blocks(V, columns) * rows, T / config.BT, flops, moved, 1.5 * hidden)
     length = min(T, getattr(config, "L", T))
     sweeps = 3 if problem.form == GRADIENTS else 1
     programs = sweeps * _blocks(V, config.BV) * _blocks(T, length) * rows
@@ -128,15 +122,10 @@ def _states_traffic(problem: Problem, config: Any) -> float:
 
 def _scores_traffic(problem: Problem, config: Any) -> float:
     """Bytes of q and k, read again for the chunks' scores, and of these, written once and read by each block of v."""
-    if not _is_scored(problem, config):
+    if not getattr(config, "scores", 0):
         return 0.0
-    stored = config.BT * (1 + _blocks(problem.V, getattr(config, "BV", COLUMNS * GROUPS)))
+    stored = config.BT * (1 + _blocks(problem.V, config.BV))
     return float(problem.B * problem.H * problem.T * (2 * problem.K + stored) * problem.torch_dtype.itemsize)
-
-
-def _is_scored(problem: Problem, config: Any) -> bool:
-    """Whether scores are made by a launch before."""
-    return problem.form == HOPPER or bool(getattr(config, "scores", 0))
 
 
 def _sums_traffic(problem: Problem, parts: int) -> float:

@@ -71,7 +71,7 @@ PLAIN = "plain"  # the variant of a launch that is timed
 GRADIENTS = "fused_chunk_gradients"
 HOPPER = "fused_chunk_hopper"  # runs whole chunks of one width alone, without states, and nothing packed
 PASSES = ("chunk_states", GRADIENTS)  # no sweeps of their own
-FORM_KERNEL, GRADIENTS_FORM_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL
+FORM_KERNEL, GRADIENTS_FORM_KERNEL, HOPPER_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL, fused_chunk_hopper.KERNEL
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,22 @@ from generated.configuration import ActiveRule, kernel_problem, kernel_registry,
 from generated.configuration_file import ConfigurationError, File, Rule, parse_file
 from tuning import space
 from tuning.coverage import AXES, Point, Region, regions
-from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER, PASSES, Problem, same_launch
+from tuning.problems import (
+    FORM_KERNEL,
+    GRADIENTS,
+    GRADIENTS_FORM_KERNEL,
+    HOPPER,
+    HOPPER_KERNEL,
+    PASSES,
+    Problem,
+    same_launch,
+)
 from tuning.space import knob_values
 from tuning.winners import HELD, NOISE, SHARED, Winner
 
 NEEDS = ("registers", "spills", "shared")  # what a rule tells of the compiled kernel
 # A form is not given up for what its configuration may lose because it was in use, and is shared.
 FORM_HELD = HELD + SHARED
-HOPPER_KERNEL = Problem(HOPPER, "", 1, 1, 1, 1, 1).kernel
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from typing import Any, ClassVar
 
 from generated.known_bad import known_bad
 from generated.launch import ALIGNMENT, padded
+from generated.retention import fused_chunk_hopper as hopper
 from generated.retention.fused_chunk import WIDEST_PART, state_rows
-from generated.retention.fused_chunk_hopper import AT_FIRST, COLUMNS, GROUPS
-from generated.retention.fused_chunk_hopper import LONGEST as LONGEST_WHOLE
 from tuning.compilation import Arch, Resources
 
 MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
@@ -128,12 +127,12 @@ def _recurrent_registers(K: int, c: Any) -> float:
 
 
 def _hopper_shared(place: Place, c: Any) -> int:
-    slot = c.BT * (2 * place.width + GROUPS * COLUMNS + c.BT)
-    return int(c.num_stages * slot + 2 * GROUPS * c.BT * COLUMNS + 4 * c.BT)  # outputs twice, and two rows of float32
+    slot = c.BT * (2 * place.width + c.BV + c.BT)
+    return int(c.num_stages * slot + 2 * c.BT * c.BV + 4 * c.BT)  # outputs twice, and two rows of float32
 
 
 SWEEP = Needs(_sweep_registers, _sweep_shared)
-HOPPER = Needs(lambda K, c: AT_FIRST - BASE_REGISTERS, _hopper_shared)
+HOPPER = Needs(lambda K, c: hopper.AT_FIRST - BASE_REGISTERS, _hopper_shared)
 STATES = Needs(_states_registers, _states_shared)
 PARALLEL = Needs(_parallel_registers, _parallel_shared)
 RECURRENT = Needs(_recurrent_registers, lambda place, c: 0)
@@ -422,7 +421,7 @@ SPACES = {
         PARALLEL,
     ),
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
-    "fused_chunk_hopper": Space((BT(16, LONGEST_WHOLE), Slots(6)), HOPPER, archs=("sm90",)),
+    "fused_chunk_hopper": Space((BT(16, hopper.LONGEST), Slots(6)), HOPPER, archs=("sm90",)),
 }
 
 
