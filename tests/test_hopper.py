@@ -14,6 +14,7 @@ import torch
 import triton
 from fakes import NEEDS, timing
 from oracle import assert_matches, by_blocks, make_problem, run
+from rich.console import Console
 
 import generated
 from generated import configuration, launch
@@ -23,6 +24,7 @@ from generated.retention import fused_chunk_hopper as hopper
 from generated.retention.fused_chunk import chunk_scores_kernel
 from generated.retention.fused_chunk_hopper import FusedChunkHopperConfig, fused_chunk_hopper_sweep
 from tuning import rules
+from tuning import run as run_module
 from tuning.compilation import ARCHS, compile_launch
 from tuning.problems import HOPPER, Problem
 from tuning.proof import draws
@@ -212,6 +214,16 @@ def test_a_rule_that_is_of_no_use_any_more_leaves_its_file(tmp_path: Path) -> No
     rules.update(path, entries, device, None)
     rules.update(path, [], device, None, gone=[(entries[0].kernel, entries[0].point)])
     assert [entry.point.T for entry in rules.existing_entries(path)] == [16384]
+
+
+def test_where_there_is_no_rule_to_write_no_file_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, winner = tmp_path / "a.yaml", won(HOPPER, 0.5)
+    run_module._write(Console(), [winner], [winner], [], path, None, SM90)
+    assert not path.exists()
+    run_module._write(Console(), [winner], [], [], path, None, SM90)
+    assert len(rules.existing_entries(path)) == 1
+    run_module._write(Console(), [winner], [winner], [], path, None, SM90)
+    assert rules.existing_entries(path) == []
 
 
 def test_it_is_proven_on_whole_chunks() -> None:

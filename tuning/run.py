@@ -423,10 +423,10 @@ def _write(
     measurer: Measurer | None,
     arch: Arch,
 ) -> None:
-    if not winners:
-        return
     entries = [rules.entry_of(winner) for winner in winners if winner not in unused] + forms
     gone = [(winner.problem.kernel, rules.point_of(winner.problem)) for winner in unused]
+    if not entries and not (gone and path.exists()):
+        return
     device: dict[str, Any] = gpu_fields(measurer.gpu) if measurer else {"arch": arch.name}
     if aside := rules.update(path, entries, device, measurer.gpu.driver if measurer else None, gone=gone):
         console.print(escape(f"{path} could not be read: what it held is now {aside}"), soft_wrap=True)
