@@ -419,7 +419,7 @@ def test_a_run_with_the_gpus_times_asks_for_little_that_was_not_compiled_ahead(e
         (problem, problem.default(), variant) for problem in problems for variant in problem.variants(problem.default())
     } <= ahead.asked
     before, wanted = ahead.kernels, later.kernels
-    assert len(wanted - before) < 0.1 * len(wanted)
+    assert len(wanted - before) < 0.2 * len(wanted)
     assert len(before) < 2.5 * len(wanted)
 
 

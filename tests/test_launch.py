@@ -77,7 +77,7 @@ def test_a_rule_that_goes_by_descriptors_is_used_only_where_rows_begin_at_multip
     default = fused_chunk.default_config
     monkeypatch.setattr(launching, "select_config", lambda *_, **shape: rule)
     q, v = (torch.empty(1, 8, 1, width, dtype=dtype) for width in (K, V))
-    expected = rule if ruled or not descriptors else default(dtype, K, V)
+    expected = rule if ruled or not descriptors else default(dtype, K, V, 1, 8)
     assert choose_config(fused_chunk.KERNEL, fused_chunk.FusedChunkConfig, default, q, v, None) == expected
     assert use_descriptors(expected, dtype, K, V) == bool(expected.descriptors)
 

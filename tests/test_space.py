@@ -14,10 +14,12 @@ import torch
 import triton
 
 from generated.known_bad import known_bad
-from generated.retention import auto
+from generated.retention import auto, chunk
+from generated.retention.chunk import WHOLE
+from tuning import landscape
 from tuning.compilation import ARCHS, Resources, compile_launch, offline, read_cubin
 from tuning.problems import FORMS, HOPPER, Problem
-from tuning.space import BT, GRADIENTS, SLACK, SPACES, SWEEPS, WHOLE, L, Place, Sifted, knob_values, launched
+from tuning.space import BT, GRADIENTS, SLACK, SPACES, SWEEPS, L, Place, Sifted, knob_values, launched
 
 SM90 = ARCHS["sm90"]
 PROBLEM = Problem("fused_chunk", "bfloat16", 1, 2048, 4, 128, 256)
@@ -233,11 +235,37 @@ def test_registers_are_given_out_eight_at_a_time(registers: int, blocks: int) ->
 def test_a_launch_is_told_by_its_tiles_and_its_code() -> None:
     config = PROBLEM.default()
     assert launched(config) == launched(replace(config, num_stages=1, maxnreg=128))
-    assert launched(config) != launched(replace(config, BV=64))
+    assert launched(config) != launched(replace(config, BV=2 * config.BV))
 
 
 def test_the_choices_of_what_is_fused_are_the_packages_and_their_defaults_too() -> None:
     assert sorted(SWEEPS.values) == sorted(auto.SWEEPS)
-    assert auto.default_config(torch.bfloat16, 64, 64) == auto.FormConfig(SWEEPS.values[0])
-    assert auto.default_gradients_config(torch.bfloat16, 64, 64) == auto.GradientsFormConfig(GRADIENTS.values[0])
+    assert auto.default_config(torch.bfloat16, 64, 64, 8, 1024) == auto.FormConfig(SWEEPS.values[0])
+    assert auto.default_gradients_config(torch.bfloat16, 64, 64, 8, 1024) == auto.GradientsFormConfig(
+        GRADIENTS.values[0]
+    )
     assert [auto.GradientsFormConfig(way).form for way in GRADIENTS.values] == ["sweeps", "fused_chunk"]
+
+
+def test_the_defaults_are_near_the_best_that_was_measured() -> None:
+    for each in landscape.shipped():
+        problem, times = each.problem, {one.config: one.ms for one in each.candidates if one.ms is not None}
+        if problem.form != "parallel" or problem.K <= 128:  # a wider parallel needs more than every GPU has
+            assert times[problem.default()] < 1.4 * min(times.values()), problem
+
+
+@pytest.mark.parametrize(
+    ("BH", "V", "T", "L"),
+    [
+        (64, 128, 2048, WHOLE),  # 128 programs of 64 columns
+        (32, 128, 65536, WHOLE),
+        (31, 128, 65536, 32768),
+        (8, 128, 131072, 16384),
+        (8, 128, 2048, 256),
+        (1, 64, 2048, 256),
+        (1, 64, 256, WHOLE),
+        (2, 64, 131072, 2048),
+    ],
+)
+def test_chunk_by_default_has_as_many_segments_as_fill_the_gpu(BH: int, V: int, T: int, L: int) -> None:
+    assert chunk.default_config(torch.bfloat16, 128, V, BH, T).L == L

@@ -36,13 +36,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from generated.configuration import kernel_registry
 from generated.configuration_file import MOST
+from generated.retention.chunk import WHOLE
 from tuning import forkserver
 from tuning.compilation import Resources
 from tuning.compile_pool import same_kernel
 from tuning.device import OTHER, Mark
 from tuning.measurement import HANGS, is_crash
 from tuning.problems import FORMS, Problem
-from tuning.space import WHOLE, knob_values
+from tuning.space import knob_values
 from tuning.storage import Database, StorageError, Store, is_url, masked, named, open_store, reason_of
 
 PROTOCOL = 1  # of measuring: a change makes what was measured before no longer comparable

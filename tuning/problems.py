@@ -30,7 +30,7 @@ class Form:
     """One form as the tuner sees it: its configurations and how to run a sweep, or a pass, with one."""
 
     config_type: type[Any]
-    default: Callable[[torch.dtype, int, int], Any]
+    default: Callable[[torch.dtype, int, int, int, int], Any]
     run: Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -118,7 +118,7 @@ class Problem:
 
     def default(self) -> Any:
         """The configuration that is used where no rule holds."""
-        return FORMS[self.form].default(self.torch_dtype, self.K, self.V)
+        return FORMS[self.form].default(self.torch_dtype, self.K, self.V, self.B * self.H, self.T)
 
     def inputs(self, device: str, seed: int = 0) -> tuple[Tensor, ...]:
         """Random q, k, v (for gradients also do) and RetNet's decays; of shapes only on the meta device."""

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 from generated.known_bad import known_bad
 from generated.launch import ALIGNMENT, padded
 from generated.retention import fused_chunk_hopper as hopper
+from generated.retention.chunk import WHOLE
 from generated.retention.fused_chunk import WIDEST_PART, state_rows
 from tuning.compilation import Arch, Resources
 
 MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
 BASE_REGISTERS = 40  # of a thread, for addresses and loops
-WHOLE = 1 << 20  # a segment that holds every sequence
 LONGEST = 1024  # of the other segments
 SLACK = 2  # by which shared memory may be estimated too high where it is not known to the byte
 ASYNCHRONOUS = {"sm90": 64, "sm100": 64}  # rows from which on a product reads shared memory while the program goes on

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from generated.known_bad import known_bad
+from generated.retention.chunk import WHOLE
 from tuning.compilation import Arch, Resources
 from tuning.compile_pool import Compiled, CompilePool, same_kernel
 from tuning.coverage import assign
@@ -27,7 +28,7 @@ from tuning.search import MAX_SPILLS, Effort, Search, constraints
 from tuning.space import Sifted, knob_values, launched
 from tuning.winners import HELD, MODEL_NOISE, SHARED, Found, Winner
 
-NEIGHBOUR_SEGMENTS = (1 << 20, 512, 256)
+NEIGHBOUR_SEGMENTS = (WHOLE, 512, 256)
 # Which runs the others' kernels too, or starts from their winners.
 AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate

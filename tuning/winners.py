@@ -11,7 +11,7 @@ from tuning.timing import Timing
 
 NOISE = 0.01  # between two races' times of one configuration
 HELD = 0.02  # a challenger must beat what is in use by more than this
-MODEL_NOISE = 0.5  # the same by a model: of the shipped landscapes' 18 choices none is then slower than the default
+MODEL_NOISE = 0.7  # the same by a model: of the shipped landscapes' 18 choices none is then slower than the default
 SHARED = 0.01  # what a point may lose against its fastest, so that neighbours share a rule
 
 
