@@ -388,6 +388,8 @@ def _report(
 ) -> None:
     if winners:
         console.print(*_tables(winners, tuner.arch, console.width))
+    else:
+        console.print("no candidate was compiled and accepted")
     funnel = tuner.funnel
     console.print(_funnel_table(funnel, modelled=tuner.judge.modelled))
     if funnel.compared:
@@ -403,7 +405,10 @@ def _report(
         console.print(escape(f"not used: {line}"), soft_wrap=True)
     if tuner.unfinished or tuner.interrupted:
         cause = "stopped" if tuner.interrupted else f"the budget of {budget:g} s is spent"
-        console.print(f"{cause}: {tuner.unfinished} of {_count(searches, 'search', 'searches')} did not end")
+        unproven = searches - len(winners)
+        left = f", {unproven} came to nothing proven" if unproven else ""
+        count = _count(searches, "search", "searches")
+        console.print(f"{cause}: {tuner.unfinished} of {count} did not end{left}; another run goes on")
 
 
 def _count_forms(funnel: Funnel, forms: list[rules.Entry], known: list[rules.Entry]) -> None:
@@ -468,7 +473,7 @@ def _conclude(console: Console, winners: int, path: Path, seconds: float) -> Non
             folder = path.resolve().parent
             console.print(escape(f"to use them, set RETGEN_CONFIG_DIR={folder}"), soft_wrap=True)
     else:
-        console.print("wrote nothing: no candidate was compiled and accepted; what was in use stays in use")
+        console.print("wrote nothing; what was in use stays in use")
     console.print(f"took {seconds:.0f} s")
 
 
