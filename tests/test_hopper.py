@@ -19,7 +19,7 @@ from rich.console import Console
 import generated
 from generated import configuration, launch
 from generated.configuration import kernel_registry, source_hash
-from generated.retention import auto
+from generated.retention import auto, fused_chunk
 from generated.retention import fused_chunk_hopper as hopper
 from generated.retention.fused_chunk import chunk_scores_kernel
 from generated.retention.fused_chunk_hopper import FusedChunkHopperConfig, fused_chunk_hopper_sweep
@@ -34,6 +34,7 @@ from tuning.workloads import builtin
 
 SM90 = ARCHS["sm90"]
 PROBLEM = Problem(HOPPER, "bfloat16", 8, 2048, 8, 256, 512)
+WIDE = replace(PROBLEM, K=512, V=256)  # of the gradients of q and k
 PLAIN = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or not hopper.is_hopper(torch.device("cuda")), reason="needs a Hopper GPU"
@@ -49,6 +50,10 @@ def inputs(T: int = 128, K: int = 256, V: int = 128, dtype: torch.dtype = torch.
     [
         ({}, True),
         ({"V": 512, "dtype": torch.float16}, True),
+        ({"K": 512}, True),
+        ({"K": 512, "V": 192}, True),
+        ({"K": 512, "V": 96}, False),
+        ({"K": 384}, False),
         ({"T": 100}, False),
         ({"T": 96}, False),
         ({"K": 128}, False),
@@ -78,10 +83,12 @@ def test_it_runs_no_states_and_nothing_packed(given: str) -> None:
 @pytest.fixture
 def rule(only_this_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule of the form's for whatever is on the meta device, which passes for a Hopper GPU."""
-    point = Point("bfloat16", 256, 128, 6, 128)
-    figures = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9, "point": rules.point_text(point)}
-    entry = Entry(PROBLEM.kernel, point, {"BT": 32, "num_stages": 4}, "measured", figures)
-    rules.write(only_this_directory / "a.yaml", rules.document([entry], {"name": "Pretended", "arch": "sm90"}, None))
+    entries = []
+    for point in (Point("bfloat16", 256, 128, 6, 128), Point("bfloat16", 512, 128, 6, 128)):
+        figures: dict[str, Any] = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9}
+        figures["point"] = rules.point_text(point)
+        entries.append(Entry(PROBLEM.kernel, point, {"BT": 32, "num_stages": 3}, "measured", figures))
+    rules.write(only_this_directory / "a.yaml", rules.document(entries, {"name": "Pretended", "arch": "sm90"}, None))
     configuration.reload()
     select = configuration.select_config
 
@@ -91,7 +98,7 @@ def rule(only_this_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "select_config", on_gpu)
 
 
-RULE = FusedChunkHopperConfig(32, 4)
+RULE = FusedChunkHopperConfig(32, 3)
 
 
 def test_its_rule_is_what_has_it_used_whatever_was_asked_before(rule: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,12 +132,38 @@ def test_auto_runs_it_where_its_rule_holds_and_the_chosen_form_elsewhere(
     found: list[str] = []
     for name in auto.SWEEPS:
         monkeypatch.setitem(auto.SWEEPS, name, lambda *_, name=name, **__: found.append(name))
-    monkeypatch.setattr(auto, "run_on_hopper", lambda config, *_: found.append(HOPPER) if config == RULE else None)
+    monkeypatch.setattr(
+        auto, "run_on_hopper", lambda config, *_, **__: found.append(HOPPER) if config == RULE else None
+    )
     sizes = {name: changes[name] for name in changes if name in ("T", "V")}
     q, v = inputs(**sizes)
     given = PLAIN | {name: value for name, value in changes.items() if name not in sizes}
     auto.auto_sweep(q, q, v, torch.empty(3), 1.0, reverse=False, adjoint=False, **given)  # type: ignore[arg-type]
     assert found == used
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_gradients_of_q_and_k_read_the_same_scores(
+    reverse: bool, rule: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, made, swept = torch.empty(1), list[int](), list[tuple[int, bool, bool]]()
+
+    def run_on_hopper(config: Any, _: float, reverse: bool, q: torch.Tensor, *__: Any, **given: Any) -> torch.Tensor:
+        swept.append((q.shape[3], reverse, given["scores"] is scores))
+        return q
+
+    def make_scores(_: Any, q: torch.Tensor, k: torch.Tensor, BT: int, *__: Any) -> torch.Tensor:
+        made.append(BT)
+        return scores
+
+    monkeypatch.setattr(auto, "run_on_hopper", run_on_hopper)
+    monkeypatch.setattr(fused_chunk, "make_scores", make_scores)
+    monkeypatch.setitem(auto.SWEEPS, "chunk", lambda q, *_, **__: q)  # of dv
+    q, v = inputs(K=128, V=512)
+    order: dict[str, Any] = {"cu_seqlens": None, "reverse": reverse, "chunk_size": None}
+    auto.auto_gradients(q, q, v, v, torch.empty(3), 1.0, h0=None, dht=None, dh0=None, **order)
+    assert swept == [(512, reverse, not reverse), (512, not reverse, not reverse)]
+    assert made == ([] if reverse else [RULE.BT])
 
 
 def test_auto_has_its_calls_ready(rule: None) -> None:
@@ -141,19 +174,28 @@ def test_auto_has_its_calls_ready(rule: None) -> None:
     assert ready.gradients is None
 
 
-def test_every_candidate_compiles_in_both_directions_without_spills_and_fits() -> None:
-    candidates = PROBLEM.sift(SM90).candidates
-    assert {PROBLEM.default(), FusedChunkHopperConfig(BT=32, num_stages=4)} <= set(candidates)
+@pytest.mark.parametrize(("problem", "stages"), [(PROBLEM, 5), (WIDE, 3)], ids=["256", "512"])
+def test_every_candidate_compiles_in_both_directions_without_spills_and_fits(problem: Problem, stages: int) -> None:
+    candidates = problem.sift(SM90).candidates
     largest = max(candidates, key=lambda config: (config.BT == 32, config.num_stages))
-    meta = PROBLEM.inputs("meta")
-    for config in (min(candidates, key=str), PROBLEM.default(), largest):
-        estimate = PROBLEM.space.needs.estimate(PROBLEM.place(SM90), config)
-        for options in PROBLEM.variants(config).values():
-            scores, needs = compile_launch(functools.partial(PROBLEM.run, meta, config, **options), SM90)
+    assert largest == FusedChunkHopperConfig(BT=32, num_stages=stages)
+    assert problem.default() in candidates
+    meta = problem.inputs("meta")
+    for config in dict.fromkeys((min(candidates, key=str), problem.default(), largest)):
+        estimate = problem.space.needs.estimate(problem.place(SM90), config)
+        digests = set()
+        for options in problem.variants(config).values():
+            scores, needs = compile_launch(functools.partial(problem.run, meta, config, **options), SM90)
             assert (needs.registers, needs.spills, needs.warps) == (hopper.AT_FIRST, 0, config.num_warps)
             assert needs.fits(SM90)
             assert 0 <= needs.shared - estimate.shared < 1024  # the barriers
             assert scores.spills == 0
+            digests.add(needs.digest)
+        assert len(digests) == 3  # forwards, in reverse, and in reverse with the scores of forwards
+
+
+def test_a_program_has_columns_of_each_group_or_of_both() -> None:
+    assert [hopper.columns_at(K) for K in hopper.WIDTHS] == [128, 64]
 
 
 def test_gluon_is_imported_when_the_kernel_first_runs() -> None:
@@ -230,7 +272,7 @@ def test_it_is_proven_on_whole_chunks() -> None:
     found = draws(PROBLEM, PROBLEM.default())
     assert {draw.reverse for draw in found} == {False, True}
     assert all(length % hopper.LONGEST == 0 for draw in found for length in draw.lengths)
-    assert not any(draw.states or draw.turned or draw.adjoint or len(draw.lengths) > 1 for draw in found)
+    assert not any(draw.states or draw.adjoint or len(draw.lengths) > 1 for draw in found)
     assert {w.name for w in builtin().values() if replace(PROBLEM, T=w.T, K=w.K, V=w.V).runs_whole} == {
         "retnet_1.3b",
         "wide_256",
@@ -241,32 +283,39 @@ def test_it_is_proven_on_whole_chunks() -> None:
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("BT", "stages"), [(64, 2), (32, 4), (16, 3)])
-def test_outputs_on_a_gpu_are_the_oracles_and_the_same_bits_twice(BT: int, stages: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("K", "BT", "stages"), [(256, 64, 2), (256, 32, 4), (256, 16, 3), (512, 32, 3), (512, 32, 2), (512, 16, 6)]
+)
+def test_outputs_on_a_gpu_are_the_oracles_and_the_same_bits_twice(
+    K: int, BT: int, stages: int, dtype: torch.dtype
+) -> None:
     config = FusedChunkHopperConfig(BT, stages)
-    problem = make_problem(2, 640, 5, 256, 256, dtype, device="cuda", states=False)
+    problem = make_problem(2, 640, 5, K, K, dtype, device="cuda", states=False)
     rates = torch.log1p(-torch.exp2(-torch.arange(5, 10, dtype=torch.float64))).float().cuda()
 
-    def sweep(*tensors: torch.Tensor, reverse: bool) -> torch.Tensor:
+    def sweep(*tensors: torch.Tensor, reverse: bool, scores: torch.Tensor | None = None) -> torch.Tensor:
         return fused_chunk_hopper_sweep(
             *tensors,
             rates,
-            0.0625,
+            K**-0.5,
             reverse=reverse,
             adjoint=False,
             config=config,
+            scores=scores,
             **PLAIN,  # type: ignore[arg-type]
         )
 
     q, k, v, do = (x.detach() for x in (problem.q, problem.k, problem.v, problem.do))
+    shared = fused_chunk.shared_scores(do, v, rates, config, cu_seqlens=None, reverse=False)["scores"]
     found = {
         "o": sweep(q, k, v, reverse=False),
-        "dq": sweep(do, v, k, reverse=False),
-        "dk": sweep(v, do, q, reverse=True),
+        "dq": sweep(do, v, k, reverse=False, scores=shared),
+        "dk": sweep(v, do, q, reverse=True, scores=shared),
         "dv": sweep(k, q, do, reverse=True),
     }
     assert_matches(found, problem, formula=by_blocks)
     assert torch.equal(found["o"], sweep(q, k, v, reverse=False))
+    assert_matches(found | {"dk": sweep(v, do, q, reverse=True)}, problem, formula=by_blocks)
 
 
 @pytest.mark.gpu
@@ -279,11 +328,15 @@ def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
     T: int, V: int, states: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = make_problem(2, T, 5, 256, V, torch.bfloat16, device="cuda", states=states)
-    point = Point("bfloat16", 256, V, 10, 640)
-    figures = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9, "point": rules.point_text(point)}
-    entry = Entry(PROBLEM.kernel, point, {"BT": 64, "num_stages": 2}, "measured", figures)
+    entries = []
+    for K, columns in {(256, V), (V, 256)}:
+        point = Point("bfloat16", K, columns, 10, 640)
+        figures: dict[str, Any] = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9}
+        figures["point"] = rules.point_text(point)
+        use = vars(hopper.default_config(torch.bfloat16, K, columns))
+        entries.append(Entry(PROBLEM.kernel, point, use, "measured", figures))
     device = {"name": torch.cuda.get_device_name(), "arch": "sm90"}
-    rules.write(tmp_path / "a.yaml", rules.document([entry], device, None))
+    rules.write(tmp_path / "a.yaml", rules.document(entries, device, None))
     monkeypatch.setenv("RETGEN_CONFIG_DIR", str(tmp_path))
     configuration.reload()
     try:

@@ -17,9 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from generated.retention import fused_chunk
+from generated.retention import fused_chunk, fused_chunk_hopper
 from tuning.compilation import Arch, Resources
-from tuning.problems import GRADIENTS, Problem
+from tuning.problems import GRADIENTS, HOPPER, Problem
 
 STEP_LATENCY_MS = 1.2e-3
 TOKEN_LATENCY_MS = 0.5e-3
@@ -103,12 +103,19 @@ def _work(problem: Problem, config: Any) -> Work:
         return Work(programs, max(1.0, T / 2 / config.BS), flops, size * config.BS * (K + config.BV), hidden)
     length = min(T, getattr(config, "L", T))
     sweeps = 3 if problem.form == GRADIENTS else 1
-    programs = sweeps * _blocks(V, config.BV) * _blocks(T, length) * rows
-    BK = fused_chunk.state_rows(K, config)
-    scored = config.BV if getattr(config, "scores", 0) else BK + config.BV
-    flops = 2.0 * config.BT * (config.BT * scored + 2 * BK * config.BV)
+    BK, BV = _state_tile(problem, config)
+    programs = sweeps * _blocks(V, BV) * _blocks(T, length) * rows
+    scored = BV if getattr(config, "scores", 0) else BK + BV
+    flops = 2.0 * config.BT * (config.BT * scored + 2 * BK * BV)
     steps = _parts(problem, config) * length / config.BT
-    return Work(programs, steps, flops, size * config.BT * (2 * BK + 2 * config.BV), 1.5 * hidden)
+    return Work(programs, steps, flops, size * config.BT * (2 * BK + 2 * BV), 1.5 * hidden)
+
+
+def _state_tile(problem: Problem, config: Any) -> tuple[int, int]:
+    """Rows and columns of the state that a program of a sweep in chunks has."""
+    if problem.form == HOPPER:
+        return problem.K, fused_chunk_hopper.columns_at(problem.K)
+    return fused_chunk.state_rows(problem.K, config), config.BV
 
 
 def _states_traffic(problem: Problem, config: Any) -> float:
@@ -124,7 +131,8 @@ def _scores_traffic(problem: Problem, config: Any) -> float:
     """Bytes of q and k, read again for the chunks' scores, and of these, written once and read by each block of v."""
     if not getattr(config, "scores", 0):
         return 0.0
-    stored = config.BT * (1 + _blocks(problem.V, config.BV))
+    _, BV = _state_tile(problem, config)
+    stored = config.BT * (1 + _blocks(problem.V, BV))
     return float(problem.B * problem.H * problem.T * (2 * problem.K + stored) * problem.torch_dtype.itemsize)
 
 
@@ -135,8 +143,10 @@ def _sums_traffic(problem: Problem, parts: int) -> float:
 
 def _parts(problem: Problem, config: Any) -> int:
     """How many launches, one after the other, share K between them."""
-    transposed = getattr(config, "transposed", 0)
-    return _blocks(problem.K, fused_chunk.state_rows(problem.K, config)) if transposed else 1
+    if not getattr(config, "transposed", 0):
+        return 1
+    BK, _ = _state_tile(problem, config)
+    return _blocks(problem.K, BK)
 
 
 def _blocks(size: int, block: int) -> int:

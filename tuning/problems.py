@@ -69,7 +69,7 @@ FORMS = {
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
 PLAIN = "plain"  # the variant of a launch that is timed
 GRADIENTS = "fused_chunk_gradients"
-HOPPER = "fused_chunk_hopper"  # runs whole chunks of one width alone, without states, and nothing packed
+HOPPER = "fused_chunk_hopper"  # runs whole chunks of two widths alone, without states, and nothing packed
 PASSES = ("chunk_states", GRADIENTS)  # no sweeps of their own
 FORM_KERNEL, GRADIENTS_FORM_KERNEL, HOPPER_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL, fused_chunk_hopper.KERNEL
 
@@ -144,7 +144,7 @@ class Problem:
             states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
         found: dict[str, dict[str, Any]] = {PLAIN: {}}
         if self.form == HOPPER:
-            return found | {"reversed": {"reverse": True}}
+            return found | {"reversed": {"reverse": True}, "turned": {"reverse": True, "turned": True}}
         if states:
             found["states"] = states
         if self.form != "chunk_states":

@@ -58,6 +58,7 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         return [
             Draw("from the first token", (WHOLE_TOKENS,)),
             Draw("from the last token", (WHOLE_TOKENS,), reverse=True),
+            Draw("scores turned", (WHOLE_TOKENS,), reverse=True, turned=True),
             Draw("one chunk", (LONGEST,)),
             Draw("large numbers", (WHOLE_TOKENS,), log2_size=size),
             Draw("tiny numbers", (WHOLE_TOKENS,), log2_size=-size),

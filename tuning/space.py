@@ -127,8 +127,10 @@ def _recurrent_registers(K: int, c: Any) -> float:
 
 
 def _hopper_shared(place: Place, c: Any) -> int:
-    slot = c.BT * (2 * place.width + c.BV + c.BT)
-    return int(c.num_stages * slot + 2 * c.BT * c.BV + 4 * c.BT)  # outputs twice, and two rows of float32
+    columns = hopper.columns_at(place.K)
+    slot = c.BT * (2 * place.K + columns + c.BT)
+    sums = 2 * c.BT * columns if place.K > hopper.ROWS else 0
+    return int(c.num_stages * slot + 2 * c.BT * columns + sums + 4 * c.BT)  # outputs twice, and two rows of float32
 
 
 SWEEP = Needs(_sweep_registers, _sweep_shared)
