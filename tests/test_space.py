@@ -260,12 +260,12 @@ def test_the_defaults_are_near_the_best_that_was_measured() -> None:
     [
         (64, 128, 2048, WHOLE),  # 128 programs of 64 columns
         (32, 128, 65536, WHOLE),
-        (31, 128, 65536, 32768),
-        (8, 128, 131072, 16384),
+        (31, 128, 65536, 16384),
+        (8, 128, 131072, 8192),
         (8, 128, 2048, 256),
         (1, 64, 2048, 256),
         (1, 64, 256, WHOLE),
-        (2, 64, 131072, 2048),
+        (2, 64, 131072, 1024),
     ],
 )
 def test_chunk_by_default_has_as_many_segments_as_fill_the_gpu(BH: int, V: int, T: int, L: int) -> None:

@@ -170,11 +170,11 @@ def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHIN
 def same_kernel(problem: Problem, config: Any) -> tuple[Problem, Any]:
     """One problem and configuration for all that compile to one kernel, and one form for all that launch it.
 
-    Its arguments are B, T and H, and L but for whether a segment is one chunk, which decides the dtype of the states.
+    Its arguments are B, T, H and L.
     """
     problem, config = same_launch(problem, config)
     if problem.form == "chunk":
-        config = replace(config, L=config.BT if config.L == config.BT else max(LONGEST, 2 * config.BT))
+        config = replace(config, L=LONGEST)
     return replace(problem, B=1, T=0, H=1), config
 
 
@@ -222,8 +222,9 @@ def _needs(problem: Problem, config: Any, arch: str, options: Mapping[str, Any],
             if options.get("turned"):  # scores are, of whole chunks
                 problem = replace(problem, T=blocks(problem.T, config.BT) * config.BT)
             inputs = problem.inputs("meta")
-            # The launch that is tuned is the last one: chunk's pass over the states comes before it.
-            return compile_launch(lambda: problem.run(inputs, config, **options), ARCHS[arch])[-1]
+            launches = compile_launch(lambda: problem.run(inputs, config, **options), ARCHS[arch])
+            # What is tuned comes after what makes the states or the scores; of the states themselves before their scan.
+            return launches[0 if problem.form == "chunk_states" else -1]
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the search goes on
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"

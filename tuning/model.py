@@ -123,8 +123,8 @@ def _states_traffic(problem: Problem, config: Any) -> float:
     if problem.form != "chunk" or config.L >= problem.T:
         return 0.0
     rows, size = problem.B * problem.H, problem.torch_dtype.itemsize
-    stored = rows * (problem.T / config.L) * problem.K * problem.V * size
-    return float(2 * stored + rows * problem.T * (problem.K + problem.V) * size)
+    stored = rows * (problem.T / config.L) * problem.K * problem.V * 4  # written and read twice: the scan comes between
+    return float(4 * stored + rows * problem.T * (problem.K + problem.V) * size)
 
 
 def _scores_traffic(problem: Problem, config: Any) -> float:

@@ -36,7 +36,7 @@ class Form:
 
 def _chunk_states_sweep(q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale: float, **options: Any) -> Tensor:
     """The pass of chunk that stores states, alone; returns them, [B * segments, H, K, V]."""
-    hs = chunk.segment_states(k, v, None, STATES_SEGMENT, torch.float32)
+    hs = chunk.segment_states(k, v, None, STATES_SEGMENT)
     config = options["config"]
     chunk.launch_chunk_states(k, v, hs, g_gamma, scale, STATES_SEGMENT, config, reverse=options["reverse"])
     return hs

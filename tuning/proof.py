@@ -52,7 +52,8 @@ class Draw:
 def draws(problem: Problem, config: Any) -> list[Draw]:
     """The draws of a problem: what its form knows nothing of (states, packed sequences) is left out."""
     segment = STATES_SEGMENT if problem.form == "chunk_states" else getattr(config, "L", 0)
-    tokens = segment + TOKENS if 0 < segment < problem.T else TOKENS  # more than a segment, where there is one
+    # More than two segments, where there are any: at the start of the third a state has decayed over one.
+    tokens = 2 * segment + TOKENS if 0 < segment < problem.T else TOKENS
     size = SIZES[problem.dtype]
     if problem.form == HOPPER:
         return [

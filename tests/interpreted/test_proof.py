@@ -112,12 +112,14 @@ SCORED_FAULTS = {
 }
 STATES_FAULTS = {
     "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
-    "state stored before its decay": (
-        "b_h.to(hs.dtype.element_ty)",
-        "(b_h * tl.exp2(-b_g)).to(hs.dtype.element_ty)",
-        WRONG,
-    ),
-    "state of the segment's last chunk": ("i_t * BT % L == 0", "(i_t + 1) * BT % L == 0", WRONG),
+    "state stored before its decay": ("tl.store(p_hs, b_h,", "tl.store(p_hs, b_h * tl.exp2(-b_g),", WRONG),
+    "segment without its last chunk": ("(i_s + 1) * (L // BT)", "(i_s + 1) * (L // BT) - 1", WRONG),
+}
+SCAN_FAULTS = {
+    "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
+    "decay of two segments": ("tl.minimum(T - i_s * L, L)", "2 * tl.minimum(T - i_s * L, L)", WRONG),
+    "state after the segment": ("        b_h += b_own\n", "", WRONG),
+    "last segment left out": ("tl.range(0, tl.cdiv(T, L)", "tl.range(0, tl.cdiv(T, L) - 1", WRONG),
 }
 OUTPUTS_FAULTS = {
     "carried state left out": (
@@ -141,7 +143,7 @@ WHOLE_FAULTS = {  # what two rows and three heads do not show
     "store before the output": (OUTPUT, f"tl.store(o - 1, 0.0, mask=i_n == 3)\n    {OUTPUT}", "beside a tensor"),
     "race of two programs": (OUTPUT, OVERLAP, "two runs"),
 }
-Plant = Callable[[str, str, str], None]
+Plant = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
@@ -163,8 +165,9 @@ SMALL = problem_of("fused_chunk")
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
     """Puts a module with another text in its kernel in the place of a part's."""
 
-    def put(part: str, old: str, new: str) -> None:
-        kernel, module, _ = KERNELS[part]
+    def put(part: str, old: str, new: str, kernel: str | None = None) -> None:
+        name_of, module, _ = KERNELS[part]
+        kernel = kernel or name_of
         text = Path(str(module.__file__)).read_text(encoding="utf-8").partition("\nregister_kernel(")[0]
         before, name, after = text.partition(f"def {kernel}(")
         body, end, rest = after.partition("\n\n\n")
@@ -209,8 +212,8 @@ def finds(plant: Plant, either_order: None, monkeypatch: pytest.MonkeyPatch) -> 
     """Asserts that a part's proof finds a fault, in a draw that it names."""
     monkeypatch.setattr(proof, "TOKENS", 93)  # what a chunk without a mask stores lies within the margin
 
-    def check(part: str, old: str, new: str, said: str) -> None:
-        plant(part, old, new)
+    def check(part: str, old: str, new: str, said: str, kernel: str | None = None) -> None:
+        plant(part, old, new, kernel)
         problem, config = problem_of(part), KERNELS[part][2]
         with pytest.raises(ArithmeticError) as caught:
             proof.prove(problem, config, EXTRA.get(part, {}), "cpu")
@@ -252,6 +255,12 @@ def test_every_fault_of_scores_that_are_read_is_found(
 @pytest.mark.parametrize("fault", STATES_FAULTS)
 def test_every_fault_of_stored_states_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
     finds("chunk_states", *STATES_FAULTS[fault])
+
+
+@pytest.mark.forms("chunk")
+@pytest.mark.parametrize("fault", SCAN_FAULTS)
+def test_every_fault_of_the_scan_of_states_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
+    finds("chunk_states", *SCAN_FAULTS[fault], kernel="chunk_scan_kernel")
 
 
 @pytest.mark.forms("chunk")
@@ -324,7 +333,7 @@ def test_an_output_that_is_near_zero_by_chance_may_be_off_by_rounding(form: str)
 @pytest.mark.forms("chunk")
 def test_segments_are_looked_at_where_there_are_any(form: str) -> None:
     problem = replace(SMALL, form="chunk", T=4096)
-    for L, tokens in ((256, 256 + proof.TOKENS), (1 << 20, proof.TOKENS)):
+    for L, tokens in ((256, 2 * 256 + proof.TOKENS), (1 << 20, proof.TOKENS)):
         lengths = [draw.lengths for draw in proof.draws(problem, replace(problem.default(), L=L))]
         assert max(map(max, lengths)) == tokens
 
