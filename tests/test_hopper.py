@@ -99,6 +99,7 @@ def rule(only_this_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RULE = FusedChunkHopperConfig(32, 3)
+MADE = FusedChunkHopperConfig(64, 2, scores=0)
 
 
 def test_its_rule_is_what_has_it_used_whatever_was_asked_before(rule: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +167,34 @@ def test_the_gradients_of_q_and_k_read_the_same_scores(
     assert made == ([] if reverse else [RULE.BT])
 
 
+def test_the_gradients_share_nothing_where_scores_are_made(rule: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[tuple[Any, Any]] = []
+
+    def run_on_hopper(config: Any, _: float, reverse: bool, q: torch.Tensor, *__: Any, **given: Any) -> torch.Tensor:
+        swept.append((config, given["scores"]))
+        return q
+
+    monkeypatch.setattr(hopper, "choose_config", lambda *_: MADE)
+    monkeypatch.setattr(auto, "run_on_hopper", run_on_hopper)
+    monkeypatch.delattr(fused_chunk, "make_scores")
+    q, v = inputs(V=256)
+    order: dict[str, Any] = {"cu_seqlens": None, "reverse": False, "chunk_size": None}
+    auto.auto_gradients(q, q, v, v, torch.empty(3), 1.0, h0=None, dht=None, dh0=None, **order)
+    assert swept == [(MADE, None)] * 3
+
+
+def test_scores_are_made_of_the_longest_chunks_by_groups_with_all_of_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="64 tokens alone"):
+        FusedChunkHopperConfig(32, 2, scores=0)
+    monkeypatch.setattr(hopper, "choose_config", lambda *_: MADE)
+    assert hopper.tuned_config(*inputs(), **PLAIN) == MADE
+    assert hopper.tuned_config(*inputs(K=512), **PLAIN) is None
+    with pytest.raises(ValueError, match="fused_chunk_retention"):
+        WIDE.run(WIDE.inputs("meta"), MADE)
+    assert [config for config in PROBLEM.sift(SM90).candidates if not config.scores] == [MADE] == [PROBLEM.default()]
+    assert all(config.scores for config in WIDE.sift(SM90).candidates)
+
+
 def test_auto_has_its_calls_ready(rule: None) -> None:
     q, v = inputs()
     ready = auto.auto_ready(q, v, 1.0, None, False, None)
@@ -181,17 +210,19 @@ def test_every_candidate_compiles_in_both_directions_without_spills_and_fits(pro
     assert largest == FusedChunkHopperConfig(BT=32, num_stages=stages)
     assert problem.default() in candidates
     meta = problem.inputs("meta")
-    for config in dict.fromkeys((min(candidates, key=str), problem.default(), largest)):
+    read = replace(problem.default(), scores=1)
+    for config in dict.fromkeys((min(candidates, key=str), problem.default(), read, largest)):
         estimate = problem.space.needs.estimate(problem.place(SM90), config)
         digests = set()
         for options in problem.variants(config).values():
-            scores, needs = compile_launch(functools.partial(problem.run, meta, config, **options), SM90)
+            *scores, needs = compile_launch(functools.partial(problem.run, meta, config, **options), SM90)
             assert (needs.registers, needs.spills, needs.warps) == (hopper.AT_FIRST, 0, config.num_warps)
             assert needs.fits(SM90)
             assert 0 <= needs.shared - estimate.shared < 1024  # the barriers
-            assert scores.spills == 0
+            assert [launch.spills for launch in scores] == [0] * config.scores
             digests.add(needs.digest)
-        assert len(digests) == 3  # forwards, in reverse, and in reverse with the scores of forwards
+        # Forwards, in reverse, and if they are read, in reverse with the scores of forwards.
+        assert len(digests) == 2 + config.scores
 
 
 def test_a_program_has_columns_of_each_group_or_of_both() -> None:
@@ -284,12 +315,22 @@ def test_it_is_proven_on_whole_chunks() -> None:
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("K", "BT", "stages"), [(256, 64, 2), (256, 32, 4), (256, 16, 3), (512, 32, 3), (512, 32, 2), (512, 16, 6)]
+    ("K", "knobs"),
+    [
+        (256, (64, 2)),
+        (256, (64, 2, 0)),
+        (256, (32, 4)),
+        (256, (16, 3)),
+        (512, (32, 3)),
+        (512, (32, 2)),
+        (512, (16, 6)),
+    ],
+    ids=str,
 )
 def test_outputs_on_a_gpu_are_the_oracles_and_the_same_bits_twice(
-    K: int, BT: int, stages: int, dtype: torch.dtype
+    K: int, knobs: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    config = FusedChunkHopperConfig(BT, stages)
+    config = FusedChunkHopperConfig(*knobs)
     problem = make_problem(2, 640, 5, K, K, dtype, device="cuda", states=False)
     rates = torch.log1p(-torch.exp2(-torch.arange(5, 10, dtype=torch.float64))).float().cuda()
 
@@ -306,7 +347,7 @@ def test_outputs_on_a_gpu_are_the_oracles_and_the_same_bits_twice(
         )
 
     q, k, v, do = (x.detach() for x in (problem.q, problem.k, problem.v, problem.do))
-    shared = fused_chunk.shared_scores(do, v, rates, config, cu_seqlens=None, reverse=False)["scores"]
+    shared = fused_chunk.shared_scores(do, v, rates, config, cu_seqlens=None, reverse=False).get("scores")
     found = {
         "o": sweep(q, k, v, reverse=False),
         "dq": sweep(do, v, k, reverse=False, scores=shared),

@@ -144,7 +144,8 @@ class Problem:
             states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
         found: dict[str, dict[str, Any]] = {PLAIN: {}}
         if self.form == HOPPER:
-            return found | {"reversed": {"reverse": True}, "turned": {"reverse": True, "turned": True}}
+            found["reversed"] = {"reverse": True}
+            return found | ({"turned": {"reverse": True, "turned": True}} if config.scores else {})
         if states:
             found["states"] = states
         if self.form != "chunk_states":

@@ -59,7 +59,7 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         return [
             Draw("from the first token", (WHOLE_TOKENS,)),
             Draw("from the last token", (WHOLE_TOKENS,), reverse=True),
-            Draw("scores turned", (WHOLE_TOKENS,), reverse=True, turned=True),
+            *([Draw("scores turned", (WHOLE_TOKENS,), reverse=True, turned=True)] if config.scores else []),
             Draw("one chunk", (LONGEST,)),
             Draw("large numbers", (WHOLE_TOKENS,), log2_size=size),
             Draw("tiny numbers", (WHOLE_TOKENS,), log2_size=-size),

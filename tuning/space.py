@@ -130,7 +130,8 @@ def _hopper_shared(place: Place, c: Any) -> int:
     columns = hopper.columns_at(place.K)
     slot = c.BT * (2 * place.K + columns + c.BT)
     sums = 2 * c.BT * columns if place.K > hopper.ROWS else 0
-    return int(c.num_stages * slot + 2 * c.BT * columns + sums + 4 * c.BT)  # outputs twice, and two rows of float32
+    weights = 2 * (2 * c.BT + (0 if c.scores else c.BT * c.BT))  # in float32, of tokens and of scores
+    return int(c.num_stages * slot + 2 * c.BT * columns + sums + weights)  # outputs twice
 
 
 SWEEP = Needs(_sweep_registers, _sweep_shared)
@@ -284,6 +285,16 @@ class Scores(Knob):
         return (0, 1) if chosen.BT >= self.FEWEST else (1,)
 
 
+class HopperScores(Knob):
+    """The same for HOPPER."""
+
+    name = "scores"
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """By the sweep only where its groups can: of the longest chunks, and of whole rows of q and k."""
+        return (0, 1) if chosen.BT == hopper.LONGEST and place.K == hopper.ROWS else (1,)
+
+
 @dataclass(frozen=True)
 class Stages(Knob):
     """Steps whose loads are in flight at once; one more where the state leaves shared memory to them."""
@@ -423,7 +434,7 @@ SPACES = {
         PARALLEL,
     ),
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
-    "fused_chunk_hopper": Space((BT(16, hopper.LONGEST), Slots(6)), HOPPER, archs=("sm90",)),
+    "fused_chunk_hopper": Space((BT(16, hopper.LONGEST), Slots(6), HopperScores()), HOPPER, archs=("sm90",)),
 }
 
 
