@@ -374,7 +374,7 @@ def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
         point = Point("bfloat16", K, columns, 10, 640)
         figures: dict[str, Any] = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9}
         figures["point"] = rules.point_text(point)
-        use = vars(hopper.default_config(torch.bfloat16, K, columns))
+        use = vars(hopper.default_config(torch.bfloat16, K, columns, 10, 640))
         entries.append(Entry(PROBLEM.kernel, point, use, "measured", figures))
     device = {"name": torch.cuda.get_device_name(), "arch": "sm90"}
     rules.write(tmp_path / "a.yaml", rules.document(entries, device, None))
