@@ -36,6 +36,7 @@ import triton
 
 from generated.configuration import packaged_directory
 from generated.configuration_file import Rule, parse_file
+from generated.retention.fused_chunk import WIDEST_TOGETHER
 from tuning.compilation import ARCHS, Resources, offline, resources
 from tuning.problems import FAMILY, FORMS, GRADIENTS, HOPPER, WITH_STATES, Problem
 from tuning.space import knob_values
@@ -119,7 +120,7 @@ def default_cases(*, every: bool = False) -> list[Case]:
         for j, form in enumerate(PUBLIC_FORMS)
         for n, dtype in enumerate(DTYPES)
         for m, (K, V) in enumerate(WIDTHS)
-        if (K == V or form != GRADIENTS) and (every or (m - i - 2 * j - 3 * n) % len(WIDTHS) == 0)
+        if (form != GRADIENTS or K == V <= WIDEST_TOGETHER) and (every or (m - i - 2 * j - 3 * n) % len(WIDTHS) == 0)
     ]
 
 

@@ -162,6 +162,16 @@ def test_a_launch_of_tensors_uses_what_a_launch_of_shapes_compiled(form: str) ->
     assert len(first) == {"chunk": 3, "chunk_states": 2}.get(form, 1)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_scan_of_states_reads_a_segment_before_it_writes_there(arch: str) -> None:
+    problem = Problem("chunk_states", "bfloat16", 1, 2048, 2, 128, 128)
+    with offline(ARCHS[arch].target) as compiled:
+        problem.run(problem.inputs("meta"), problem.default())
+    loop = compiled[-1].asm["ttgir"].partition("scf.for")[2]
+    waits, loads, stores = (loop.index(name) for name in ("ttg.async_wait", "ttg.local_load", "tt.store"))
+    assert waits < loads < stores
+
+
 def test_a_second_process_finds_what_the_first_one_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 

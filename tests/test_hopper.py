@@ -26,7 +26,7 @@ from generated.retention.fused_chunk_hopper import FusedChunkHopperConfig, fused
 from tuning import rules
 from tuning import run as run_module
 from tuning.compilation import ARCHS, compile_launch
-from tuning.problems import HOPPER, Problem
+from tuning.problems import GRADIENTS, HOPPER, Problem
 from tuning.proof import draws
 from tuning.rules import Entry, Point
 from tuning.winners import Winner
@@ -279,6 +279,30 @@ def test_it_has_a_rule_where_it_is_faster_than_what_would_run_otherwise(
     modelled = replace(winner, modelled=True)
     assert rules.without_use([modelled, *winners[1:]], entries) == [modelled]
     assert all(entry.use != {"form": HOPPER} for entry in rules.form_entries(winners))
+
+
+@pytest.mark.parametrize(
+    ("hopper_ms", "held_ms", "way"),
+    [
+        (None, None, "fused_chunk"),
+        (0.9, None, "fused_chunk"),
+        (0.4, None, "sweeps"),
+        (None, 0.4, "sweeps"),
+        (0.9, 0.4, "fused_chunk"),
+    ],
+)
+def test_where_it_has_a_rule_three_sweeps_are_its_sweeps(
+    hopper_ms: float | None, held_ms: float | None, way: str
+) -> None:
+    square = {"K": 256, "V": 256}
+    winners = [won(form, ms, **square) for form, ms in (("chunk", 0.6), ("fused_chunk", 0.6), (GRADIENTS, 1.5))]
+    point = rules.point_of(winners[0].problem)
+    if hopper_ms is not None:
+        winners.append(won(HOPPER, hopper_ms, **square))
+    known = [] if held_ms is None else [Entry(PROBLEM.kernel, point, {}, "measured", {"ms": held_ms})]
+    *_, gradients = rules.form_entries(winners, known)
+    assert gradients.use == {"form": way}
+    assert gradients.figures["default_ms"] == pytest.approx(3 * (0.4 if way == "sweeps" else 0.6))
 
 
 def test_a_rule_that_is_of_no_use_any_more_leaves_its_file(tmp_path: Path) -> None:

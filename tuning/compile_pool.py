@@ -170,7 +170,7 @@ def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHIN
 def same_kernel(problem: Problem, config: Any) -> tuple[Problem, Any]:
     """One problem and configuration for all that compile to one kernel, and one form for all that launch it.
 
-    Its arguments are B, T, H and L.
+    Its arguments are B, T, H and L, which is no shorter than a chunk.
     """
     problem, config = same_launch(problem, config)
     if problem.form == "chunk":

@@ -19,7 +19,7 @@ from typing import Any
 
 from generated.retention import fused_chunk, fused_chunk_hopper
 from tuning.compilation import Arch, Resources
-from tuning.problems import GRADIENTS, HOPPER, Problem
+from tuning.problems import GRADIENTS, HOPPER, STATES_SEGMENT, Problem
 
 STEP_LATENCY_MS = 1.2e-3
 TOKEN_LATENCY_MS = 0.5e-3
@@ -70,7 +70,8 @@ def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None =
         work.latency,
     )
     parts = _parts(problem, config)
-    launches = parts + (problem.form == "chunk" and config.L < problem.T) + getattr(config, "scores", 0)
+    in_segments = problem.form == "chunk" and config.L < problem.T
+    launches = parts + 2 * in_segments + (problem.form == "chunk_states") + getattr(config, "scores", 0)
     spilled = 1 + needs.spills / 256  # every spilled word goes through memory and back
     return (
         spilled * waves * work.steps * step
@@ -94,9 +95,10 @@ def _work(problem: Problem, config: Any) -> Work:
         return Work(programs, T, 0.0, size * (2 * K + config.BV), latency)
     hidden = STEP_LATENCY_MS * (1.0 if config.num_stages == 1 else 0.7)
     if problem.form == "chunk_states":
-        programs = _blocks(V, config.BV) * _blocks(K, config.BK) * rows
+        length = min(T, STATES_SEGMENT)
+        programs = _blocks(V, config.BV) * _blocks(K, config.BK) * _blocks(T, length) * rows
         flops = 2.0 * config.BT * config.BK * config.BV
-        return Work(programs, T / config.BT, flops, size * config.BT * (config.BK + config.BV), hidden)
+        return Work(programs, length / config.BT, flops, size * config.BT * (config.BK + config.BV), hidden)
     if problem.form == "parallel":
         programs = _blocks(V, config.BV) * _blocks(T, config.BT) * rows
         flops = 2.0 * config.BT * config.BS * (K + config.BV)
@@ -119,11 +121,14 @@ def _state_tile(problem: Problem, config: Any) -> tuple[int, int]:
 
 
 def _states_traffic(problem: Problem, config: Any) -> float:
-    """Bytes of the states that the chunk form stores and loads, and of k and v read once more."""
-    if problem.form != "chunk" or config.L >= problem.T:
+    """Bytes of the segments' states, which a scan reads and writes anew, and of k and v, read for them once more."""
+    L = STATES_SEGMENT if problem.form == "chunk_states" else getattr(config, "L", problem.T)
+    if problem.form not in ("chunk", "chunk_states") or L >= problem.T:
         return 0.0
     rows, size = problem.B * problem.H, problem.torch_dtype.itemsize
-    stored = rows * (problem.T / config.L) * problem.K * problem.V * 4  # written and read twice: the scan comes between
+    stored = rows * (problem.T / L) * problem.K * problem.V * 4
+    if problem.form == "chunk_states":
+        return float(3 * stored)
     return float(4 * stored + rows * problem.T * (problem.K + problem.V) * size)
 
 

@@ -185,10 +185,10 @@ def problem_at(kernel: str, dtype: str, K: int, V: int, BH: int, T: int) -> Prob
 def problems_of(workload: Workload, form: str) -> list[Problem]:
     """The problems of one form at one workload: one, or two where K and V differ.
 
-    None of gradients in one launch there, and of HOPPER only at its own sizes.
+    None of gradients in one launch there or where they are wide, and of HOPPER only at its own sizes.
     """
     w = workload
-    if form == GRADIENTS and w.K != w.V:
+    if form == GRADIENTS and not w.K == w.V <= fused_chunk.WIDEST_TOGETHER:
         return []
     widths = dict.fromkeys([(w.K, w.V), (w.V, w.K)])
     found = [Problem(form, w.dtype, w.B, w.T, w.H, K, V) for K, V in widths]

@@ -78,14 +78,17 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
     """Which form sweeps fastest at each point, where at least two were tuned, and which way gives the gradients.
 
     What `known` rules say stays unless it is beaten beyond the noise, where there are none the default: the form chunk,
-    and for gradients three sweeps by the chosen form. A model does not choose: it is good enough to rank the tiles of
-    one form, not to hold one form against another. A form that is in use and was not tuned now stays where its figures
-    are not beaten. Forms that come to the same launch are as fast as each other, whatever was measured.
+    and for gradients three sweeps by the chosen form, or by HOPPER where it has a rule. A model does not choose: it is
+    good enough to rank the tiles of one form, not to hold one form against another. A form that is in use and was not
+    tuned now stays where its figures are not beaten. Forms that come to the same launch are as fast as each other,
+    whatever was measured.
     """
+    winners, known = list(winners), list(known)
     rules = {(entry.kernel, entry.point): entry for entry in known if "form" in entry.use}
     held = {place: str(entry.use["form"]) for place, entry in rules.items()}
     shapes: dict[Problem, dict[str, Winner]] = {}
     gradients: dict[Problem, Winner] = {}
+    by_hopper = _hopper_times(winners, known)
     for winner in _as_fast_as_their_launches([winner for winner in winners if not winner.modelled]):
         shape = replace(winner.problem, form="")
         if winner.problem.form == GRADIENTS:
@@ -100,7 +103,8 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
             entries.append(chosen)
             if together := gradients.get(shape):
                 sweep = forms[chosen.use["form"]]
-                apart = replace(sweep, timing=replace(sweep.timing, ms=3 * sweep.ms))
+                ms = min(sweep.ms, by_hopper.get(point, math.inf))
+                apart = replace(sweep, timing=replace(sweep.timing, ms=3 * ms))
                 ways = {"sweeps": apart, "fused_chunk": together}
                 now = held.get((GRADIENTS_FORM_KERNEL, point))
                 entries.append(_form_entry(GRADIENTS_FORM_KERNEL, space.GRADIENTS, ways, now))
@@ -130,6 +134,14 @@ def without_use(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list[
         return not winner.modelled and point in others and winner.ms < limit * others[point]
 
     return [winner for winner in winners if winner.problem.form == HOPPER and not is_used(winner)]
+
+
+def _hopper_times(winners: list[Winner], known: list[Entry]) -> dict[Point, float]:
+    """The milliseconds of HOPPER's sweep wherever it has a rule, or will have one."""
+    times = {entry.point: float(entry.figures["ms"]) for entry in known if entry.kernel == HOPPER_KERNEL}
+    times |= {point_of(one.problem): one.ms for one in winners if one.problem.form == HOPPER and not one.modelled}
+    unused = {point_of(winner.problem) for winner in without_use(winners, known)}
+    return {point: ms for point, ms in times.items() if point not in unused}
 
 
 def _as_fast_as_their_launches(winners: list[Winner]) -> list[Winner]:

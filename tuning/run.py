@@ -405,10 +405,9 @@ def _report(
         console.print(escape(f"not used: {line}"), soft_wrap=True)
     if tuner.unfinished or tuner.interrupted:
         cause = "stopped" if tuner.interrupted else f"the budget of {budget:g} s is spent"
-        unproven = searches - len(winners)
-        left = f", {unproven} came to nothing proven" if unproven else ""
         count = _count(searches, "search", "searches")
-        console.print(f"{cause}: {tuner.unfinished} of {count} did not end{left}; another run goes on")
+        more = "" if tuner.judge.modelled else "; another run goes on"
+        console.print(f"{cause}: {tuner.unfinished} of {count} did not end, {len(winners)} have a proven winner{more}")
 
 
 def _count_forms(funnel: Funnel, forms: list[rules.Entry], known: list[rules.Entry]) -> None:
