@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,7 +28,7 @@ from tuning import rules
 from tuning import run as run_module
 from tuning.compilation import ARCHS, compile_launch
 from tuning.problems import GRADIENTS, HOPPER, Problem
-from tuning.proof import draws
+from tuning.proof import draws, error_limit, prove
 from tuning.rules import Entry, Point
 from tuning.winners import Winner
 from tuning.workloads import builtin
@@ -411,3 +412,44 @@ def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
     finally:
         monkeypatch.undo()
         configuration.reload()
+
+
+MADE, SPLIT = (256, FusedChunkHopperConfig(64, 2, scores=0)), (512, FusedChunkHopperConfig(32, 3))
+# What is wrong: of which K and configuration, what stands in the kernel's text, and what instead.
+FAULTS = {
+    "stale state": (MADE, "b_h1 *= b_dh", "b_h1 *= 1.0"),
+    "scores without a mask": (MADE, "b_s *= ds_s.slice(GROUP * KEYS, KEYS, 1).load(score_layout)", "b_s *= 1.0"),
+    "chunk's own tokens left out": (MADE, "if PART == PARTS - 1:", "if PART == PARTS:"),
+    "outputs of the chunk before": (MADE, "o_s.index(i_t % 2))", "o_s.index((i_t + 1) % 2))"),
+    "tiles that nobody waited for": (MADE, "mbarrier.wait(rest_here.index(slot), phase)", "pass"),
+    "sums of half of K left out": (SPLIT, "b_o += sums_s.load(output_layout)", "b_o += 0.0"),
+    "scores of the other direction": (SPLIT, "(T // BT - 1 - i_t if TURNED else i_t)", "i_t"),
+}
+
+
+def plant(folder: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the sweep run what a change makes of its kernel's text."""
+    assert hopper.SOURCE.count(old) == 1
+    path = folder / "mutant.py"
+    path.write_text(hopper.SOURCE.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    _, *rest = hopper.gluon_parts()
+    monkeypatch.setattr(hopper, "gluon_parts", lambda: (module.fused_chunk_hopper_kernel, *rest))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("fault", [*FAULTS, None])
+def test_its_proof_finds_every_fault(fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (K, config), old, new = FAULTS[fault] if fault else (MADE, "b_h1 *= b_dh", "b_h1 = b_h1 * b_dh")
+    plant(tmp_path, old, new, monkeypatch)
+    problem = replace(PROBLEM, T=640, K=K, V=256)
+    if fault is None:
+        assert 0 < prove(problem, config, {}, "cuda") < error_limit(HOPPER, problem.dtype, problem.T)
+        return
+    with pytest.raises(ArithmeticError):
+        prove(problem, config, {}, "cuda")
