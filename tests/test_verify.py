@@ -16,7 +16,7 @@ from tuning import rules, verify
 from tuning.__main__ import main
 from tuning.coverage import Point
 from tuning.measurement import Gpu, MeasurementError, StartError, Timing
-from tuning.problems import GRADIENTS, Problem
+from tuning.problems import GRADIENTS, HOPPER, Problem
 from tuning.rules import Entry
 from tuning.workloads import builtin
 
@@ -248,6 +248,54 @@ def test_every_point_of_a_rule_is_looked_at_unless_another_rule_is_used_there(
     write(path.with_name("b.yaml"), entry(1024), entry(2048, proof="modelled"), entry(16384, proof="modelled"))
     assert "4 of 4 points" in run(capsys)[1]
     assert [problem.T for problem, _ in measurer.compared] == [1024, 2048, 4096, 16384]
+
+
+def choice(use: str, kernel: str = "retention_form", T: int = 1024, ms: float = 1.0, K: int = 16) -> Entry:
+    return replace(entry(T, kernel, K=K), use={"form": use}, figures=entry(T, kernel, K=K).figures | {"ms": ms})
+
+
+@pytest.mark.parametrize(
+    ("ms", "verdict"),
+    [
+        ({"chunk": 1.0, "fused_chunk": 0.95}, "1 fresh"),
+        ({"chunk": 1.0, "fused_chunk": 0.8}, "1 slower than fused_chunk"),
+        ({"chunk": 1.2, "fused_chunk": 1.2}, "1 slower than it was"),
+        ({"chunk": 1.0, "fused_chunk": "OutOfResources: shared memory"}, "1 fresh"),
+        ({"chunk": "the measuring process died: the kernel crashed", "fused_chunk": 1.0}, "1 does not run"),
+    ],
+)
+def test_the_choice_of_a_form_is_stale_where_another_is_faster_by_now(
+    measuring: Answer, path: Path, capsys: pytest.CaptureFixture[str], ms: dict[str, Any], verdict: str
+) -> None:
+    measuring(lambda problem, default: ms.get(problem.form, 9.0))
+    write(path, choice("chunk"))
+    code, out = run(capsys)
+    assert verdict in out
+    assert code == int(verdict != "1 fresh")
+    assert code == 0 or "tuning run --fresh --workload B=1,T=1024,H=64,K=16,V=16" in out
+
+
+@pytest.mark.parametrize(
+    ("hopper", "chosen", "fresh"), [(None, "sweeps", False), (0.5, "sweeps", True), (0.9, "sweeps", False)]
+)
+def test_three_sweeps_are_timed_by_what_runs_them(
+    measuring: Answer, path: Path, capsys: pytest.CaptureFixture[str], hopper: float | None, chosen: str, fresh: bool
+) -> None:
+    ms = {"chunk": 1.0, "fused_chunk": 1.0, GRADIENTS: 2.0, HOPPER: hopper or 0.0}
+    measured: list[str] = []
+
+    def time(problem: Problem, default: bool) -> float:
+        measured.append(problem.form)
+        return ms[problem.form]
+
+    measuring(time)
+    entries = [choice(chosen, "retention_form_gradients", ms=2.0), choice("fused_chunk")]
+    if hopper is not None:
+        entries.append(replace(entry(1024, f"retention_{HOPPER}"), use={"BT": 64, "num_stages": 2}))
+    write(path, *entries)
+    code, out = run(capsys, "--kernel", "form_gradients")
+    assert ("1 fresh" in out) is (code == 0) is fresh
+    assert measured == [HOPPER if hopper is not None else "fused_chunk", GRADIENTS]
 
 
 def test_shapes_are_timed_and_tuned_with_the_heads_that_they_were_tuned_with(measuring: Answer, path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import itertools
+import math
 import random
 import time
 from collections import Counter
@@ -18,11 +19,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from generated.configuration import ActiveRule, active_rules, kernel_registry
-from tuning import rules
+from tuning import rules, space
 from tuning.check import TUNED
 from tuning.coverage import Point
 from tuning.measurement import Gpu, MeasurementError, Measurer, StartError, Timing, gpu_present
-from tuning.problems import GRADIENTS, Problem, problem_at
+from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER, Problem, problem_at
 from tuning.run import FOREVER, RunError
 from tuning.winners import beats
 from tuning.workloads import builtin
@@ -31,6 +32,7 @@ SAMPLE = 12
 TOLERANCE = 0.1
 FRESH = "fresh"
 TUNED_WITH = {"chunk_states": "chunk", GRADIENTS: "fused_chunk"}  # passes have no `--form` of their own
+CHOICES = {FORM_KERNEL: space.SWEEPS, GRADIENTS_FORM_KERNEL: space.GRADIENTS}  # rules that choose between kernels
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,13 @@ def verify(options: argparse.Namespace, console: Console) -> int:
     with contextlib.closing(Measurer()) as measurer:
         gpu = measurer.gpu
         found = active_rules(gpu.name, gpu.arch, gpu.sms, gpu.bandwidth_gbs)
-        wanted = [rule for rule in found if rule.kernel in TUNED and (options.kernel or "") in rule.kernel]
+        known = [rule for rule in found if rule.kernel in TUNED or rule.kernel in CHOICES]
+        wanted = [rule for rule in known if (options.kernel or "") in rule.kernel]
         claims = claims_of(wanted)
         drawn = claims if options.all else draw(claims, options.sample, options.seed)
         console.print(escape(f"{len(drawn)} of {len(claims)} points of active rules, on {gpu.name}"), soft_wrap=True)
-        findings, interrupted = _look_at(drawn, measurer, options, console)
+        active = [rule for rule in known if rule.status == "active"]
+        findings, interrupted = _look_at(drawn, active, measurer, options, console)
     unused = [rule for rule in wanted if rule.status != "active" and _concerns(rule, gpu)]
     _report(console, findings, len(drawn) - len(findings), unused)
     stale = [finding.claim for finding in findings if finding.verdict != FRESH]
@@ -100,12 +104,16 @@ def claims_of(found: list[ActiveRule]) -> list[Claim]:
     active = [rule for rule in found if rule.status == "active"]
     first: dict[tuple[str, Point], Claim] = {}
     for claim in itertools.chain.from_iterable(map(_points, active)):
-        p = claim.point
-        shape = (p.dtype, p.K, p.V, p.BH, p.T)
-        user = next(rule for rule in active if rule.kernel == claim.rule.kernel and rule.when.matches(*shape))
-        if (user.path, user.use) == (claim.rule.path, claim.rule.use):  # rules of one use may overlap
-            first.setdefault((user.kernel, p), claim)
+        user = _user(active, claim.rule.kernel, claim.point)
+        if user and (user.path, user.use) == (claim.rule.path, claim.rule.use):  # rules of one use may overlap
+            first.setdefault((user.kernel, claim.point), claim)
     return list(first.values())
+
+
+def _user(active: list[ActiveRule], kernel: str, point: Point) -> ActiveRule | None:
+    """The rule that a kernel goes by at a point, if there is one."""
+    shape = (point.dtype, point.K, point.V, point.BH, point.T)
+    return next((rule for rule in active if rule.kernel == kernel and rule.when.matches(*shape)), None)
 
 
 def draw(claims: list[Claim], count: int, seed: int) -> list[Claim]:
@@ -125,16 +133,59 @@ def look(claim: Claim, measurer: Measurer, tolerance: float) -> Finding:
     except StartError:  # which is no fault of the rule
         raise
     except MeasurementError as error:
-        wrong = str(error).startswith(ArithmeticError.__name__)
-        return Finding(claim, then, None, None, "wrong" if wrong else "does not run", str(error))
+        return _failed(claim, then, error)
     default_ms = others[0].ms if others else now.ms if config == default else None
     return Finding(claim, then, now.ms, default_ms, _verdict(now, others, then, tolerance))
 
 
+def look_at_choice(claim: Claim, active: list[ActiveRule], measurer: Measurer, tolerance: float) -> Finding:
+    """Time all that a choice is between, each with the configuration in use: stale where another is clearly faster."""
+    choice, chosen = CHOICES[claim.rule.kernel], str(claim.rule.use["form"])
+    then = claim.figures.get("ms") if _is_of(claim.rule, measurer.gpu) else None
+    times = dict[str, float]()
+    for way in choice.values:
+        problem, sweeps = _way(claim, way, active)
+        rule = _user(active, problem.kernel, claim.point)
+        config = kernel_registry()[problem.kernel].config_type(**rule.use) if rule else problem.default()
+        try:
+            times[way] = sweeps * measurer.measure(problem, config, math.inf, {}).ms
+        except StartError:
+            raise
+        except MeasurementError as error:
+            if way == chosen:
+                return _failed(claim, then, error)
+    best, now = min(times, key=times.__getitem__), times[chosen]
+    verdict = "slower than it was" if then and now > (1 + tolerance) * then else FRESH
+    if now > (1 + tolerance) * times[best]:
+        verdict = f"slower than {best}"
+    return Finding(claim, then, now, times.get(choice.values[0]), verdict)
+
+
+def _way(claim: Claim, way: str, active: list[ActiveRule]) -> tuple[Problem, int]:
+    """What runs, and how often, for the sweep or the gradients of a claim's point."""
+    if claim.rule.kernel == FORM_KERNEL:
+        return replace(claim.problem, form=way), 1
+    if way != "sweeps":
+        return replace(claim.problem, form=GRADIENTS), 1
+    by_hopper = replace(claim.problem, form=HOPPER)
+    if _user(active, by_hopper.kernel, claim.point):
+        return by_hopper, 3
+    rule = _user(active, FORM_KERNEL, claim.point)
+    return replace(claim.problem, form=str(rule.use["form"]) if rule else space.SWEEPS.values[0]), 3
+
+
+def _failed(claim: Claim, then: float | None, error: MeasurementError) -> Finding:
+    wrong = str(error).startswith(ArithmeticError.__name__)
+    return Finding(claim, then, None, None, "wrong" if wrong else "does not run", str(error))
+
+
 def command(claims: Iterable[Claim]) -> str:
-    """What tunes the claims' shapes again, measured anew."""
+    """What tunes the claims' shapes again, measured anew; all forms where one is to be chosen."""
+    claims = list(claims)
     problems = [claim.problem for claim in claims]
     forms = dict.fromkeys(TUNED_WITH.get(problem.form, problem.form) for problem in problems)
+    if any(claim.rule.kernel in CHOICES for claim in claims):
+        forms = {}
     shapes = dict.fromkeys(_workload(problem) for problem in problems)
     options = [*(f"--form {form}" for form in forms), *(f"--workload {shape}" for shape in shapes)]
     return " ".join(["python -m tuning run --fresh", *options])
@@ -160,7 +211,11 @@ def _is_of(rule: ActiveRule, gpu: Gpu) -> bool:
 
 
 def _look_at(
-    claims: list[Claim], measurer: Measurer, options: argparse.Namespace, console: Console
+    claims: list[Claim],
+    active: list[ActiveRule],
+    measurer: Measurer,
+    options: argparse.Namespace,
+    console: Console,
 ) -> tuple[list[Finding], bool]:
     """What was found by the end of the budget or Ctrl-C, and whether it was that."""
     deadline = time.monotonic() + min(options.budget or FOREVER, FOREVER)
@@ -169,7 +224,11 @@ def _look_at(
         with console.status("timing") as status:
             for claim in itertools.takewhile(lambda _: time.monotonic() < deadline, claims):
                 status.update(f"timing {len(findings) + 1} of {len(claims)}")
-                findings.append(look(claim, measurer, options.tolerance))
+                is_choice = claim.rule.kernel in CHOICES
+                look_so = (
+                    functools.partial(look_at_choice, claim, active) if is_choice else functools.partial(look, claim)
+                )
+                findings.append(look_so(measurer, options.tolerance))
     except KeyboardInterrupt:
         return findings, True
     return findings, False
