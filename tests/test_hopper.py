@@ -414,14 +414,14 @@ def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
         configuration.reload()
 
 
-MADE, SPLIT = (256, FusedChunkHopperConfig(64, 2, scores=0)), (512, FusedChunkHopperConfig(32, 3))
+WHOLE, SPLIT = (256, MADE), (512, FusedChunkHopperConfig(32, 3))
 # What is wrong: of which K and configuration, what stands in the kernel's text, and what instead.
 FAULTS = {
-    "stale state": (MADE, "b_h1 *= b_dh", "b_h1 *= 1.0"),
-    "scores without a mask": (MADE, "b_s *= ds_s.slice(GROUP * KEYS, KEYS, 1).load(score_layout)", "b_s *= 1.0"),
-    "chunk's own tokens left out": (MADE, "if PART == PARTS - 1:", "if PART == PARTS:"),
-    "outputs of the chunk before": (MADE, "o_s.index(i_t % 2))", "o_s.index((i_t + 1) % 2))"),
-    "tiles that nobody waited for": (MADE, "mbarrier.wait(rest_here.index(slot), phase)", "pass"),
+    "stale state": (WHOLE, "b_h1 *= b_dh", "b_h1 *= 1.0"),
+    "scores without a mask": (WHOLE, "b_s *= ds_s.slice(GROUP * KEYS, KEYS, 1).load(score_layout)", "b_s *= 1.0"),
+    "chunk's own tokens left out": (WHOLE, "if PART == PARTS - 1:", "if PART == PARTS:"),
+    "outputs of the chunk before": (WHOLE, "o_s.index(i_t % 2))", "o_s.index((i_t + 1) % 2))"),
+    "tiles that nobody waited for": (WHOLE, "mbarrier.wait(rest_here.index(slot), phase)", "pass"),
     "sums of half of K left out": (SPLIT, "b_o += sums_s.load(output_layout)", "b_o += 0.0"),
     "scores of the other direction": (SPLIT, "(T // BT - 1 - i_t if TURNED else i_t)", "i_t"),
 }
@@ -445,7 +445,7 @@ def plant(folder: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> 
 @needs_hopper
 @pytest.mark.parametrize("fault", [*FAULTS, None])
 def test_its_proof_finds_every_fault(fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (K, config), old, new = FAULTS[fault] if fault else (MADE, "b_h1 *= b_dh", "b_h1 = b_h1 * b_dh")
+    (K, config), old, new = FAULTS[fault] if fault else (WHOLE, "b_h1 *= b_dh", "b_h1 = b_h1 * b_dh")
     plant(tmp_path, old, new, monkeypatch)
     problem = replace(PROBLEM, T=640, K=K, V=256)
     if fault is None:
