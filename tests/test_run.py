@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ def test_a_modelled_run_claims_nothing_that_did_not_run(
     assert stages[stages.index("stage") :] == ["stage", "enumerated", "compiled", "fit", "estimated", "written"]
     assert cells(output)["written"][0] == "2"
     assert "prov" not in output
+    assert re.search(r"\d of 2 keep the default: by a model another must promise 3.3 times its speed", output)
 
 
 def test_the_last_phase_of_a_modelled_run_is_compiling() -> None:

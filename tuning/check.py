@@ -225,7 +225,7 @@ def _compile_fault(result: Compiled, arch: str) -> str | None:
 def changed_figures(result: Compiled, arch: Arch) -> list[tuple[str, Any, Any]]:
     """Name, value in the file and value now, of the figures of the timed kernel that the file has otherwise.
 
-    Where one has changed, also how many programs a multiprocessor holds, by them.
+    Where that has changed too, also how many programs a multiprocessor holds, by them.
     """
     if isinstance(result.needs, str) or result.launch.variant != PLAIN:
         return []
@@ -233,4 +233,4 @@ def changed_figures(result: Compiled, arch: Arch) -> list[tuple[str, Any, Any]]:
     pairs = [(name, then, getattr(result.needs, name)) for name, then in figures.items()]
     changed = [pair for pair in pairs if pair[1] != pair[2]]
     then, now = (needs.blocks_per_sm(arch) for needs in (replace(result.needs, **figures), result.needs))
-    return [*changed, ("programs a multiprocessor", then, now)] if changed else []
+    return [*changed, *([("programs a multiprocessor", then, now)] if then != now else [])]

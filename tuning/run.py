@@ -41,7 +41,7 @@ from tuning.search import EFFORTS
 from tuning.space import knob_values
 from tuning.storage import VARIABLE, Database, check_place, is_url, named
 from tuning.tuner import Tuner
-from tuning.winners import Winner
+from tuning.winners import MODEL_NOISE, Winner
 from tuning.workers import SESSION, chosen, run_all, without
 from tuning.workloads import Workload, WorkloadError, parse
 
@@ -395,7 +395,11 @@ def _report(
     if funnel.compared:
         share = funnel.flipped / funnel.compared
         console.print(f"{funnel.flipped} of {_count(funnel.compared, 'rule')} in use before changed ({share:.0%})")
-    if not tuner.judge.modelled:
+    if tuner.judge.modelled:
+        kept = sum(winner.config == winner.problem.default() for winner in winners)
+        promise = f"another must promise {1 / (1 - MODEL_NOISE):.1f} times its speed"
+        console.print(f"{kept} of {len(winners)} keep the default: by a model {promise}")
+    else:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in funnel.seconds.items())
         waited = f"{funnel.idle_share():.0%} of all measuring, {funnel.idle_share('search'):.0%} of the search"
         console.print(f"{phases}; the GPU waited {waited}; {funnel.waited:.1f} s of these for the compiler")
@@ -406,8 +410,8 @@ def _report(
     if tuner.unfinished or tuner.interrupted:
         cause = "stopped" if tuner.interrupted else f"the budget of {budget:g} s is spent"
         count = _count(searches, "search", "searches")
-        more = "" if tuner.judge.modelled else "; another run goes on"
-        console.print(f"{cause}: {tuner.unfinished} of {count} did not end, {len(winners)} have a proven winner{more}")
+        have = "winner" if tuner.judge.modelled else "proven winner; another run goes on"
+        console.print(f"{cause}: {tuner.unfinished} of {count} did not end, {len(winners)} have a {have}")
 
 
 def _count_forms(funnel: Funnel, forms: list[rules.Entry], known: list[rules.Entry]) -> None:
