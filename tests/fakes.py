@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tuning.compilation import ARCHS, Resources
@@ -139,3 +143,13 @@ def tune(
     tuner.run(problems or [PROBLEM])
     tuner.conclude()
     return tuner
+
+
+def module_at(path: Path, name: str) -> ModuleType:
+    """The module in a file, by a name of which imports know it from now on."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fakes import Pool
+from fakes import Pool, module_at
 
 from generated.retention import fused_chunk
 from tuning import measurement
@@ -138,13 +136,7 @@ class Mutant(Problem):
 @functools.cache
 def mutant_module(path: str) -> Any:
     """The module in a file."""
-    name = "generated.retention.mutant"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return module_at(Path(path), "generated.retention.mutant")
 
 
 OUTPUT, MASK = "o + i_r * H * V + p_v", "mask=m_t[:, None] & m_v[None, :]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from fakes import NEEDS, timing
+from fakes import NEEDS, module_at, timing
 from oracle import assert_matches, by_blocks, make_problem, run
 from rich.console import Console
 
@@ -432,13 +431,9 @@ def plant(folder: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert hopper.SOURCE.count(old) == 1
     path = folder / "mutant.py"
     path.write_text(hopper.SOURCE.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("mutant", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    kernel = module_at(path, "generated.retention.mutant").fused_chunk_hopper_kernel
     _, *rest = hopper.gluon_parts()
-    monkeypatch.setattr(hopper, "gluon_parts", lambda: (module.fused_chunk_hopper_kernel, *rest))
+    monkeypatch.setattr(hopper, "gluon_parts", lambda: (kernel, *rest))
 
 
 @pytest.mark.gpu

@@ -125,7 +125,7 @@ def draw(claims: list[Claim], count: int, seed: int) -> list[Claim]:
 def look(claim: Claim, measurer: Measurer, tolerance: float) -> Finding:
     """Check a claim's numerics and time it beside the default, in interleaved rounds."""
     problem, config, default = claim.problem, claim.config, claim.problem.default()
-    then = claim.figures.get("ms") if _is_of(claim.rule, measurer.gpu) else None
+    then = _then(claim, measurer.gpu)
     try:
         measurer.measure(problem, config, 0.0, {})
         raced = [config, default] if config != default and _runs(problem, default, measurer) else [config]
@@ -141,12 +141,12 @@ def look(claim: Claim, measurer: Measurer, tolerance: float) -> Finding:
 def look_at_choice(claim: Claim, active: list[ActiveRule], measurer: Measurer, tolerance: float) -> Finding:
     """Time all that a choice is between, each with the configuration in use: stale where another is clearly faster."""
     choice, chosen = CHOICES[claim.rule.kernel], str(claim.rule.use["form"])
-    then = claim.figures.get("ms") if _is_of(claim.rule, measurer.gpu) else None
+    then = _then(claim, measurer.gpu)
     times = dict[str, float]()
     for way in choice.values:
         problem, sweeps = _way(claim, way, active)
         rule = _user(active, problem.kernel, claim.point)
-        config = kernel_registry()[problem.kernel].config_type(**rule.use) if rule else problem.default()
+        config = replace(claim, rule=rule).config if rule else problem.default()
         try:
             times[way] = sweeps * measurer.measure(problem, config, math.inf, {}).ms
         except StartError:
@@ -155,9 +155,8 @@ def look_at_choice(claim: Claim, active: list[ActiveRule], measurer: Measurer, t
             if way == chosen:
                 return _failed(claim, then, error)
     best, now = min(times, key=times.__getitem__), times[chosen]
-    verdict = "slower than it was" if then and now > (1 + tolerance) * then else FRESH
-    if now > (1 + tolerance) * times[best]:
-        verdict = f"slower than {best}"
+    is_beaten = now > (1 + tolerance) * times[best]
+    verdict = f"slower than {best}" if is_beaten else _since_then(now, then, tolerance)
     return Finding(claim, then, now, times.get(choice.values[0]), verdict)
 
 
@@ -183,9 +182,8 @@ def command(claims: Iterable[Claim]) -> str:
     """What tunes the claims' shapes again, measured anew; all forms where one is to be chosen."""
     claims = list(claims)
     problems = [claim.problem for claim in claims]
-    forms = dict.fromkeys(TUNED_WITH.get(problem.form, problem.form) for problem in problems)
-    if any(claim.rule.kernel in CHOICES for claim in claims):
-        forms = {}
+    is_choice = any(claim.rule.kernel in CHOICES for claim in claims)
+    forms = {} if is_choice else dict.fromkeys(TUNED_WITH.get(problem.form, problem.form) for problem in problems)
     shapes = dict.fromkeys(_workload(problem) for problem in problems)
     options = [*(f"--form {form}" for form in forms), *(f"--workload {shape}" for shape in shapes)]
     return " ".join(["python -m tuning run --fresh", *options])
@@ -205,9 +203,10 @@ def _batches() -> dict[tuple[str, frozenset[int], int, int], int]:
     return {(w.dtype, frozenset((w.K, w.V)), w.B * w.H, w.T): w.B for w in builtin().values()}
 
 
-def _is_of(rule: ActiveRule, gpu: Gpu) -> bool:
-    """Whether the rule's milliseconds are this kind of GPU's."""
-    return rule.proof == "measured" and rule.device == gpu.name
+def _then(claim: Claim, gpu: Gpu) -> float | None:
+    """The claim's milliseconds, if they are this kind of GPU's."""
+    is_its = claim.rule.proof == "measured" and claim.rule.device == gpu.name
+    return claim.figures.get("ms") if is_its else None
 
 
 def _look_at(
@@ -224,11 +223,10 @@ def _look_at(
         with console.status("timing") as status:
             for claim in itertools.takewhile(lambda _: time.monotonic() < deadline, claims):
                 status.update(f"timing {len(findings) + 1} of {len(claims)}")
-                is_choice = claim.rule.kernel in CHOICES
-                look_so = (
-                    functools.partial(look_at_choice, claim, active) if is_choice else functools.partial(look, claim)
-                )
-                findings.append(look_so(measurer, options.tolerance))
+                if claim.rule.kernel in CHOICES:
+                    findings.append(look_at_choice(claim, active, measurer, options.tolerance))
+                else:
+                    findings.append(look(claim, measurer, options.tolerance))
     except KeyboardInterrupt:
         return findings, True
     return findings, False
@@ -247,7 +245,11 @@ def _runs(problem: Problem, config: Any, measurer: Measurer) -> bool:
 def _verdict(now: Timing, default: list[Timing], then: float | None, tolerance: float) -> str:
     if any(beats(timing, now) for timing in default):
         return "slower than the default"
-    return "slower than it was" if then and now.ms > (1 + tolerance) * then else FRESH
+    return _since_then(now.ms, then, tolerance)
+
+
+def _since_then(now_ms: float, then_ms: float | None, tolerance: float) -> str:
+    return "slower than it was" if then_ms and now_ms > (1 + tolerance) * then_ms else FRESH
 
 
 def _workload(problem: Problem) -> str:
