@@ -123,7 +123,7 @@ SCAN_FAULTS = {
 }
 OUTPUTS_FAULTS = {
     "carried state left out": (
-        "tl.load(p_hs, mask=m_k[:, None] & m_v[None, :], other=0.0).to(tl.float32)",
+        "tl.load(p_hs, mask=m_h, other=0.0).to(tl.float32)",
         "tl.zeros([BK, BV], dtype=tl.float32)",
         WRONG,
     ),
