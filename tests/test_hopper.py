@@ -133,9 +133,12 @@ def test_auto_runs_it_where_its_rule_holds_and_the_chosen_form_elsewhere(
     found: list[str] = []
     for name in auto.SWEEPS:
         monkeypatch.setitem(auto.SWEEPS, name, lambda *_, name=name, **__: found.append(name))
-    monkeypatch.setattr(
-        auto, "run_on_hopper", lambda config, *_, **__: found.append(HOPPER) if config == RULE else None
-    )
+
+    def on_hopper(*_: Any, config: Any, **__: Any) -> None:
+        assert config == RULE
+        found.append(HOPPER)
+
+    monkeypatch.setattr(auto, "fused_chunk_hopper_sweep", on_hopper)
     sizes = {name: changes[name] for name in changes if name in ("T", "V")}
     q, v = inputs(**sizes)
     given = PLAIN | {name: value for name, value in changes.items() if name not in sizes}
@@ -149,15 +152,15 @@ def test_the_gradients_of_q_and_k_read_the_same_scores(
 ) -> None:
     scores, made, swept = torch.empty(1), list[int](), list[tuple[int, bool, bool]]()
 
-    def run_on_hopper(config: Any, _: float, reverse: bool, q: torch.Tensor, *__: Any, **given: Any) -> torch.Tensor:
-        swept.append((q.shape[3], reverse, given["scores"] is scores))
+    def on_hopper(q: torch.Tensor, *_: Any, reverse: bool, **given: Any) -> torch.Tensor:
+        swept.append((q.shape[3], reverse, given.get("scores") is scores))
         return q
 
-    def make_scores(_: Any, q: torch.Tensor, k: torch.Tensor, BT: int, *__: Any) -> torch.Tensor:
+    def make_scores(_: Any, BT: int, *__: Any) -> torch.Tensor:
         made.append(BT)
         return scores
 
-    monkeypatch.setattr(auto, "run_on_hopper", run_on_hopper)
+    monkeypatch.setattr(auto, "fused_chunk_hopper_sweep", on_hopper)
     monkeypatch.setattr(fused_chunk, "make_scores", make_scores)
     monkeypatch.setitem(auto.SWEEPS, "chunk", lambda q, *_, **__: q)  # of dv
     q, v = inputs(K=128, V=512)
@@ -170,12 +173,12 @@ def test_the_gradients_of_q_and_k_read_the_same_scores(
 def test_the_gradients_share_nothing_where_scores_are_made(rule: None, monkeypatch: pytest.MonkeyPatch) -> None:
     swept: list[tuple[Any, Any]] = []
 
-    def run_on_hopper(config: Any, _: float, reverse: bool, q: torch.Tensor, *__: Any, **given: Any) -> torch.Tensor:
-        swept.append((config, given["scores"]))
+    def on_hopper(q: torch.Tensor, *_: Any, config: Any, **given: Any) -> torch.Tensor:
+        swept.append((config, given.get("scores")))
         return q
 
     monkeypatch.setattr(hopper, "choose_config", lambda *_: MADE)
-    monkeypatch.setattr(auto, "run_on_hopper", run_on_hopper)
+    monkeypatch.setattr(auto, "fused_chunk_hopper_sweep", on_hopper)
     monkeypatch.delattr(fused_chunk, "make_scores")
     q, v = inputs(V=256)
     order: dict[str, Any] = {"cu_seqlens": None, "reverse": False, "chunk_size": None}
@@ -195,12 +198,29 @@ def test_scores_are_made_of_the_longest_chunks_by_groups_with_all_of_k(monkeypat
     assert all(config.scores for config in WIDE.sift(SM90).candidates)
 
 
-def test_auto_has_its_calls_ready(rule: None) -> None:
-    q, v = inputs()
-    ready = auto.auto_ready(q, v, 1.0, None, False, None)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_auto_has_its_calls_ready_and_gradients_that_share_scores(
+    reverse: bool, rule: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[tuple[Any, int, bool, bool]] = []
+
+    def output_launches(q: torch.Tensor, v: torch.Tensor, scale: float, config: Any, **given: Any) -> Any:
+        swept.append((config, q.shape[3], given["reverse"], given.get("scored", False)))
+        return ()
+
+    monkeypatch.setattr(hopper, "output_launches", output_launches)
+    q, v = inputs(K=512)
+    ready = auto.auto_ready(q, v, 1.0, None, reverse, None)
     assert ready is not None
-    assert (ready.output.func, ready.output.args) == (hopper.run_output, (RULE, 1.0, False))  # type: ignore[attr-defined]
-    assert ready.gradients is None
+    of_v = RULE, 512, not reverse, False  # those of q and k, as wide as V, are another form's
+    assert sorted(swept, key=lambda sweep: sweep != of_v) == [of_v, (RULE, 512, reverse, False)]
+    swept.clear()
+    q, v = inputs(K=128, V=512)
+    ready = auto.auto_ready(q, v, 1.0, None, reverse, None)
+    assert ready is not None
+    assert swept == [(RULE, 512, reverse, not reverse), (RULE, 512, not reverse, not reverse)]
+    share = ready.gradients.args[0]  # type: ignore[union-attr]
+    assert share is None if reverse else share.func is fused_chunk.make_scores
 
 
 @pytest.mark.parametrize(("problem", "stages"), [(PROBLEM, 5), (WIDE, 3)], ids=["256", "512"])
