@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 from tuning.compilation import ARCHS, Resources
 from tuning.device import Mark
 from tuning.journal import Journal
@@ -39,9 +41,19 @@ def landscape(config: Any) -> float:
     return 1.0 + steps + getattr(config, "descriptors", 0)
 
 
+def steep(config: Any) -> float:
+    """The same, so far apart that a model's choice may replace the default."""
+    return float(100 ** landscape(config))
+
+
 def timing(ms: float) -> Timing:
     """A time without noise."""
     return Timing(ms, low=ms, high=ms, spread=0.0, repeats=9, error=0.001)
+
+
+def promise(patch: pytest.MonkeyPatch, ms: Callable[[Any], float]) -> None:
+    """Have the model say these times before anything is compiled."""
+    patch.setattr("tuning.tuner.predict", lambda problem, config, arch: ms(config))
 
 
 class Judge:
@@ -117,7 +129,9 @@ class Pool:
     def outstanding(self) -> int:
         return 0
 
-    submitted = 0
+    @property
+    def submitted(self) -> int:
+        return 1 << 20  # a compiler that is never late
 
     def forget_waiting(self) -> None:
         pass

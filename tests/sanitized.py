@@ -1,4 +1,4 @@
-"""Launch every shipped configuration for this GPU at small sizes, for NVIDIA's compute-sanitizer to look on.
+"""Launch every shipped configuration for GPUs like this one at small sizes, for NVIDIA's compute-sanitizer to look on.
 
     compute-sanitizer --tool memcheck python tests/sanitized.py
     compute-sanitizer --tool racecheck python tests/sanitized.py --part 0 8     an eighth of them
@@ -12,6 +12,7 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, besid
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from generated.configuration import active_rules
+from generated.configuration import ActiveRule, active_rules
 from tuning.check import TUNED
 from tuning.compile_pool import same_kernel
 from tuning.device import describe_gpu
@@ -31,16 +32,19 @@ from tuning.verify import Claim, claims_of
 
 
 @triton.jit
-def planted_kernel(x, size, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201 - Triton gives the arguments types
+def planted_recurrent_kernel(x, size, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201 - Triton gives the arguments types
     o = tl.arange(0, BLOCK)
     tl.store(x + size + o, o)
 
 
 def shipped() -> list[Claim]:
-    """The points of the rules that are active here, one for all that compile to one kernel."""
+    """The points of the rules for GPUs of this architecture, one for all that compile to one kernel."""
     gpu = describe_gpu()
-    rules = active_rules(gpu.name, gpu.arch, gpu.sms, gpu.bandwidth_gbs)
-    claims = claims_of([rule for rule in rules if rule.kernel in TUNED])
+    files: dict[str | None, list[ActiveRule]] = {}
+    for rule in active_rules(gpu.name, gpu.arch, gpu.sms, gpu.bandwidth_gbs):
+        if rule.kernel in TUNED:
+            files.setdefault(rule.device, []).append(rule)
+    claims = itertools.chain.from_iterable(map(claims_of, files.values()))
     return list({same_kernel(claim.problem, claim.config): claim for claim in claims}.values())
 
 
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--planted", action="store_true", help="a kernel that writes beside a tensor instead")
     options = parser.parse_args(argv)
     if options.planted:
-        planted_kernel[(1,)](torch.zeros(512, dtype=torch.int32, device="cuda"), 512, 32)
+        planted_recurrent_kernel[(1,)](torch.zeros(512, dtype=torch.int32, device="cuda"), 512, 32)
         torch.cuda.synchronize()
         return 0
     first, step = options.part

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from tuning import landscape, rules
 from tuning.compilation import ARCHS
 from tuning.coverage import AXES, Point, assign, beyond, regions
 from tuning.model import predict
-from tuning.problems import Problem
+from tuning.problems import Problem, problem_at
 from tuning.rules import Entry, point_of
+from tuning.tuner import is_promising
 from tuning.winners import MODEL_NOISE
 
 KERNEL = "retention_fused_chunk"
@@ -266,6 +267,30 @@ def test_modelled_and_measured_points_share_no_rule(path: Path) -> None:
     assert [rule.proof for rule in parse_file(path).kernels[KERNEL].rules] == ["measured", "modelled"]
 
 
+@pytest.mark.parametrize(("proof", "BH"), [("measured", (32, 128)), ("modelled", (64, 128))])
+def test_a_modelled_rule_holds_no_farther_than_the_default_is_the_same(
+    path: Path, proof: str, BH: tuple[int, int]
+) -> None:
+    point = Point("bfloat16", 64, 64, 64, 1024)
+    problem, beside = (problem_at("retention_chunk", **asdict(one)) for one in (point, replace(point, BH=32, T=2048)))
+    assert beside.default() != problem.default()
+    update(path, [replace(entry(point, problem.default()), kernel=problem.kernel, proof=proof)])
+    (rule,) = parse_file(path).kernels[problem.kernel].rules
+    assert (rule.when.BH, rule.when.T) == (BH, (512, 2048))
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm100"])
+def test_where_shipped_modelled_rules_hold_the_default_is_the_one_that_they_were_held_against(arch: str) -> None:
+    kernels = parse_file(configuration.packaged_directory() / f"{arch}.yaml").kernels
+    assert len(kernels) >= 6
+    for kernel, rule in [(kernel, rule) for kernel, found in kernels.items() for rule in found.rules]:
+        assert rule.proof == "modelled"
+        defaults = {problem_at(kernel, **asdict(point)).default() for point in rules.points_of(rule)}
+        intervals = [getattr(rule.when, axis) for axis in AXES]
+        shapes = itertools.product(*({low + low % 2, (low + high) // 4 * 2, high} for low, high in intervals))
+        assert {problem_at(kernel, rule.when.dtype, *shape).default() for shape in shapes} == defaults
+
+
 def test_what_the_model_chooses_is_never_slower_than_the_default_and_loses_what_warnings_say() -> None:
     losses = []
     for each in landscape.shipped():
@@ -280,3 +305,15 @@ def test_what_the_model_chooses_is_never_slower_than_the_default_and_loses_what_
         assert ms[choice] <= ms[default]
         losses.append(ms[choice] / each.best_ms - 1)
     assert statistics.median(losses) == pytest.approx(configuration.MODEL_LOSS, abs=0.01)
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+def test_what_a_model_compiles_for_any_architecture_is_faster_than_the_default_where_it_was_measured(arch: str) -> None:
+    promising = 0
+    for each in landscape.shipped():
+        ms = {c.config: c.ms for c in each.candidates if c.ms}
+        default = each.problem.default()
+        found = [config for config in ms if is_promising(each.problem, config, [default], ARCHS[arch])]
+        assert all(ms[config] < ms[default] for config in found)
+        promising += len(found)
+    assert promising > 0

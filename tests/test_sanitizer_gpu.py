@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).with_name("sanitized.py")
 FOUND = 86  # the exit status by which the sanitizer tells of a finding
 SECONDS = 500  # for one process, less than pytest gives a test
 PARTS = 6  # of the configurations, each in a process of its own
+OURS = ("chunk", "parallel", "recurrent")  # in the names of the kernels that it looks at
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +26,10 @@ pytestmark = [
 
 def sanitized(folder: Path, tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the script below the sanitizer with the packaged rules, each tensor in an allocation of its own."""
-    command = [str(SANITIZER), "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, str(SCRIPT), *arguments]
+    command = [str(SANITIZER), "--tool", tool, "--error-exitcode", str(FOUND)]
+    for name in OURS:
+        command += ["--kernel-name", f"kernel_substring={name}"]
+    command += [sys.executable, str(SCRIPT), *arguments]
     places = {"RETGEN_CONFIG_DIR": str(folder), "XDG_CONFIG_HOME": str(folder)}
     environment = {**os.environ, **places, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
@@ -35,7 +39,7 @@ def test_what_is_planted_is_found(tmp_path: Path) -> None:
     done = sanitized(tmp_path, "memcheck", "--planted")
     assert done.returncode == FOUND
     assert "Invalid __global__ write of size 4 bytes" in done.stdout
-    assert "planted_kernel" in done.stdout
+    assert "planted_recurrent_kernel" in done.stdout
 
 
 @pytest.mark.parametrize("part", range(PARTS))

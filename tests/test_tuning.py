@@ -21,7 +21,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, timing, tune
+from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, promise, steep, timing, tune
 
 from generated import configuration
 from generated.configuration_file import parse_file
@@ -99,12 +99,33 @@ def test_what_does_not_compile_or_fit_is_not_timed() -> None:
     assert set(tuner.funnel.failures) == {"CompilationError", "shared memory"}
 
 
-def test_model_recommends_nothing_that_spills() -> None:
+def test_model_recommends_nothing_that_spills(monkeypatch: pytest.MonkeyPatch) -> None:
+    promise(monkeypatch, steep)
     pool = Pool(needs=lambda problem, config, states: replace(NEEDS, spills=8 * (config.num_warps == 8)))
-    assert tune(Judge(modelled=True), pool=pool).winners[PROBLEM].config.num_warps == 4
-    assert tune(Judge(modelled=False), pool=pool).winners[PROBLEM].config.num_warps == 8
+    assert tune(Judge(steep, modelled=True), pool=pool).winners[PROBLEM].config.num_warps == 4
+    assert tune(Judge(steep, modelled=False), pool=pool).winners[PROBLEM].config.num_warps == 8
     everything = Pool(needs=lambda problem, config, states: replace(NEEDS, spills=8))
-    assert tune(Judge(modelled=True), pool=everything).winners == {}
+    assert tune(Judge(steep, modelled=True), pool=everything).winners == {}
+
+
+@pytest.mark.parametrize("use", [PROBLEM.default(), min(candidates(), key=landscape)], ids=["default", "best"])
+def test_for_a_model_nothing_is_compiled_that_cannot_replace_what_is_in_use(
+    monkeypatch: pytest.MonkeyPatch, use: Any
+) -> None:
+    compiled: set[Any] = set()
+
+    def needs(problem: Problem, config: Any, variant: str) -> Resources:
+        compiled.add(config)
+        return NEEDS
+
+    promise(monkeypatch, steep)
+    judge = Judge(steep, modelled=True)
+    tuner = tune(judge, pool=Pool(needs=needs), incumbents=lambda problem: [use])
+    able = {config for config in candidates() if steep(config) < (1 - MODEL_NOISE) * steep(use)}
+    assert (len(able) > 1) == (use == PROBLEM.default())
+    assert compiled == set(judge.timed) == {*able, use, PROBLEM.default()}
+    assert tuner.funnel.compiled == len(compiled)
+    assert tuner.funnel.dropped["too little promised"] == len({*candidates()} - compiled)
 
 
 @pytest.mark.parametrize(("gain", "stays"), [(HELD / 2, True), (HELD * 2, False)])
@@ -219,6 +240,32 @@ def test_what_waiting_searches_will_begin_with_is_compiled_before_anything_is_me
         problem.default(),
         *likely_first(problem, SM90)[:10],
     }
+
+
+@pytest.mark.parametrize(
+    ("compiled", "seconds", "late"),
+    [(20, 1.0, True), (200, 30.0, True), (225, 30.0, False), (22, 0.01, False), (230, 1000.0, False)],
+)
+def test_more_is_compiled_ahead_where_the_compiler_would_end_after_the_gpu(
+    compiled: int, seconds: float, late: bool
+) -> None:
+    """Ten searches of 20 measurements: 230 candidates, which the GPU takes 3 seconds for."""
+    pool = Pool()
+    pool.outstanding = lambda: pool.submitted - compiled  # type: ignore[method-assign]
+    tuner = Tuner(Judge(), pool, SM90, Effort(10, 2, 5, 3, compiled=23), 0.0, lambda _: [], lambda *_: None)  # type: ignore[arg-type]
+    assert tuner._compiler_is_late(10, seconds) is late
+
+
+def test_what_a_slow_compiler_gets_ahead_ends_with_the_candidates() -> None:
+    class Slow(Pool):
+        submitted = 0
+
+        def submit(self, *arguments: Any, **options: Any) -> Future[Any]:
+            time.sleep(0.001)
+            return super().submit(*arguments, **options)
+
+    tuner = tune(Judge(), effort=Effort(10, 2, 5, 3, compiled=23), pool=Slow())
+    assert tuner.winners[PROBLEM].config == min(candidates(), key=landscape)
 
 
 def test_what_fused_chunk_was_measured_with_is_not_measured_again_as_chunk() -> None:
@@ -918,9 +965,10 @@ RUN = ["run", "--arch", "sm90", "--workload", "small", "--form", "fused_chunk"]
 
 
 def test_interrupt_writes_what_was_found_and_says_so(
-    fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake_parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_parts["judge"] = judge = Judge(lambda config: 4 ** landscape(config), stop_after=7, modelled=True)
+    promise(monkeypatch, steep)
+    fake_parts["judge"] = judge = Judge(steep, stop_after=7, modelled=True)
     path = tmp_path / "a.yaml"
     assert main([*RUN, "--out", str(path)]) == 130
     kernels = parse_file(path).kernels
@@ -940,9 +988,13 @@ def test_spent_budget_is_said(fake_parts: dict[str, Any], tmp_path: Path, capsys
     assert main([*RUN, "--budget", "1e300", "--out", str(path)]) == 0
 
 
-def test_the_model_leaves_the_default_where_it_does_not_predict_twice_its_speed() -> None:
+@pytest.mark.parametrize("promised", [0.0, 1.0], ids=["compiled", "promised"])
+def test_the_model_leaves_the_default_where_it_does_not_predict_three_times_its_speed(
+    monkeypatch: pytest.MonkeyPatch, promised: float
+) -> None:
     default = PROBLEM.default()
     for gain, kept in ((1 / (1 - MODEL_NOISE) - 0.1, True), (1 / (1 - MODEL_NOISE) + 0.1, False)):
+        promise(monkeypatch, lambda config, gain=gain: gain if config == default else promised)
         judge = Judge(lambda config, gain=gain: gain if config == default else 1.0, modelled=True)
         assert (tune(judge).winners[PROBLEM].config == default) is kept
 

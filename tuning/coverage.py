@@ -93,25 +93,27 @@ def _cover(good: Mapping[P, Mapping[C, float]]) -> list[C]:
 # Where it holds
 
 
-def regions(uses: Mapping[Point, Hashable]) -> list[Region]:
+def regions(uses: Mapping[Point, Hashable], boxes: Mapping[Point, Box] | None = None) -> list[Region]:
     """Share out the shapes around the points of one kernel, of which each is used as the mapping says.
 
     A point's own box is the head sizes that pad to the same tile, and half to twice its B * H and T. Points of one use
     share a region, the hull of their boxes, if they pad to the same tiles (what fits one tile may spill or not fit in
     another), their boxes leave no part of the hull to itself and no other point lies between them. So every shape of a
     region is in some point's own box. Where regions of different uses would overlap they are cut halfway between their
-    points, on the axis where these are farthest apart; those of one use may overlap.
+    points, on the axis where these are farthest apart; those of one use may overlap. `boxes`: of points, in place of
+    their own, and within these.
     """
+    known = {point: box(point) for point in uses} | dict(boxes or {})
     groups: list[Group] = [(point,) for point in sorted(uses)]
-    while pair := _nearest_pair(groups, uses):
+    while pair := _nearest_pair(groups, uses, known):
         groups = [group for group in groups if group not in pair] + [tuple(sorted(pair[0] + pair[1]))]
     groups.sort()
-    boxes = [_hull(map(box, group)) for group in groups]
+    found = [_hull(known[point] for point in group) for group in groups]
     for i, j in itertools.combinations(range(len(groups)), 2):
         one, other = groups[i][0], groups[j][0]
-        if one.dtype == other.dtype and uses[one] != uses[other] and _meet(boxes[i], boxes[j]):
-            boxes[i], boxes[j] = _cut(groups[i], groups[j], boxes[i], boxes[j])
-    return [Region(group, own) for group, own in zip(groups, boxes, strict=True)]
+        if one.dtype == other.dtype and uses[one] != uses[other] and _meet(found[i], found[j]):
+            found[i], found[j] = _cut(groups[i], groups[j], found[i], found[j])
+    return [Region(group, own) for group, own in zip(groups, found, strict=True)]
 
 
 def box(point: Point) -> Box:
@@ -144,18 +146,20 @@ def _holds(own: Box, place: tuple[int, ...]) -> bool:
     return all(own[axis][0] <= at <= own[axis][1] for axis, at in zip(AXES, place, strict=True))
 
 
-def _nearest_pair(groups: list[Group], uses: Mapping[Point, Hashable]) -> tuple[Group, Group] | None:
+def _nearest_pair(
+    groups: list[Group], uses: Mapping[Point, Hashable], boxes: Mapping[Point, Box]
+) -> tuple[Group, Group] | None:
     """The two groups that may be one and would make the smallest."""
     pairs = [
         (one, other)
         for one, other in itertools.combinations(groups, 2)
-        if uses[one[0]] == uses[other[0]] and _may_join(one, other, groups)
+        if uses[one[0]] == uses[other[0]] and _may_join(one, other, groups, boxes)
     ]
     return min(pairs, key=lambda pair: (_size(pair[0] + pair[1]), pair), default=None)
 
 
-def _may_join(one: Group, other: Group, groups: list[Group]) -> bool:
-    own = [box(point) for point in one + other]
+def _may_join(one: Group, other: Group, groups: list[Group], boxes: Mapping[Point, Box]) -> bool:
+    own = [boxes[point] for point in one + other]
     alike = one[0].dtype == other[0].dtype and all(own[0][axis] == own[-1][axis] for axis in WIDTHS)
     return alike and _gap(_hull(own), own) is None and _alone(one + other, groups)
 

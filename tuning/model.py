@@ -24,6 +24,7 @@ from tuning.problems import GRADIENTS, HOPPER, STATES_SEGMENT, Problem
 STEP_LATENCY_MS = 1.2e-3
 TOKEN_LATENCY_MS = 0.5e-3
 LAUNCH_MS = 3e-3
+MEASURED = "sm90"  # the architecture whose figures are, and on which the landscapes hold the model
 
 
 @dataclass(frozen=True)

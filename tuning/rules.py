@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import errno
 import fcntl
+import itertools
 import math
 import os
 import re
@@ -21,7 +22,7 @@ import yaml
 from generated.configuration import ActiveRule, kernel_problem, kernel_registry, rule_problem
 from generated.configuration_file import ConfigurationError, File, Rule, parse_file
 from tuning import space
-from tuning.coverage import AXES, Point, Region, regions
+from tuning.coverage import AXES, WIDTHS, Box, Point, Region, box, regions
 from tuning.problems import (
     FORM_KERNEL,
     GRADIENTS,
@@ -30,6 +31,7 @@ from tuning.problems import (
     HOPPER_KERNEL,
     PASSES,
     Problem,
+    problem_at,
     same_launch,
 )
 from tuning.space import knob_values
@@ -266,8 +268,29 @@ def _with_origin(file: File | None) -> list[Entry]:
 
 def _rules(entries: Mapping[Point, Entry]) -> list[dict[str, Any]]:
     """The rules of a kernel: one for neighbours that share a configuration and the kind of its proof."""
-    found = regions({point: (entry.proof, config_from(entry)) for point, entry in entries.items()})
+    uses = {point: (entry.proof, config_from(entry)) for point, entry in entries.items()}
+    found = regions(uses, {point: reach(entry) for point, entry in entries.items() if entry.proof == "modelled"})
     return [_rule(region, [entries[point] for point in region.points]) for region in found]
+
+
+def reach(entry: Entry) -> Box:
+    """How far what a model chose is taken to hold: no farther than the default is the one that it was held against."""
+    whole = box(entry.point)
+    own = {axis: (getattr(entry.point, axis),) * 2 for axis in AXES}
+    for axis, end in itertools.product(AXES, (0, 1)):
+        ends = list(own[axis])
+        ends[end] = whole[axis][end]
+        wider = own | {axis: (ends[0], ends[1])}
+        if len(set(_defaults(entry.kernel, entry.point.dtype, wider))) == 1:
+            own = wider
+    return own
+
+
+def _defaults(kernel: str, dtype: str, of: Box) -> Iterator[Any]:
+    """A kernel's defaults at the corners of a box: of even widths, because odd ones run no rules."""
+    ends = [(low + low % 2 if axis in WIDTHS else low, high) for axis, (low, high) in of.items()]
+    for corner in itertools.product(*ends):
+        yield problem_at(kernel, dtype, **dict(zip(of, corner, strict=True))).default()
 
 
 def _rule(region: Region, entries: list[Entry]) -> dict[str, Any]:

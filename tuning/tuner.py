@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
@@ -14,25 +14,26 @@ from typing import Any
 
 from generated.known_bad import known_bad
 from generated.retention.chunk import WHOLE
-from tuning.compilation import Arch, Resources
+from tuning.compilation import ARCHS, Arch, Resources
 from tuning.compile_pool import Compiled, CompilePool, same_kernel
 from tuning.coverage import assign
 from tuning.funnel import Funnel
 from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Outcome, RaceClaim
 from tuning.judges import Judge
 from tuning.measurement import MeasurementError, StartError, Timing
-from tuning.model import predict
+from tuning.model import MEASURED, predict
 from tuning.problems import GRADIENTS, Problem, same_launch
 from tuning.samplers import EXHAUSTIVE, INFORMED, Candidates
 from tuning.search import MAX_SPILLS, Effort, Search, constraints
 from tuning.space import Sifted, knob_values, launched
-from tuning.winners import HELD, MODEL_NOISE, SHARED, Found, Winner
+from tuning.winners import HELD, MODEL_NOISE, SHARED, Found, Winner, is_faster
 
 NEIGHBOUR_SEGMENTS = (WHOLE, 512, 256)
 # Which runs the others' kernels too, or starts from their winners.
 AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
 BUILD_UP = 0.25  # of the budget, where there is one, may pass before anything is measured
+MEASURING_SECONDS = 0.015  # of a candidate, at least: an H100 that waits for nobody takes 0.02
 BACKLOG = 2  # candidates a compiler that may wait: with more, no further search is started
 LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
 AHEAD = 6  # candidates that are handed over while one is being measured
@@ -142,12 +143,14 @@ class Tuner:
     def _build_up(self, waiting: list[Problem], tasks: list[_Task]) -> None:
         """Start every search that need not wait for another, and compile what each begins with.
 
-        So that the GPU can be kept busy from its first candidate on, and what is left to be compiled then takes no
-        longer than what is left to be measured. What the others are going to begin with is guessed, unless other
-        workers may be at them first.
+        So that the GPU can be kept busy from its first candidate on. What the others are going to begin with is
+        guessed, unless other workers may be at them first; and so is what comes next, until what is left to be compiled
+        takes no longer than what is left to be measured.
         """
-        now, guesses = time.monotonic(), list[Future[Compiled]]()
-        guessed = set(waiting) if self.journal and self.journal.shared else set()
+        now, guesses, problems = time.monotonic(), list[Future[Compiled]](), list(waiting)
+        depth, step = 1 + self.effort.first + self.effort.ahead, self.effort.per_round
+        shared = self.journal is not None and self.journal.shared
+        guessed = set(waiting) if shared else set()
         unlisted = iter([problem for problem in waiting if problem not in guessed])
         while time.monotonic() < now + BUILD_UP * (self.deadline - now):
             if self._start(waiting, tasks):
@@ -160,19 +163,39 @@ class Tuner:
                 time.sleep(POLL_SECONDS)
             elif problem := next((problem for problem in waiting if problem not in guessed), None):
                 guessed.add(problem)
-                likely = self.listed(problem)[1].configs[: 1 + self.effort.first + self.effort.ahead]
-                guesses += [self.pool.submit(problem, config) for config in likely]
+                guesses += [self.pool.submit(problem, config) for config in self.listed(problem)[1].configs[:depth]]
+            elif not shared and self._compiler_is_late(len(problems), time.monotonic() - now):
+                likely = [(p, config) for p in problems for config in self.listed(p)[1].configs[depth:][:step]]
+                if not likely:
+                    return
+                guesses += [self.pool.submit(*candidate) for candidate in likely]
+                depth += step
             else:
                 return
+
+    def _compiler_is_late(self, searches: int, seconds: float) -> bool:
+        """Whether the GPU would be done with all searches before the compiler, as fast as in the seconds so far."""
+        compiled = self.pool.submitted - self.pool.outstanding()
+        left = max(0, searches * self.effort.compiled - compiled)
+        return left * seconds > searches * self.effort.measurements * MEASURING_SECONDS * compiled
 
     def listed(self, problem: Problem) -> tuple[Sifted, Candidates]:
         """What a search is over, all but what is known to crash; made once, because it takes a tenth of a second."""
         if problem not in self._listed:
-            sifted, crashes = problem.sift(self.arch), self.crashes(problem)
-            candidates = [config for config in sifted.candidates if config not in crashes]
             kept = [*self.incumbents(problem), problem.default()]
+            sifted, crashes = self._sift(problem, kept), self.crashes(problem)
+            candidates = [config for config in sifted.candidates if config not in crashes]
             self._listed[problem] = sifted, Candidates(problem, candidates, self.arch, kept=kept)
         return self._listed[problem]
+
+    def _sift(self, problem: Problem, kept: list[Any]) -> Sifted:
+        """What is worth compiling; to a model only what may replace what is kept."""
+        sifted = problem.sift(self.arch)
+        if not self.judge.modelled:
+            return sifted
+        candidates = [c for c in sifted.candidates if c in kept or is_promising(problem, c, kept, self.arch)]
+        dropped = Counter({"too little promised": len(sifted.candidates) - len(candidates)})
+        return Sifted(candidates, sifted.dropped + dropped)
 
     def _search(self, waiting: list[Problem], tasks: list[_Task], searches: int) -> None:
         """Measure one candidate after another.
@@ -569,6 +592,18 @@ def _states_problem(problem: Problem) -> Problem:
 def likely_first(problem: Problem, arch: Arch) -> list[Any]:
     """The configurations worth compiling for a problem, none known bad, those that the model likes best first."""
     return sorted(problem.sift(arch).candidates, key=lambda config: predict(problem, config, arch))
+
+
+def is_promising(problem: Problem, config: Any, kept: list[Any], arch: Arch) -> bool:
+    """Whether a model has it beat what is kept, before anything is compiled: also by the figures that were measured.
+
+    Of these alone the landscapes tell how far they can be trusted.
+    """
+    for one in (arch, ARCHS[MEASURED]):
+        ms, *held = (predict(problem, each, one) for each in (config, *kept))
+        if not is_faster(ms, min(held), MODEL_NOISE):
+            return False
+    return True
 
 
 class _Task:

@@ -122,7 +122,12 @@ class Found:
 
 def beats(challenger: Timing, holder: Timing, noise: float = HELD) -> bool:
     """Whether it is faster beyond the noise: by more than such a share, and the two intervals lie apart."""
-    return challenger.ms < (1 - noise) * holder.ms and challenger.high < holder.low
+    return is_faster(challenger.ms, holder.ms, noise) and challenger.high < holder.low
+
+
+def is_faster(ms: float, held_ms: float, noise: float) -> bool:
+    """Whether it is less by more than such a share."""
+    return ms < (1 - noise) * held_ms
 
 
 def both(one: Timing, other: Timing) -> Timing:
