@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck python tests/sanitized.py
     compute-sanitizer --tool racecheck python tests/sanitized.py --part 0 8     an eighth of them
-    compute-sanitizer --tool memcheck python tests/sanitized.py --planted       what it must find
+    compute-sanitizer --tool memcheck python tests/sanitized.py --planted NAME  what it must find
 
 What is launched is the proof of tuning/proof.py: ragged and packed sequences, states, both directions, large and tiny
 numbers. Its own margins and checks hold as well. Ends with status 1 if a proof fails. With
@@ -31,10 +31,16 @@ from tuning.proof import prove
 from tuning.verify import Claim, claims_of
 
 
-@triton.jit
-def planted_recurrent_kernel(x, size, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201 - Triton gives the arguments types
+def planted_kernel(x, size, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201 - Triton gives the arguments types
     o = tl.arange(0, BLOCK)
     tl.store(x + size + o, o)
+
+
+def run_planted(name: str) -> None:
+    """Launch what writes beside a tensor, by the name that is given."""
+    planted_kernel.__name__ = name
+    triton.jit(planted_kernel)[(1,)](torch.zeros(512, dtype=torch.int32, device="cuda"), 512, 32)
+    torch.cuda.synchronize()
 
 
 def shipped() -> list[Claim]:
@@ -52,11 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Launch what the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every Nth, from the Ith")
-    parser.add_argument("--planted", action="store_true", help="a kernel that writes beside a tensor instead")
+    parser.add_argument("--planted", metavar="NAME", help="a kernel of this name that writes beside a tensor instead")
     options = parser.parse_args(argv)
     if options.planted:
-        planted_recurrent_kernel[(1,)](torch.zeros(512, dtype=torch.int32, device="cuda"), 512, 32)
-        torch.cuda.synchronize()
+        run_planted(options.planted)
         return 0
     first, step = options.part
     claims, failed = shipped()[first::step], 0

@@ -17,7 +17,7 @@ import generated
 from generated import configuration
 from generated import launch as launching
 from generated.launch import choose_config, dot_precision, has_aligned_rows, padded, use_descriptors
-from generated.retention import auto, fused_chunk, operators, parallel
+from generated.retention import auto, chunk, fused_chunk, operators, parallel
 
 
 @pytest.mark.parametrize(("size", "width"), [(1, 16), (16, 16), (17, 32), (256, 256), (428, 512)])
@@ -148,6 +148,30 @@ def test_auto_prepares_the_gradients_that_its_rules_choose(
     own = parallel if form == "parallel" else fused_chunk
     sweeps = [ready.output, *(ready.gradients.args[1:] if gradients is operators._run_sweeps else [])]  # type: ignore[union-attr]
     assert [sweep.func for sweep in sweeps] == [own.run_output] * len(sweeps)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "mean", "K", "L"),
+    [
+        (8, 2048, 256, 4096),
+        (11, 1489, 128, 4096),
+        (64, 400, 128, 1024),
+        (64, 300, 128, chunk.WHOLE),
+        (4096, 16, 128, chunk.WHOLE),
+        (1024, 64, 512, chunk.WHOLE),
+        (1, 131072, 128, 4096),
+    ],
+)
+def test_packed_sequences_are_cut_unless_the_states_would_take_more_than_v(
+    sequences: int, mean: int, K: int, L: int
+) -> None:
+    q, v = (torch.empty(1, sequences * mean, 4, width, dtype=torch.bfloat16, device="meta") for width in (K, 128))
+    offsets = torch.empty(sequences + 1, dtype=torch.int64, device="meta")
+    config = chunk.segments_of(q, v, offsets)
+    assert config.L == L
+    if L < chunk.WHOLE:
+        hs = chunk.segment_states(q, v, offsets, L)
+        assert hs.numel() * hs.itemsize <= v.numel() * v.itemsize
 
 
 class Device:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from generated import configuration
 
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 SCRIPT = Path(__file__).with_name("sanitized.py")
@@ -17,11 +20,15 @@ SECONDS = 500  # for one process, less than pytest gives a test
 PARTS = 6  # of the configurations, each in a process of its own
 OURS = ("chunk", "parallel", "recurrent")  # in the names of the kernels that it looks at
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.slow,
-    pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer, of the CUDA toolkit"),
-]
+needs_sanitizer = pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer, of the CUDA toolkit")
+
+
+def test_every_kernel_is_looked_at() -> None:
+    generated = Path(configuration.__file__).parent
+    text = "".join(path.read_text(encoding="utf-8") for path in generated.rglob("*.py"))
+    kernels = re.findall(r"jit\(.*\)\ndef (\w+)_kernel\(", text)
+    assert len(kernels) >= 9
+    assert [name for name in kernels if not any(part in name for part in OURS)] == []
 
 
 def sanitized(folder: Path, tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,13 +42,20 @@ def sanitized(folder: Path, tool: str, *arguments: str) -> subprocess.CompletedP
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
 
 
-def test_what_is_planted_is_found(tmp_path: Path) -> None:
-    done = sanitized(tmp_path, "memcheck", "--planted")
+@pytest.mark.gpu
+@pytest.mark.slow
+@needs_sanitizer
+@pytest.mark.parametrize("part", OURS)
+def test_what_is_planted_is_found(part: str, tmp_path: Path) -> None:
+    done = sanitized(tmp_path, "memcheck", "--planted", f"planted_{part}_kernel")
     assert done.returncode == FOUND
     assert "Invalid __global__ write of size 4 bytes" in done.stdout
-    assert "planted_recurrent_kernel" in done.stdout
+    assert f"planted_{part}_kernel" in done.stdout
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@needs_sanitizer
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_nothing_is_found_in_what_is_shipped(tool: str, part: int, tmp_path: Path) -> None:

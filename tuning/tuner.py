@@ -147,12 +147,14 @@ class Tuner:
         guessed, unless other workers may be at them first; and so is what comes next, until what is left to be compiled
         takes no longer than what is left to be measured.
         """
-        now, guesses, problems = time.monotonic(), list[Future[Compiled]](), list(waiting)
-        depth, step = 1 + self.effort.first + self.effort.ahead, self.effort.per_round
+        began, guesses, problems = time.monotonic(), list[Future[Compiled]](), list(waiting)
+        depth = 1 + self.effort.first + self.effort.ahead
+        next_ranks = range(depth, self.effort.compiled)
+        further = ((p, c) for rank in next_ranks for p in problems for c in self.listed(p)[1].configs[rank : rank + 1])
         shared = self.journal is not None and self.journal.shared
         guessed = set(waiting) if shared else set()
         unlisted = iter([problem for problem in waiting if problem not in guessed])
-        while time.monotonic() < now + BUILD_UP * (self.deadline - now):
+        while time.monotonic() < began + BUILD_UP * (self.deadline - began):
             if self._start(waiting, tasks):
                 tasks[-1].ask()
             elif (problem := next(unlisted, None)) is not None:
@@ -164,12 +166,10 @@ class Tuner:
             elif problem := next((problem for problem in waiting if problem not in guessed), None):
                 guessed.add(problem)
                 guesses += [self.pool.submit(problem, config) for config in self.listed(problem)[1].configs[:depth]]
-            elif not shared and self._compiler_is_late(len(problems), time.monotonic() - now):
-                likely = [(p, config) for p in problems for config in self.listed(p)[1].configs[depth:][:step]]
-                if not likely:
+            elif not shared and self._compiler_is_late(len(problems), time.monotonic() - began):
+                if (likely := next(further, None)) is None:
                     return
-                guesses += [self.pool.submit(*candidate) for candidate in likely]
-                depth += step
+                guesses.append(self.pool.submit(*likely))
             else:
                 return
 
@@ -193,7 +193,8 @@ class Tuner:
         sifted = problem.sift(self.arch)
         if not self.judge.modelled:
             return sifted
-        candidates = [c for c in sifted.candidates if c in kept or is_promising(problem, c, kept, self.arch)]
+        promised = promising(problem, sifted.candidates, kept, self.arch)
+        candidates = [config for config in sifted.candidates if config in kept or config in promised]
         dropped = Counter({"too little promised": len(sifted.candidates) - len(candidates)})
         return Sifted(candidates, sifted.dropped + dropped)
 
@@ -594,16 +595,15 @@ def likely_first(problem: Problem, arch: Arch) -> list[Any]:
     return sorted(problem.sift(arch).candidates, key=lambda config: predict(problem, config, arch))
 
 
-def is_promising(problem: Problem, config: Any, kept: list[Any], arch: Arch) -> bool:
-    """Whether a model has it beat what is kept, before anything is compiled: also by the figures that were measured.
+def promising(problem: Problem, candidates: list[Any], kept: list[Any], arch: Arch) -> list[Any]:
+    """Those that a model has beat what is kept, before anything is compiled: also by the figures that were measured.
 
     Of these alone the landscapes tell how far they can be trusted.
     """
     for one in (arch, ARCHS[MEASURED]):
-        ms, *held = (predict(problem, each, one) for each in (config, *kept))
-        if not is_faster(ms, min(held), MODEL_NOISE):
-            return False
-    return True
+        held = min(predict(problem, config, one) for config in kept)
+        candidates = [c for c in candidates if is_faster(predict(problem, c, one), held, MODEL_NOISE)]
+    return candidates
 
 
 class _Task:

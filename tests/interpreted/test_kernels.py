@@ -138,6 +138,23 @@ def test_any_chunk_size_gives_the_same_results(
     check(function, make_problem(1, 130, 1, 16, 20, dtype, lengths=lengths), chunk_size=chunk_size)
 
 
+@pytest.mark.forms("chunk", "auto")
+@pytest.mark.parametrize("states", [False, True])
+def test_packed_sequences_much_longer_than_the_mean_are_cut(
+    function: Function, states: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = importlib.import_module("generated.retention.chunk")
+    launch, lengths = chunk.launch_chunk_states, list[int]()
+
+    def launch_chunk_states(*arguments: Any, **options: Any) -> None:
+        lengths.append(arguments[5])
+        launch(*arguments, **options)
+
+    monkeypatch.setattr(chunk, "launch_chunk_states", launch_chunk_states)
+    check(function, make_problem(1, 976, 1, 16, 20, lengths=[5, 300, 600, 1, 40, 30], states=states))
+    assert lengths == [512] * 4  # of the output and three gradients
+
+
 @pytest.mark.forms("chunk")
 @pytest.mark.parametrize(
     "tiles",
