@@ -33,8 +33,8 @@ class Effort:
 
     ahead: how many more are compiled than are measured in the first round; the others use them up. gain: the search
     ends when none is expected to be faster than the best by more than this; 0 for never. Only the sampler `informed`
-    looks ahead and expects. compiled: how many a search has had compiled in the end, as counted
-    in runs of all workloads; what is compiled ahead ends there.
+    looks ahead and expects. compiled: how many a search has had compiled when it ends, as counted in runs of all
+    workloads; no more are compiled ahead.
     """
 
     first: int
