@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -433,24 +434,51 @@ def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
         configuration.reload()
 
 
+@pytest.mark.gpu
+@needs_hopper
+def test_a_thread_without_a_context_describes_tensors() -> None:
+    *tensors, rates = PROBLEM.inputs("cuda")
+    kept: list[torch.Tensor] = []
+
+    def run() -> None:
+        kept.extend(PROBLEM.run((*tensors, rates), PROBLEM.default()))
+
+    run()
+    kept[0] = kept[0].clone()  # what it had is there for the thread, which so need not ask CUDA for memory
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert torch.equal(*kept)
+
+
 WHOLE, SPLIT = (256, MADE), (512, FusedChunkHopperConfig(32, 3))
+ARRIVED, DONE = "mbarrier.wait(rest_here.index(slot), phase)", "mbarrier.arrive(is_free.index(slot))"
 # What is wrong: of which K and configuration, what stands in the kernel's text, and what instead.
 FAULTS = {
-    "stale state": (WHOLE, "b_h1 *= b_dh", "b_h1 *= 1.0"),
-    "scores without a mask": (WHOLE, "b_s *= ds_s.slice(GROUP * KEYS, KEYS, 1).load(score_layout)", "b_s *= 1.0"),
-    "chunk's own tokens left out": (WHOLE, "if PART == PARTS - 1:", "if PART == PARTS:"),
-    "outputs of the chunk before": (WHOLE, "o_s.index(i_t % 2))", "o_s.index((i_t + 1) % 2))"),
-    "tiles that nobody waited for": (WHOLE, "mbarrier.wait(rest_here.index(slot), phase)", "pass"),
-    "sums of half of K left out": (SPLIT, "b_o += sums_s.load(output_layout)", "b_o += 0.0"),
-    "scores of the other direction": (SPLIT, "(T // BT - 1 - i_t if TURNED else i_t)", "i_t"),
+    "stale state": (WHOLE, [("b_h1 *= b_dh", "b_h1 *= 1.0")]),
+    "scores without a mask": (
+        WHOLE,
+        [("b_s *= ds_s.slice(GROUP * KEYS, KEYS, 1).load(score_layout)", "b_s *= 1.0")],
+    ),
+    "chunk's own tokens left out": (WHOLE, [("if PART == PARTS - 1:", "if PART == PARTS:")]),
+    "outputs of the chunk before": (WHOLE, [("o_s.index(i_t % 2))", "o_s.index((i_t + 1) % 2))")]),
+    "tiles that are waited for too late": (
+        WHOLE,
+        [(f"{ARRIVED}\n        if MADE", "if MADE"), (f"{DONE}\n", f"{ARRIVED}\n        {DONE}\n")],
+    ),
+    "sums of half of K left out": (SPLIT, [("b_o += sums_s.load(output_layout)", "b_o += 0.0")]),
+    "scores of the other direction": (SPLIT, [("(T // BT - 1 - i_t if TURNED else i_t)", "i_t")]),
 }
 
 
-def plant(folder: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the sweep run what a change makes of its kernel's text."""
-    assert hopper.SOURCE.count(old) == 1
+def plant(folder: Path, edits: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the sweep run what changes make of its kernel's text."""
+    text = hopper.SOURCE
+    for old, new in edits:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
     path = folder / "mutant.py"
-    path.write_text(hopper.SOURCE.replace(old, new), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     kernel = module_at(path, "generated.retention.mutant").fused_chunk_hopper_kernel
     _, *rest = hopper.gluon_parts()
     monkeypatch.setattr(hopper, "gluon_parts", lambda: (kernel, *rest))
@@ -460,8 +488,8 @@ def plant(folder: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> 
 @needs_hopper
 @pytest.mark.parametrize("fault", [*FAULTS, None])
 def test_its_proof_finds_every_fault(fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (K, config), old, new = FAULTS[fault] if fault else (WHOLE, "b_h1 *= b_dh", "b_h1 = b_h1 * b_dh")
-    plant(tmp_path, old, new, monkeypatch)
+    (K, config), edits = FAULTS[fault] if fault else (WHOLE, [("b_h1 *= b_dh", "b_h1 = b_h1 * b_dh")])
+    plant(tmp_path, edits, monkeypatch)
     problem = replace(PROBLEM, T=640, K=K, V=256)
     if fault is None:
         assert 0 < prove(problem, config, {}, "cuda") < error_limit(HOPPER, problem.dtype, problem.T)

@@ -1,15 +1,17 @@
 """What a configuration must pass before a rule names it: draws that each look for a way in which kernels go wrong.
 
 Every draw holds outputs and states against float64, head by head, and asks for the same bits twice; so does the
-problem's own shape, of which float64 sees two rows. All runs in memory full of NaN: an element that nobody wrote is
-one, and so is what comes of reading beside a tensor. Writes there are seen.
+problem's own shape, of which float64 sees two rows. The second time the memory is busy with another stream's writes:
+what a kernel does not wait for comes too late. All runs in memory full of NaN: an element that nobody wrote is one, and
+so is what comes of reading beside a tensor. Writes there are seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from generated.retention.fused_chunk_hopper import LONGEST
 from tuning.oracle import gradients_reference, segment_states, sweep_reference
 from tuning.problems import GRADIENTS, HOPPER, STATES_SEGMENT, WITH_STATES, Problem
+from tuning.timing import flush_buffer
 
 # The largest relative error against float64 that is taken for rounding: a few units of each dtype.
 ERROR_LIMITS = {"bfloat16": 1e-2, "float16": 1.3e-3, "float32": 1e-5}
@@ -33,6 +36,7 @@ RATES = (math.log1p(-(2.0**-5)), 0.0, -3.0)  # a slow decay, none, and one that 
 MARGIN = 2048  # bytes on either side of a tensor; a multiple of what tensors are aligned at
 TOKENS = 333  # ragged for every chunk
 WHOLE_TOKENS = 320  # whole chunks, of all lengths
+TRAFFIC = 16  # times that the L2 cache is written over beside a run: 0.8 ms on an H100
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def prove_whole(
     wrong in one alone is found without float64. `apart`: see `guarded_runs`.
     """
     *tensors, rates = full
-    once, again = guarded_runs(problem, config, full, [extra, extra], apart=apart)
+    once, again = guarded_runs(problem, config, full, [extra, extra], apart=apart, crowded=True)
     if not same_bits(once, again):
         raise ArithmeticError("two runs on the same inputs differ at the full shape")
     ends = [0, -1][: problem.B]
@@ -135,19 +139,20 @@ def guarded_runs(
     *,
     initial: Tensor | None = None,
     apart: bool = True,
+    crowded: bool = False,
 ) -> list[list[Tensor]]:
     """The results of a run with each of some options, the final state the last where there is an initial one.
 
     ArithmeticError if an input was written to, or what lies beside a tensor. Without `apart` the inputs are not copied
-    to where this is seen, which saves their memory.
+    to where this is seen, which saves their memory. `crowded`: all but the first run while the memory is busy.
     """
-    guard, runs = Guard(), []
+    guard, runs = Guard(), list[list[Tensor]]()
     originals = [*inputs, *([] if initial is None else [initial])]
     given = [guard.copy(x) for x in originals] if apart else originals
     for options in orders:
         final = [] if initial is None else [guard.copy(torch.full_like(initial, math.nan))]
         states = {"initial_state": given[-1], "final_state": final[0]} if final else {}
-        with guard:
+        with guard, crowded_memory(inputs[0].device) if crowded and runs else contextlib.nullcontext():
             results = problem.run(tuple(given[: len(inputs)]), config, **states, **options)
         runs.append([*results, *final])
     if not same_bits(given, originals):
@@ -156,10 +161,27 @@ def guarded_runs(
     return runs
 
 
+@contextlib.contextmanager
+def crowded_memory(device: torch.device) -> Iterator[None]:
+    """Within it another stream writes as fast as a GPU's memory takes it; on a CPU nothing does."""
+    if device.type != "cuda":
+        yield
+        return
+    here, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        for _ in range(TRAFFIC):
+            flush_buffer().zero_()
+    try:
+        yield
+    finally:
+        here.wait_stream(beside)
+
+
 def _examine(problem: Problem, config: Any, extra: dict[str, Any], draw: Draw, generator: torch.Generator) -> float:
     inputs, offsets, initial = _inputs(problem, draw, generator)
     order = {"cu_seqlens": offsets, "reverse": draw.reverse, "adjoint": draw.adjoint, "turned": draw.turned, **extra}
-    once, again = guarded_runs(problem, config, inputs, [order, order], initial=initial)
+    once, again = guarded_runs(problem, config, inputs, [order, order], initial=initial, crowded=True)
     limits = [ERROR_LIMITS[problem.dtype]] * len(once)
     if draw.steady:
         limits[-1] = STEADY_LIMITS[problem.dtype]

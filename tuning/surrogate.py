@@ -44,7 +44,7 @@ class Belief:
         """How much faster than the best so far each candidate is expected to be, in octaves; never negative."""
         ahead = self.best - self.mean
         z = ahead / self.deviation
-        below = torch.special.ndtr(torch.from_numpy(z)).numpy()
+        below = torch.erfc(torch.from_numpy(z * -math.sqrt(0.5))).numpy() / 2  # ndtr(z), but vectorised
         gain = ahead * below + self.deviation * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
         return np.asarray(self.weights @ np.maximum(gain, 0.0))
 

@@ -93,7 +93,7 @@ class Replay:
         if Replay._anchor is None:
             Replay._anchor, _ = _captured(lambda: torch.zeros(1, device="cuda"), torch.cuda.graph_pool_handle())
         self._events = _events(FIRST, external=True)
-        flush = _flush()
+        flush = flush_buffer()
 
         def timed() -> object:
             for begin, end in self._events:
@@ -141,7 +141,8 @@ def _events(count: int, **options: bool) -> list[tuple[Any, Any]]:
 
 
 @functools.cache
-def _flush() -> Tensor:
+def flush_buffer() -> Tensor:
+    """What takes the place of all else in the L2 cache when it is written to."""
     return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
 
@@ -159,7 +160,7 @@ def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
     """Milliseconds of each call as a program makes it, with the host's share where the GPU waits for it."""
     events = _events(repeats)
     for begin, end in events:
-        _flush().zero_()
+        flush_buffer().zero_()
         begin.record()
         run()
         end.record()

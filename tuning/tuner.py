@@ -33,7 +33,7 @@ NEIGHBOUR_SEGMENTS = (WHOLE, 512, 256)
 AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
 BUILD_UP = 0.25  # of the budget, where there is one, may pass before anything is measured
-MEASURING_SECONDS = 0.015  # of a candidate, at least: an H100 that waits for nobody takes 0.02
+MEASURING_SECONDS = 0.01  # of a candidate: half of what it takes, so that no search waits for its last ones
 BACKLOG = 2  # candidates a compiler that may wait: with more, no further search is started
 LOOK_SECONDS = 0.5  # between two looks at the clock while all wait for the compiler
 AHEAD = 6  # candidates that are handed over while one is being measured
@@ -144,13 +144,12 @@ class Tuner:
         """Start every search that need not wait for another, and compile what each begins with.
 
         So that the GPU can be kept busy from its first candidate on. What the others are going to begin with is
-        guessed, unless other workers may be at them first; and so is what comes next, until what is left to be compiled
-        takes no longer than what is left to be measured.
+        guessed, unless other workers may be at them first; and so is what comes next, of the slowest kernels first,
+        until what is left to be compiled takes no longer than what is left to be measured.
         """
         began, guesses, problems = time.monotonic(), list[Future[Compiled]](), list(waiting)
         depth = 1 + self.effort.first + self.effort.ahead
-        next_ranks = range(depth, self.effort.compiled)
-        further = ((p, c) for rank in next_ranks for p in problems for c in self.listed(p)[1].configs[rank : rank + 1])
+        further = ((p, c) for p in problems for c in self.listed(p)[1].configs[depth : self.effort.compiled])
         shared = self.journal is not None and self.journal.shared
         guessed = set(waiting) if shared else set()
         unlisted = iter([problem for problem in waiting if problem not in guessed])
