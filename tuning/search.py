@@ -52,7 +52,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(first=16, rounds=6, per_round=4, finalists=3, ahead=12, gain=0.0002, compiled=47),
+    "quick": Effort(first=16, rounds=4, per_round=6, finalists=3, ahead=24, gain=0.0002, compiled=48),
     "full": Effort(first=24, rounds=5, per_round=8, finalists=5, ahead=24, gain=0.0002, compiled=54),
 }
 
