@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
 from forms import all_forms, public
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,6 +21,7 @@ from generated import configuration
 from generated import launch as launching
 from generated.launch import choose_config, dot_precision, has_aligned_rows, padded, use_descriptors
 from generated.retention import auto, chunk, fused_chunk, operators, parallel
+from tuning.compilation import ARCHS, offline
 
 
 @pytest.mark.parametrize(("size", "width"), [(1, 16), (16, 16), (17, 32), (256, 256), (428, 512)])
@@ -250,6 +254,38 @@ def test_a_launch_may_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(fake_tensor(address))
     assert len(device.dispatched) == 2  # the first, and the one that is not aligned
     assert [arguments[9:] for arguments in device.launched] == [(32, 0.5, 64), (48, 0.5, 64)]
+
+
+def test_what_is_compiled_side_by_side_is_what_is_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())  # there may be none
+    q, v, rates = (
+        torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((1, 64, 2, 32), (1, 64, 2, 64), 2)
+    )
+    ready = fused_chunk.fused_chunk_ready(q, v, 0.5, None, False, None)
+    assert ready is not None
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, src, **_: compiled.append(src.fn.__name__))
+    with offline(ARCHS["sm90"].target):
+        operators._compile_all(ready, q, q, v, rates, None, None, False, None)
+        ahead = list(compiled)
+        assert ahead == ["fused_chunk_kernel"] * 2  # of the output and the gradient of v, and of those of q and k
+        ready.output(q, q, v, rates, None)
+        ready.gradients(q, q, v, v, rates, None)  # type: ignore[misc]
+    assert compiled == ahead
+    assert not launching._compiles_only.get()
+
+
+def test_nothing_is_launched_while_it_is_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    device = Device(monkeypatch)
+    warmed: list[Any] = []
+    device.warmup = lambda *arguments, grid, **options: warmed.append((grid, arguments[1:], options))  # type: ignore[attr-defined]
+    launching.compile_side_by_side(lambda: device.launch(16, None), torch.device("cuda", 1))
+    assert [(grid, numbers) for grid, numbers, _ in warmed] == [((7,), (None, 0.5, 3, 8, 1))]
+    assert not device.dispatched
+    device.launch(16, None)
+    assert len(device.dispatched) == 1
 
 
 def test_a_profilers_hook_sees_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
