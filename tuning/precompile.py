@@ -96,18 +96,18 @@ def rehearse(
 def _wait_for_best(tuner: Tuner, progress: Any) -> None:
     """Compile what else a run wants of the best few of each search: until the deadline, or Ctrl-C."""
     wanted = [
-        (problem, config, variant)
+        (problem, config, own, variant)
         for problem, found in tuner.found.items()
         for config in dict.fromkeys([found.default, *found.incumbents, *_best(tuner, problem)])
-        for variant in problem.variants(config)
+        for own, variant in problem.proof_launches(config)
     ]
-    wanted += [(problem, config, PLAIN) for problem in tuner.found for config in _borrowed(tuner, problem)]
-    for problem, config, variant in wanted:
-        tuner.pool.submit(problem, config, variant=variant, extra=tuner.extra(problem))
+    wanted += [(problem, config, problem, PLAIN) for problem in tuner.found for config in _borrowed(tuner, problem)]
+    for problem, config, own, variant in wanted:
+        tuner.pool.submit(own, config, variant=variant, extra=tuner.extra(problem))
     with contextlib.suppress(TimeoutError, KeyboardInterrupt):
-        for number, (problem, config, variant) in enumerate(wanted, 1):
+        for number, (problem, config, own, variant) in enumerate(wanted, 1):
             extra = tuner.extra(problem)
-            tuner.pool.result(problem, config, variant=variant, extra=extra, seconds=tuner.seconds_left())
+            tuner.pool.result(own, config, variant=variant, extra=extra, seconds=tuner.seconds_left())
             progress(number, len(wanted), problem, "compiling for proofs")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from generated.launch import padded
 from generated.retention import auto, chunk, fused_chunk, fused_chunk_hopper, fused_recurrent, parallel
 from tuning.compilation import Arch
 from tuning.oracle import retnet_rates
@@ -155,6 +156,17 @@ class Problem:
             found["turned"] = {"reverse": True, "turned": True}
             found["turned, states"] = {"reverse": True, "turned": True, "adjoint": True, **states}
         return found
+
+    def narrower(self) -> Problem:
+        """Heads of the same tiles that fill them least of those that descriptors read: rules hold for these too."""
+        if self.form == HOPPER:
+            return self
+        K, V = (min(size, 8 if padded(size) == padded(1) else padded(size) // 2 + 8) for size in (self.K, self.V))
+        return replace(self, K=K, V=V)
+
+    def proof_launches(self, config: Any) -> list[tuple[Problem, str]]:
+        """What a proof launches: a problem and a variant of it each."""
+        return [*((self, variant) for variant in self.variants(config)), (self.narrower(), PLAIN)]
 
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results.

@@ -51,6 +51,7 @@ class Draw:
     reverse: bool = False
     adjoint: bool = False
     turned: bool = False
+    narrower: bool = False
 
 
 def draws(problem: Problem, config: Any) -> list[Draw]:
@@ -71,6 +72,7 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
     found = [
         Draw("from the first token", (tokens,)),
         Draw("from the last token", (tokens,), reverse=True),
+        Draw("narrower heads", (tokens,), narrower=True),
         Draw("one token", (1,)),
         Draw("large numbers", (TOKENS,), log2_size=size),
         Draw("tiny numbers", (TOKENS,), log2_size=-size),
@@ -179,6 +181,7 @@ def crowded_memory(device: torch.device) -> Iterator[None]:
 
 
 def _examine(problem: Problem, config: Any, extra: dict[str, Any], draw: Draw, generator: torch.Generator) -> float:
+    problem = problem.narrower() if draw.narrower else problem
     inputs, offsets, initial = _inputs(problem, draw, generator)
     order = {"cu_seqlens": offsets, "reverse": draw.reverse, "adjoint": draw.adjoint, "turned": draw.turned, **extra}
     once, again = guarded_runs(problem, config, inputs, [order, order], initial=initial, crowded=True)

@@ -324,7 +324,8 @@ class Tuner:
     def _compile_variants(self, winner: Winner) -> list[Future[Compiled]]:
         """Let the compiler have what a proof launches: the process with the GPU then only loads it."""
         problem, config, extra = winner.problem, winner.config, self._expected_extra(winner.problem)
-        return [self.pool.submit(problem, config, variant=variant, extra=extra) for variant in problem.variants(config)]
+        launches = problem.proof_launches(config)
+        return [self.pool.submit(own, config, variant=variant, extra=extra) for own, variant in launches]
 
     def _wait(self, tasks: list[_Task]) -> None:
         """Until something more is compiled, or another worker may have ended what is waited for."""
@@ -519,12 +520,11 @@ class Tuner:
     def _unfit(self, winner: Winner) -> str | None:
         """Why a variant of the launch can't run."""
         problem, config, extra = winner.problem, winner.config, self._final_extra(winner.problem)
-        for variant in problem.variants(config):
-            needs = self.pool.result(problem, config, variant=variant, extra=extra)
-            if isinstance(needs, str):
-                return f"{variant}: {needs}"
-            if excess := needs.excess(self.arch):
-                return f"{variant}: {excess}"
+        for own, variant in problem.proof_launches(config):
+            needs = self.pool.result(own, config, variant=variant, extra=extra)
+            why = needs if isinstance(needs, str) else needs.excess(self.arch)
+            if why:
+                return f"{variant}{f', K={own.K} V={own.V}' if own != problem else ''}: {why}"
         return None
 
     def neighbours(self, problem: Problem) -> list[Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
+from generated.launch import padded
 from generated.retention import chunk, fused_chunk, fused_recurrent, parallel
 from tuning import problems, proof
 from tuning.problems import FORMS, GRADIENTS, Problem
@@ -288,6 +289,26 @@ def test_what_only_the_full_shape_shows_is_found(form: str, plant: Plant, either
     plant("fused_chunk", old, new)
     with pytest.raises(ArithmeticError, match=said):
         proof.prove_whole(LARGE, CONFIG, {}, LARGE.inputs("cpu"))
+
+
+@pytest.mark.forms("fused_chunk")
+@pytest.mark.parametrize("mask", ["m_k = o_k < K", "m_v = o_v < V"])
+def test_what_heads_that_fill_their_tiles_hide_is_found(form: str, plant: Plant, mask: str) -> None:
+    plant(form, mask, f"{mask} + 32")
+    with pytest.raises(ArithmeticError, match="narrower heads: "):
+        proof.prove(replace(SMALL, K=32, V=32), CONFIG, {}, "cpu")
+
+
+@pytest.mark.forms("fused_chunk")
+@pytest.mark.parametrize(
+    ("K", "V", "narrower"),
+    [(256, 512, (136, 264)), (64, 16, (40, 8)), (428, 80, (264, 72)), (36, 4, (36, 4)), (136, 72, (136, 72))],
+)
+def test_narrower_heads_have_the_same_tiles(form: str, K: int, V: int, narrower: tuple[int, int]) -> None:
+    other = replace(SMALL, K=K, V=V).narrower()
+    assert narrower == (other.K, other.V)
+    assert [padded(size) for size in narrower] == [padded(K), padded(V)]
+    assert other.default() == replace(SMALL, K=K, V=V).default()
 
 
 @pytest.mark.forms("fused_chunk")
