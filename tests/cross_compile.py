@@ -128,7 +128,9 @@ def variant_cases() -> list[Case]:
     """The variants of every form's launch at one width, the architectures and dtypes in turn; and HOPPER's."""
     archs = list(ARCHS)
     wholes = [Problem(HOPPER, *of, 512) for of in (("bfloat16", 1, TOKENS, 1, 256), ("float16", 1, TOKENS, 1, 512))]
-    cases = [Case("sm90", problem, problem.default(), variant) for problem in wholes for variant in ((), ("reverse",))]
+    hopper = [(problem, variant) for problem in wholes for variant in ((), ("reverse",), *PACKED)]
+    hopper += [(replace(problem, T=TOKENS + 1), ()) for problem in wholes]
+    cases = [Case("sm90", problem, problem.default(), variant) for problem, variant in hopper]
     return cases + [
         Case(archs[(i + j) % len(archs)], Problem(form, DTYPES[i % 3], 1, TOKENS, 1, 64, 64), None, variant)
         for j, form in enumerate(PUBLIC_FORMS)

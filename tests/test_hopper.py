@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
 import threading
@@ -14,7 +15,8 @@ import pytest
 import torch
 import triton
 from fakes import NEEDS, module_at, timing
-from oracle import assert_matches, by_blocks, make_problem, run
+from oracle import Problem as OracleProblem
+from oracle import assert_matches, assert_same, by_blocks, make_problem, poisoned_memory, retnet_rates, run
 from rich.console import Console
 
 import generated
@@ -55,8 +57,8 @@ def inputs(T: int = 128, K: int = 256, V: int = 128, dtype: torch.dtype = torch.
         ({"K": 512, "V": 192}, True),
         ({"K": 512, "V": 96}, False),
         ({"K": 384}, False),
-        ({"T": 100}, False),
-        ({"T": 96}, False),
+        ({"T": 100}, True),
+        ({"T": 1}, True),
         ({"K": 128}, False),
         ({"V": 192}, False),
         ({"V": 428}, False),
@@ -65,7 +67,7 @@ def inputs(T: int = 128, K: int = 256, V: int = 128, dtype: torch.dtype = torch.
     ],
     ids=str,
 )
-def test_it_runs_whole_chunks_of_its_own_sizes(changes: dict[str, Any], runs: bool) -> None:
+def test_it_runs_its_own_sizes(changes: dict[str, Any], runs: bool) -> None:
     q, v = inputs(**changes)
     assert hopper.runs_here(q, v, None, None, None, None) is runs
     if not runs:
@@ -74,10 +76,10 @@ def test_it_runs_whole_chunks_of_its_own_sizes(changes: dict[str, Any], runs: bo
 
 
 @pytest.mark.parametrize("given", PLAIN)
-def test_it_runs_no_states_and_nothing_packed(given: str) -> None:
+def test_it_runs_packed_sequences_and_no_states(given: str) -> None:
     q, v = inputs()
     something: Any = 64 if given == "chunk_size" else torch.empty(1, device="meta")
-    assert not hopper.runs_here(q, v, **{**PLAIN, given: something})
+    assert hopper.runs_here(q, v, **{**PLAIN, given: something}) is (given == "cu_seqlens")
     assert not hopper.runs_here(*(torch.empty(2, 128, 3, width, dtype=q.dtype) for width in (256, 128)), **PLAIN)
 
 
@@ -108,6 +110,10 @@ def test_its_rule_is_what_has_it_used_whatever_was_asked_before(rule: None, monk
     for _ in range(2):
         assert hopper.tuned_config(q, v, **PLAIN) == RULE
         assert hopper.tuned_config(longer, values, **PLAIN) is None
+    # Of packed sequences it goes by the mean: two rows of 128 tokens are as long as six sequences of 1024.
+    assert hopper.tuned_config(longer, values, **PLAIN | {"cu_seqlens": torch.empty(3)}) is None
+    packed = (x.view(1, -1, *x.shape[2:])[:, :256] for x in (longer, values))
+    assert hopper.tuned_config(*packed, **PLAIN | {"cu_seqlens": torch.empty(3)}) == RULE
     monkeypatch.setattr(triton, "__version__", "4.0.0")
     assert hopper.tuned_config(q, v, **PLAIN) is None
 
@@ -117,13 +123,14 @@ def test_its_rule_is_what_has_it_used_whatever_was_asked_before(rule: None, monk
     [
         ({}, [HOPPER]),
         ({"T": 192}, [HOPPER]),
-        ({"T": 100}, ["chunk"]),
+        ({"T": 100}, [HOPPER]),
         ({"T": 8}, ["fused_recurrent"]),
         ({"V": 256}, ["chunk"]),  # beyond the rule
         ({"initial_state": torch.empty(1)}, ["chunk"]),
         ({"final_state": torch.empty(1)}, ["chunk"]),
         ({"chunk_size": 64}, ["chunk"]),
-        ({"cu_seqlens": torch.tensor([0, 128])}, ["chunk"]),
+        ({"cu_seqlens": torch.tensor([0, 100, 256])}, [HOPPER]),
+        ({"cu_seqlens": torch.tensor([0, 16, 256, 512]), "T": 512}, ["chunk"]),  # beyond the rule, in the mean
         ({"scores": torch.empty(1)}, ["chunk"]),  # it reads none that others made
     ],
     ids=lambda value: "-".join(value) or "plain",
@@ -147,9 +154,12 @@ def test_auto_runs_it_where_its_rule_holds_and_the_chosen_form_elsewhere(
     assert found == used
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_the_gradients_of_q_and_k_read_the_same_scores(
-    reverse: bool, rule: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("T", "reverse", "packed", "shared"),
+    [(128, False, False, True), (128, True, False, False), (120, False, False, False), (128, False, True, False)],
+)
+def test_the_gradients_of_q_and_k_read_the_same_scores_of_whole_chunks(
+    T: int, reverse: bool, packed: bool, shared: bool, rule: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores, made, swept = torch.empty(1), list[int](), list[tuple[int, bool, bool]]()
 
@@ -164,11 +174,12 @@ def test_the_gradients_of_q_and_k_read_the_same_scores(
     monkeypatch.setattr(auto, "fused_chunk_hopper_sweep", on_hopper)
     monkeypatch.setattr(fused_chunk, "make_scores", make_scores)
     monkeypatch.setitem(auto.SWEEPS, "chunk", lambda q, *_, **__: q)  # of dv
-    q, v = inputs(K=128, V=512)
-    order: dict[str, Any] = {"cu_seqlens": None, "reverse": reverse, "chunk_size": None}
+    q, v = inputs(T, K=128, V=512)
+    offsets = torch.empty(3, device="meta") if packed else None
+    order: dict[str, Any] = {"cu_seqlens": offsets, "reverse": reverse, "chunk_size": None}
     auto.auto_gradients(q, q, v, v, torch.empty(3), 1.0, h0=None, dht=None, dh0=None, **order)
-    assert swept == [(512, reverse, not reverse), (512, not reverse, not reverse)]
-    assert made == ([] if reverse else [RULE.BT])
+    assert swept == [(512, reverse, shared), (512, not reverse, shared)]
+    assert made == ([RULE.BT] if shared else [])
 
 
 def test_the_gradients_share_nothing_where_scores_are_made(rule: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,8 +253,15 @@ def test_every_candidate_compiles_in_both_directions_without_spills_and_fits(pro
             assert 0 <= needs.shared - estimate.shared < 1024  # the barriers
             assert [launch.spills for launch in scores] == [0] * config.scores
             digests.add(needs.digest)
-        # Forwards, in reverse, and if they are read, in reverse with the scores of forwards.
-        assert len(digests) == 1 + config.scores  # the direction is a number, but for what reads turned scores
+        # Whole chunks, ragged, packed, and if scores are read, in reverse with those of forwards.
+        assert len(digests) == 3 + config.scores  # the direction is a number, but for what reads turned scores
+
+
+@pytest.mark.parametrize("T", [1, 63, 65, 2048])
+def test_what_is_ragged_has_a_kernel_of_its_own(T: int) -> None:
+    q, _ = inputs(T)
+    assert hopper.is_ragged(q, 64, None) is (T % 64 > 0)
+    assert hopper.is_ragged(q, 64, torch.empty(2))
 
 
 def test_a_program_has_columns_of_each_group_or_of_both() -> None:
@@ -344,76 +362,167 @@ def test_where_there_is_no_rule_to_write_no_file_is_made(tmp_path: Path, capsys:
     assert rules.existing_entries(path) == []
 
 
-def test_it_is_proven_on_whole_chunks() -> None:
-    found = draws(PROBLEM, PROBLEM.default())
-    assert {draw.reverse for draw in found} == {False, True}
-    assert all(length % hopper.LONGEST == 0 for draw in found for length in draw.lengths)
-    assert not any(draw.states or draw.adjoint or len(draw.lengths) > 1 for draw in found)
-    assert {w.name for w in builtin().values() if replace(PROBLEM, T=w.T, K=w.K, V=w.V).runs_whole} == {
+@pytest.mark.parametrize("scores", [0, 1])
+def test_it_is_proven_as_fused_chunk_is_without_states_and_on_whole_chunks(scores: int) -> None:
+    found = draws(PROBLEM, FusedChunkHopperConfig(64, 2, scores=scores))
+    assert not any(draw.states or draw.adjoint for draw in found)
+    like = replace(PROBLEM, form="fused_chunk")
+    wanted = {draw.name: replace(draw, states=False, adjoint=False) for draw in draws(like, like.default())}
+    shared = {name for name in wanted if "states" not in name and (scores or "turned" not in name)}
+    assert {draw for draw in found if draw.name in wanted} == {wanted[name] for name in shared}
+    whole = [draw for draw in found if draw.name not in wanted]
+    assert {draw.reverse for draw in whole} == {False, True}
+    assert all(length % hopper.LONGEST == 0 for draw in whole for length in draw.lengths)
+    assert not any(len(draw.lengths) > 1 for draw in whole)
+    assert {w.name for w in builtin().values() if replace(PROBLEM, T=w.T, K=w.K, V=w.V).is_for_hopper} == {
         "retnet_1.3b",
         "wide_256",
         "retnet_7b_32k",
     }
 
 
+KNOBS = [
+    (256, (64, 2)),
+    (256, (64, 2, 0)),
+    (256, (32, 4)),
+    (256, (16, 3)),
+    (512, (32, 3)),
+    (512, (32, 2)),
+    (512, (16, 6)),
+]
+every_kernel = pytest.mark.parametrize(("K", "knobs"), KNOBS, ids=str)
+
+
+def sweep_with(
+    config: FusedChunkHopperConfig,
+    problem: OracleProblem,
+    *tensors: torch.Tensor,
+    reverse: bool,
+    scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The sweep over the sequences of a problem."""
+    rates = retnet_rates(problem.q.shape[2]).float().cuda()
+    given: dict[str, Any] = PLAIN | {"cu_seqlens": problem.cu_seqlens, "reverse": reverse, "adjoint": False}
+    scale = tensors[0].shape[3] ** -0.5
+    return fused_chunk_hopper_sweep(*tensors, rates, scale, config=config, scores=scores, **given)
+
+
+def all_results(
+    config: FusedChunkHopperConfig, problem: OracleProblem, *, shared: bool = False
+) -> dict[str, torch.Tensor]:
+    """The output and the gradients by a sweep each; those of q and k with scores that they share, where they can."""
+    q, k, v, do = (x.detach() for x in (problem.q, problem.k, problem.v, problem.do))
+    rates, scores = retnet_rates(q.shape[2]).float().cuda(), None
+    if shared:
+        scores = fused_chunk.shared_scores(do, v, rates, config, cu_seqlens=None, reverse=False).get("scores")
+    sweep = functools.partial(sweep_with, config, problem)
+    return {
+        "o": sweep(q, k, v, reverse=False),
+        "dq": sweep(do, v, k, reverse=False, scores=scores),
+        "dk": sweep(v, do, q, reverse=True, scores=scores),
+        "dv": sweep(k, q, do, reverse=True),
+    }
+
+
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("K", "knobs"),
-    [
-        (256, (64, 2)),
-        (256, (64, 2, 0)),
-        (256, (32, 4)),
-        (256, (16, 3)),
-        (512, (32, 3)),
-        (512, (32, 2)),
-        (512, (16, 6)),
-    ],
-    ids=str,
-)
+@every_kernel
 def test_outputs_on_a_gpu_are_the_oracles_and_the_same_bits_twice(
     K: int, knobs: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     config = FusedChunkHopperConfig(*knobs)
     problem = make_problem(2, 640, 5, K, K, dtype, device="cuda", states=False)
-    rates = torch.log1p(-torch.exp2(-torch.arange(5, 10, dtype=torch.float64))).float().cuda()
-
-    def sweep(*tensors: torch.Tensor, reverse: bool, scores: torch.Tensor | None = None) -> torch.Tensor:
-        return fused_chunk_hopper_sweep(
-            *tensors,
-            rates,
-            K**-0.5,
-            reverse=reverse,
-            adjoint=False,
-            config=config,
-            scores=scores,
-            **PLAIN,  # type: ignore[arg-type]
-        )
-
-    q, k, v, do = (x.detach() for x in (problem.q, problem.k, problem.v, problem.do))
-    shared = fused_chunk.shared_scores(do, v, rates, config, cu_seqlens=None, reverse=False).get("scores")
-    found = {
-        "o": sweep(q, k, v, reverse=False),
-        "dq": sweep(do, v, k, reverse=False, scores=shared),
-        "dk": sweep(v, do, q, reverse=True, scores=shared),
-        "dv": sweep(k, q, do, reverse=True),
-    }
+    found = all_results(config, problem, shared=True)
     assert_matches(found, problem, formula=by_blocks)
-    assert torch.equal(found["o"], sweep(q, k, v, reverse=False))
-    assert_matches(found | {"dk": sweep(v, do, q, reverse=True)}, problem, formula=by_blocks)
+    alone = all_results(config, problem)
+    assert torch.equal(found["o"], alone["o"])
+    assert_matches(alone, problem, formula=by_blocks)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize(("B", "T"), [(2, 1000), (3, 130), (2, 65), (3, 17), (2, 1)], ids=str)
+@every_kernel
+def test_ragged_outputs_and_gradients_on_a_gpu_are_the_oracles(K: int, knobs: tuple[int, ...], B: int, T: int) -> None:
+    config = FusedChunkHopperConfig(*knobs)
+    problem = make_problem(B, T, 5, K, K, torch.bfloat16, device="cuda", states=False)
+    with poisoned_memory():
+        found, again = all_results(config, problem, shared=True), all_results(config, problem)
+    assert_matches(found, problem, formula=by_blocks)
+    assert_same(again, found)
+
+
+PACKED = ([1], [65, 1, 64, 128, 13, 200, 2, 63], [1, 1, 1], [640], [320, 320], [16, 15, 17, 500, 1])
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("lengths", PACKED, ids=str)
+@every_kernel
+def test_packed_outputs_and_gradients_on_a_gpu_are_the_oracles(
+    K: int, knobs: tuple[int, ...], lengths: list[int], offsets: torch.dtype
+) -> None:
+    config = FusedChunkHopperConfig(*knobs)
+    problem = make_problem(1, sum(lengths), 5, K, K, torch.bfloat16, device="cuda", lengths=lengths, states=False)
+    assert problem.cu_seqlens is not None
+    problem = replace(problem, cu_seqlens=problem.cu_seqlens.to(offsets))
+    with poisoned_memory():
+        found, again = all_results(config, problem), all_results(config, problem)
+    assert_matches(found, problem, formula=by_blocks)
+    assert_same(again, found)
+
+
+def spreads(config: FusedChunkHopperConfig, K: int) -> list[str]:
+    """Which results of a sequence change where those beside it are NaN."""
+    rows = make_problem(3, 100, 3, K, 256, torch.bfloat16, device="cuda", states=False)
+    lengths = [70, 1, 64, 33, 133, 5]
+    packed = make_problem(1, sum(lengths), 3, K, 256, torch.bfloat16, device="cuda", lengths=lengths, states=False)
+    ends = [0, *itertools.accumulate(lengths)]
+    in_rows = [(slice(i, i + 1), slice(None)) for i in range(3)]
+    in_pack = [(slice(None), slice(begin, end)) for begin, end in itertools.pairwise(ends)]
+    found = []
+    for problem, places in ((rows, in_rows), (packed, in_pack)):
+        tensors = [x.detach() for x in (problem.q, problem.k, problem.v)]
+        for reverse, kept in itertools.product((False, True), (0, 1)):
+            poisoned = [x.clone() for x in tensors]
+            for x, place in itertools.product(poisoned, places[1 - kept :: 2]):
+                x[place] = torch.nan
+            clean = sweep_with(config, problem, *tensors, reverse=reverse)
+            beside = sweep_with(config, problem, *poisoned, reverse=reverse)
+            found += [f"{place} {reverse}" for place in places[kept::2] if not torch.equal(clean[place], beside[place])]
+    return found
+
+
+@pytest.mark.gpu
+@needs_hopper
+@every_kernel
+def test_what_lies_beside_a_sequence_does_not_reach_it(K: int, knobs: tuple[int, ...]) -> None:
+    assert spreads(FusedChunkHopperConfig(*knobs), K) == []
 
 
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.filterwarnings("ignore::generated.ConfigurationWarning")
 @pytest.mark.parametrize(
-    ("T", "V", "states"), [(640, 512, False), (640, 256, False), (650, 512, False), (640, 512, True)], ids=str
+    ("T", "V", "states", "lengths"),
+    [
+        (640, 512, False, None),
+        (640, 256, False, None),
+        (650, 512, False, None),
+        (650, 256, False, None),
+        (1280, 512, False, [700, 580]),
+        (1280, 256, False, [1, 1279]),
+        (640, 512, True, None),
+    ],
+    ids=str,
 )
 def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
-    T: int, V: int, states: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    T: int, V: int, states: bool, lengths: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = make_problem(2, T, 5, 256, V, torch.bfloat16, device="cuda", states=states)
+    rows = 2 if lengths is None else 1
+    problem = make_problem(rows, T, 5, 256, V, torch.bfloat16, device="cuda", states=states, lengths=lengths)
     entries = []
     for K, columns in {(256, V), (V, 256)}:
         point = Point("bfloat16", K, columns, 10, 640)
@@ -427,7 +536,8 @@ def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
     configuration.reload()
     try:
         q, v = problem.q.detach(), problem.v.detach()
-        assert (hopper.tuned_config(q, v, **PLAIN) is not None) is (T == 640)
+        given = PLAIN | {"cu_seqlens": problem.cu_seqlens}
+        assert hopper.tuned_config(q, v, **given) is not None
         assert_matches(run(generated.retention, problem), problem, formula=by_blocks)
     finally:
         monkeypatch.undo()
@@ -456,18 +566,26 @@ ARRIVED, DONE = "mbarrier.wait(rest_here.index(slot), phase)", "mbarrier.arrive(
 # What is wrong: of which K and configuration, what stands in the kernel's text, and what instead.
 FAULTS = {
     "stale state": (WHOLE, [("b_h1 *= b_dh", "b_h1 *= 1.0")]),
-    "scores without a mask": (
-        WHOLE,
-        [("b_s *= ds_s.slice(GROUP * KEYS, KEYS, 1).load(score_layout)", "b_s *= 1.0")],
-    ),
+    "scores without a mask": (WHOLE, [("b_s *= b_ds", "b_s *= 1.0")]),
     "chunk's own tokens left out": (WHOLE, [("if PART == PARTS - 1:", "if PART == PARTS:")]),
-    "outputs of the chunk before": (WHOLE, [("o_s.index(i_t % 2))", "o_s.index((i_t + 1) % 2))")]),
+    "outputs of the chunk before": (WHOLE, [("BV], o_s.index(i_t % 2))", "BV], o_s.index((i_t + 1) % 2))")]),
     "tiles that are waited for too late": (
         WHOLE,
-        [(f"{ARRIVED}\n        if MADE", "if MADE"), (f"{DONE}\n", f"{ARRIVED}\n        {DONE}\n")],
+        [(f"{ARRIVED}\n    if MADE", "if MADE"), (f"{DONE}\n", f"{ARRIVED}\n    {DONE}\n")],
     ),
     "sums of half of K left out": (SPLIT, [("b_o += sums_s.load(output_layout)", "b_o += 0.0")]),
-    "scores of the other direction": (SPLIT, [("(T // BT - 1 - i_t if TURNED else i_t)", "i_t")]),
+    "scores of the other direction": (SPLIT, [("(n_chunks - 1 - i_t if TURNED else i_t)", "i_t")]),
+    "outputs beside the sequence": (WHOLE, [("mask=m_t)", "mask=m_t | (o_r == T))")]),
+    "outputs of a partial chunk left out": (WHOLE, [("if T % BT > 0:", "if T % BT > 1:")]),
+    "scores of another slot": (SPLIT, [("bos // BT + i_n if IS_VARLEN", "bos // BT if IS_VARLEN")]),
+    "another sequence's first token": (WHOLE, [("bos = tl.load(cu_seqlens + i_n)", "bos = tl.load(cu_seqlens)")]),
+}
+READ = "gl.where(m_t, v_rows.load(row_layout), 0.0)", "v_rows.load(row_layout)"
+# Of these nothing is seen but where what lies beside a sequence is not finite.
+SPREADING = {
+    "scores multiplied by 0": (WHOLE, [("gl.where(b_ds > 0.0, b_s, 0.0)", "b_s")]),
+    "values multiplied by 0": (WHOLE, [READ]),
+    "values multiplied by read zeros": (SPLIT, [READ]),
 }
 
 
@@ -496,3 +614,14 @@ def test_its_proof_finds_every_fault(fault: str | None, tmp_path: Path, monkeypa
         return
     with pytest.raises(ArithmeticError):
         prove(problem, config, {}, "cuda")
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("fault", SPREADING)
+def test_what_lies_beside_a_sequence_is_seen_where_a_kernel_multiplies_it_by_0(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (K, config), edits = SPREADING[fault]
+    plant(tmp_path, edits, monkeypatch)
+    assert spreads(config, K)

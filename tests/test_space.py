@@ -127,8 +127,9 @@ def test_every_shape_has_something_to_search(form: str, arch: str) -> None:
     shapes = itertools.product(("bfloat16", "float32"), (1, 32, 1024), (1, 17, 64, 256, 512), (1, 16, 64, 512))
     problems = [Problem(form, dtype, 1, T, 1, K, V) for dtype, T, K, V in shapes]
     if form == HOPPER:
-        problems = [problem for problem in problems if problem.runs_whole]
-        assert {(p.T, p.K, p.V) for p in problems} == {(1024, 256, 512), (1024, 512, 64), (1024, 512, 512)}
+        problems = [problem for problem in problems if problem.is_for_hopper]
+        widths = {(256, 512), (512, 64), (512, 512)}
+        assert {(p.T, p.K, p.V) for p in problems} == {(T, *both) for T in (1, 32, 1024) for both in widths}
         assert {p.dtype for p in problems} == {"bfloat16"}
         assert all(bool(problem.sift(ARCHS[arch]).candidates) is (arch == "sm90") for problem in problems)
         return

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from generated.configuration import memory_bandwidth
+from generated.retention import fused_chunk_hopper
 from tuning import forkserver
 from tuning.oracle import relative_error
 from tuning.problems import HOPPER, Problem
@@ -208,8 +209,8 @@ def _made(problem: Problem) -> _Inputs:
     tokens = CHECK_TOKENS + (LONGEST if problem.form == "chunk" else 0)
     tokens = min(problem.T, tokens)
     tokens -= tokens % 16 == 0  # ragged, however short the problem is
-    if problem.form == HOPPER:
-        tokens = min(problem.T, WHOLE_TOKENS)
+    if problem.form == HOPPER:  # whole chunks where the problem has
+        tokens = min(problem.T, WHOLE_TOKENS + problem.T % fused_chunk_hopper.LONGEST)
     alike = replace(problem, B=1, T=tokens, H=min(problem.H, 4))
     small = alike.inputs("cuda", seed=2)
     expected = tuple(reference(alike, small, reverse=reverse) for reverse in (False, True))

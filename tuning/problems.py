@@ -70,7 +70,7 @@ FORMS = {
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
 PLAIN = "plain"  # the variant of a launch that is timed
 GRADIENTS = "fused_chunk_gradients"
-HOPPER = "fused_chunk_hopper"  # runs whole chunks of two widths alone, without states, and nothing packed
+HOPPER = "fused_chunk_hopper"  # runs two widths alone, without states
 PASSES = ("chunk_states", GRADIENTS)  # no sweeps of their own
 FORM_KERNEL, GRADIENTS_FORM_KERNEL, HOPPER_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL, fused_chunk_hopper.KERNEL
 
@@ -102,9 +102,9 @@ class Problem:
         return Place(self.form, self.T, self.K, self.V, self.torch_dtype.itemsize, arch)
 
     @property
-    def runs_whole(self) -> bool:
+    def is_for_hopper(self) -> bool:
         """Whether it is of the sizes that HOPPER is written for."""
-        return fused_chunk_hopper.runs_at(self.torch_dtype.itemsize, self.K, self.V, self.T)
+        return fused_chunk_hopper.runs_at(self.torch_dtype.itemsize, self.K, self.V)
 
     def sift(self, arch: Arch) -> Sifted:
         """The configurations worth compiling for an architecture, and what the closed-form filters dropped."""
@@ -145,8 +145,8 @@ class Problem:
             states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
         found: dict[str, dict[str, Any]] = {PLAIN: {}}
         if self.form == HOPPER:
-            found["reversed"] = {"reverse": True}
-            return found | ({"turned": {"reverse": True, "turned": True}} if config.scores else {})
+            longest = fused_chunk_hopper.LONGEST
+            found |= {"reversed": {"reverse": True}, "whole": {"tokens": longest}, "ragged": {"tokens": longest + 1}}
         if states:
             found["states"] = states
         if self.form != "chunk_states":
@@ -154,7 +154,8 @@ class Problem:
             found["packed"] = {"cu_seqlens": offsets, "adjoint": bool(states), **states}
         if getattr(config, "scores", 0):
             found["turned"] = {"reverse": True, "turned": True}
-            found["turned, states"] = {"reverse": True, "turned": True, "adjoint": True, **states}
+            if states:
+                found["turned, states"] = {"reverse": True, "turned": True, "adjoint": True, **states}
         return found
 
     def narrower(self) -> Problem:
@@ -171,10 +172,13 @@ class Problem:
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results.
 
-        `turned`: if it reads scores, those of the other direction, as the gradient of k does.
+        `turned`: if it reads scores, those of the other direction, as the gradient of k does. `tokens`: on others of so
+        many tokens.
         """
         given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
         given |= {"adjoint": False, "reverse": False, "config": config} | options
+        if tokens := given.pop("tokens", None):
+            inputs = replace(self, T=tokens).inputs(inputs[0].device.type)
         if given.pop("turned", False):
             q, k, _, g_gamma = inputs
             given |= fused_chunk.shared_scores(k, q, g_gamma, config, cu_seqlens=None, reverse=False)
@@ -204,4 +208,4 @@ def problems_of(workload: Workload, form: str) -> list[Problem]:
         return []
     widths = dict.fromkeys([(w.K, w.V), (w.V, w.K)])
     found = [Problem(form, w.dtype, w.B, w.T, w.H, K, V) for K, V in widths]
-    return [problem for problem in found if form != HOPPER or problem.runs_whole]
+    return [problem for problem in found if form != HOPPER or problem.is_for_hopper]

@@ -60,15 +60,6 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
     # More than two segments, where there are any: at the start of the third a state has decayed over one.
     tokens = 2 * segment + TOKENS if 0 < segment < problem.T else TOKENS
     size = SIZES[problem.dtype]
-    if problem.form == HOPPER:
-        return [
-            Draw("from the first token", (WHOLE_TOKENS,)),
-            Draw("from the last token", (WHOLE_TOKENS,), reverse=True),
-            *([Draw("scores turned", (WHOLE_TOKENS,), reverse=True, turned=True)] if config.scores else []),
-            Draw("one chunk", (LONGEST,)),
-            Draw("large numbers", (WHOLE_TOKENS,), log2_size=size),
-            Draw("tiny numbers", (WHOLE_TOKENS,), log2_size=-size),
-        ]
     found = [
         Draw("from the first token", (tokens,)),
         Draw("from the last token", (tokens,), reverse=True),
@@ -77,11 +68,20 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         Draw("large numbers", (TOKENS,), log2_size=size),
         Draw("tiny numbers", (TOKENS,), log2_size=-size),
     ]
+    states = problem.form in WITH_STATES
+    if problem.form == HOPPER:  # without a partial chunk it is another kernel
+        found += [
+            Draw("whole chunks", (WHOLE_TOKENS,)),
+            Draw("whole chunks from the last token", (WHOLE_TOKENS,), reverse=True),
+            Draw("one chunk", (LONGEST,)),
+            Draw("large numbers, whole chunks", (WHOLE_TOKENS,), log2_size=size),
+            Draw("tiny numbers, whole chunks", (WHOLE_TOKENS,), log2_size=-size),
+        ]
     if getattr(config, "scores", 0):  # of whole chunks, the gradient of k reads those of q's
         whole = (tokens // config.BT * config.BT,)
         found.append(Draw("scores turned", whole, reverse=True, turned=True))
-        found.append(Draw("scores turned, states", whole, states=True, adjoint=True, reverse=True, turned=True))
-    states = problem.form in WITH_STATES
+        if states:
+            found.append(Draw("scores turned, states", whole, states=True, adjoint=True, reverse=True, turned=True))
     if states:
         found.append(Draw("states", (tokens,), states=True, steady=True))
     if problem.form != "chunk_states":
