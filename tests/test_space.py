@@ -72,7 +72,7 @@ def sifted(key: str) -> Sifted:
 @pytest.mark.parametrize("key", BEFORE)
 def test_without_later_knobs_the_candidates_are_those_that_there_were_before(key: str) -> None:
     every = map(knob_values, sifted(key).candidates)
-    later = ("maxnreg", "descriptors", "transposed", "scores")
+    later = ("maxnreg", "descriptors", "transposed", "scores", "save_states")
     plain = [knobs for knobs in every if not any(knobs.get(name) for name in later)]
     lines = sorted(",".join(f"{name}={value}" for name, value in knobs.items() if name not in later) for knobs in plain)
     assert (len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]) == BEFORE[key]
@@ -238,6 +238,8 @@ def test_a_launch_is_told_by_its_tiles_and_its_code() -> None:
     config = PROBLEM.default()
     assert launched(config) == launched(replace(config, num_stages=1, maxnreg=128))
     assert launched(config) != launched(replace(config, BV=2 * config.BV))
+    chunked = replace(PROBLEM, form="chunk").default()
+    assert launched(chunked) == launched(replace(chunked, save_states=1))
 
 
 def test_the_choices_of_what_is_fused_are_the_packages_and_their_defaults_too() -> None:

@@ -295,6 +295,21 @@ class HopperScores(Knob):
         return (0, 1) if chosen.BT == hopper.LONGEST and place.K == hopper.ROWS else (1,)
 
 
+class SaveStates(Knob):
+    """Whether the outputs' sweep saves its states for dq's.
+
+    That trades memory, which they take until the backward, for time, and no sweep alone can tell how much: a search
+    leaves it at 0. A rule has 1 where somebody wrote it there, and until other tiles beat that rule's.
+    """
+
+    name = "save_states"
+    in_the_code = True
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """Not."""
+        return (0,)
+
+
 @dataclass(frozen=True)
 class Stages(Knob):
     """Steps whose loads are in flight at once; one more where the state leaves shared memory to them."""
@@ -425,7 +440,7 @@ LAUNCH = (Stages(3), RegisterLimit(SWEEP), Descriptors())
 SPACES = {
     "fused_chunk": Space((*TILES, Transposed(), Scores(), *LAUNCH), SWEEP),
     "fused_chunk_gradients": Space((*TILES, Transposed(WIDEST_PART), *LAUNCH), SWEEP),
-    "chunk": Space((L(128, LONGEST), *TILES, Transposed(), Scores(), *LAUNCH), SWEEP),
+    "chunk": Space((L(128, LONGEST), *TILES, Transposed(), Scores(), SaveStates(), *LAUNCH), SWEEP),
     "chunk_states": Space(
         (BT(32, 128), BK(32, 128), BV(16, 128), Warps(4, 8), Stages(3), RegisterLimit(STATES), Descriptors()), STATES
     ),

@@ -73,6 +73,6 @@ def _interpreted_operator(form: str) -> Any:
     if form not in _operators:
         module = importlib.import_module(f"generated.retention.{form}")
         operators = importlib.import_module("generated.retention.operators")
-        own = operators.Form(*(getattr(module, f"{form}_{part}", None) for part in ("sweep", "gradients", "ready")))
+        own = operators.Form(*(getattr(module, f"{form}_{part}", None) for part in operators.Form._fields))
         _operators[form] = operators.define_operator(f"interpreted_{form}", own, cpu=own)
     return _operators[form]

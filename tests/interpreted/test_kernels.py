@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.compiled_autograd
 from oracle import assert_matches, assert_same, check, errors, make_problem, run, solve
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -152,7 +154,178 @@ def test_packed_sequences_much_longer_than_the_mean_are_cut(
 
     monkeypatch.setattr(chunk, "launch_chunk_states", launch_chunk_states)
     check(function, make_problem(1, 976, 1, 16, 20, lengths=[5, 300, 600, 1, 40, 30], states=states))
-    assert lengths == [512] * 4  # of the output and three gradients
+    assert lengths == [512] * 3  # of the outputs, dq and dv: dk's sweep reads those of dv's
+
+
+@pytest.fixture
+def segments(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[tuple[int, int], Any], list[int]]:
+    """A configuration of chunk for each K and V, to be changed, and the tokens a segment wherever states were made."""
+    chunk = importlib.import_module("generated.retention.chunk")
+    config = chunk.ChunkConfig(L=32, BT=16, BV=16, num_warps=4, num_stages=1)
+    configs: dict[tuple[int, int], Any] = dict.fromkeys([(16, 20), (20, 16), (16, 16)], config)
+    launch, made = chunk.launch_chunk_states, list[int]()
+
+    def launch_chunk_states(*arguments: Any, **options: Any) -> None:
+        made.append(arguments[5])
+        launch(*arguments, **options)
+
+    monkeypatch.setattr(chunk, "launch_chunk_states", launch_chunk_states)
+    monkeypatch.setattr(chunk, "default_config", lambda dtype, K, V, *_: configs[K, V])
+    return configs, made
+
+
+def saving(configs: dict[tuple[int, int], Any]) -> None:
+    """Let every sweep for outputs save its states."""
+    configs.update({sizes: replace(config, save_states=1) for sizes, config in configs.items()})
+
+
+@pytest.mark.forms("chunk", "auto")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize(
+    ("V", "lengths", "without", "options"),
+    [
+        (20, None, [], {}),
+        (16, None, [], {}),
+        (20, None, ["h0", "dht"], {}),
+        (20, None, ["dht"], {}),
+        (20, None, ["h0"], {}),
+        (20, [5, 64, 1, 30], [], {"chunk_size": 32}),
+        (20, [5, 64, 1, 30], ["h0", "dht"], {"chunk_size": 32}),
+        (20, None, [], {"chunk_size": 64}),
+    ],
+)
+def test_dk_reads_the_states_of_dv_and_dq_those_that_the_outputs_saved(
+    function: Function,
+    segments: Any,
+    V: int,
+    lengths: list[int] | None,
+    without: list[str],
+    options: dict[str, int],
+    saves: bool,
+    dtype: torch.dtype,
+) -> None:
+    configs, made = segments
+    if saves:
+        saving(configs)
+    problem = replace(make_problem(1, 100, 2, 16, V, dtype, lengths=lengths), **dict.fromkeys(without))
+    got = run(function, problem, **options)
+    assert_matches(got, problem)
+    assert made == [options.get("chunk_size", 32)] * (2 if saves else 3)  # outputs', dq's, dv's
+    assert_same(got, run(function, problem, **options))
+
+
+@pytest.mark.forms("chunk", "auto")
+def test_segments_of_two_lengths_share_no_states(function: Function, segments: Any) -> None:
+    configs, made = segments
+    configs[20, 16] = replace(configs[20, 16], L=64)
+    saving(configs)
+    check(function, make_problem(1, 100, 1, 16, 20))
+    assert made == [32, 64, 32, 64]
+
+
+@pytest.mark.forms("chunk", "auto")
+@pytest.mark.parametrize("L", [64, 128])
+def test_saved_states_are_not_read_after_another_rule(function: Function, segments: Any, L: int) -> None:
+    configs, made = segments
+    saving(configs)
+    problem = make_problem(1, 100, 1, 16, 20)
+
+    def change_rules(*args: Any, **options: Any) -> Any:
+        results = function(*args, **options)
+        configs.update({sizes: replace(config, L=L) for sizes, config in configs.items()})
+        importlib.import_module("generated.configuration").clear_caches()
+        return results
+
+    check(change_rules, problem)
+    assert made == ([32, 64, 64] if L == 64 else [32])
+
+
+@pytest.mark.forms("chunk")
+@pytest.mark.parametrize("lengths", [None, [5, 64, 1, 30]])
+def test_sweeps_from_the_end_share_states_too(form: str, function: Function, segments: Any, lengths: Any) -> None:
+    configs, made = segments
+    saving(configs)
+    operator = importlib.import_module("generated.retention.chunk").OPERATOR
+
+    def reversed_sweep(q: Any, k: Any, v: Any, **given: Any) -> Any:
+        states = (given["initial_state"], given["output_final_state"], given["cu_seqlens"])
+        return operator(q, k, v, given["g_gamma"], given["scale"], *states, given["reverse"], False, 32)
+
+    check(reversed_sweep, make_problem(1, 100, 2, 16, 20, lengths=lengths, reverse=True))
+    assert len(made) == 2
+
+
+@pytest.mark.forms("chunk", "auto")
+def test_autograd_has_the_saved_states(function: Function, segments: Any) -> None:
+    configs, made = segments
+    problem = make_problem(1, 100, 2, 16, 20)
+    packed = []
+
+    def saved(**options: Any) -> list[tuple[int, ...]]:
+        packed.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x.clone(), lambda x: x):
+            check(function, problem, **options)
+        return [tuple(x.shape) for x in packed if x.dim() == 4 and x.shape[0] == 4]
+
+    assert saved() == []
+    saving(configs)
+    importlib.import_module("generated.configuration").clear_caches()
+    made.clear()
+    assert saved() == [(4, 2, 16, 20)]
+    assert len(made) == 2
+    plain = run(function, problem)
+    made.clear()
+    assert_same(run(functools.partial(checkpoint, function, use_reentrant=False), problem), plain)
+    assert len(made) == 3  # the outputs' twice
+    leaves = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    with torch.no_grad():
+        assert function(*leaves)[0].grad_fn is None
+    o, _ = function(*leaves)
+    first, again = (torch.autograd.grad(o.square().sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    (gradient, *_) = torch.autograd.grad(o.square().sum(), leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"retention.*first derivatives only"):
+        gradient.sum().backward()
+
+
+@pytest.mark.forms("chunk", "auto")
+def test_operators_make_states_again(function: Function, segments: Any) -> None:
+    configs, made = segments
+    saving(configs)
+    problem = make_problem(1, 100, 1, 16, 20)
+    with torch.profiler.profile():
+        check(function, problem)
+    assert len(made) == 3
+    q = problem.q.requires_grad_()
+    o, _ = function(q, problem.k, problem.v)
+    with torch.profiler.profile():  # the operator's backward takes no states
+        o.sum().backward()
+    expected = torch.autograd.grad(function(q, problem.k, problem.v)[0].sum(), q)[0]
+    assert errors(q.grad, expected.double())[0] < 1e-5
+    made.clear()
+    check(torch.compile(function, backend="aot_eager", fullgraph=True), problem)
+    assert len(made) == 3
+
+
+@pytest.mark.forms("auto")
+@pytest.mark.parametrize("what", ["one launch", "parallel"])
+def test_no_states_are_saved_that_nothing_reads(
+    function: Function, segments: Any, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs, made = segments
+    saving(configs)
+    auto = importlib.import_module("generated.retention.auto")
+    if what == "one launch":
+        monkeypatch.setattr(auto, "default_gradients_config", lambda *_: auto.GradientsFormConfig("fused_chunk"))
+    else:
+        monkeypatch.setattr(auto, "default_config", lambda *sizes: auto.FormConfig("chunk" if sizes[1] == 16 else what))
+    problem = make_problem(1, 100, 1, 16, 16 if what == "one launch" else 20, states=False)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        check(function, problem)
+    assert all(x.shape[0] != 4 for x in packed)
+    assert len(made) == (1 if what == "one launch" else 2)
 
 
 @pytest.mark.forms("chunk")
