@@ -131,6 +131,8 @@ def variant_cases() -> list[Case]:
     hopper = [(problem, variant) for problem in wholes for variant in ((), ("reverse",), *PACKED)]
     hopper += [(replace(problem, T=TOKENS + 1), ()) for problem in wholes]
     cases = [Case("sm90", problem, problem.default(), variant) for problem, variant in hopper]
+    in_segments = [(problem, replace(problem.default(), L=256)) for problem in wholes]
+    cases += [Case("sm90", *one, variant) for one in in_segments for variant in ((), PACKED[0])]
     return cases + [
         Case(archs[(i + j) % len(archs)], Problem(form, DTYPES[i % 3], 1, TOKENS, 1, 64, 64), None, variant)
         for j, form in enumerate(PUBLIC_FORMS)

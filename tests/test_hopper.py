@@ -24,11 +24,12 @@ from generated import configuration, launch
 from generated.configuration import kernel_registry, source_hash
 from generated.retention import auto, fused_chunk
 from generated.retention import fused_chunk_hopper as hopper
-from generated.retention.fused_chunk import chunk_scores_kernel
+from generated.retention.chunk import WHOLE as UNCUT
 from generated.retention.fused_chunk_hopper import FusedChunkHopperConfig, fused_chunk_hopper_sweep
 from tuning import rules
 from tuning import run as run_module
 from tuning.compilation import ARCHS, compile_launch
+from tuning.model import predict
 from tuning.problems import GRADIENTS, HOPPER, Problem
 from tuning.proof import draws, error_limit, prove
 from tuning.rules import Entry, Point
@@ -243,18 +244,22 @@ def test_every_candidate_compiles_in_both_directions_without_spills_and_fits(pro
     assert problem.default() in candidates
     meta = problem.inputs("meta")
     read = replace(problem.default(), scores=1)
-    for config in dict.fromkeys((min(candidates, key=str), problem.default(), read, largest)):
+    whole = dict.fromkeys((min(candidates, key=str), problem.default(), read, largest))
+    for config in (*whole, *(replace(one, L=256) for one in dict.fromkeys((problem.default(), largest)))):
         estimate = problem.space.needs.estimate(problem.place(SM90), config)
-        digests = set()
-        for options in problem.variants(config).values():
-            *scores, needs = compile_launch(functools.partial(problem.run, meta, config, **options), SM90)
-            assert (needs.registers, needs.spills, needs.warps) == (hopper.AT_FIRST, 0, config.num_warps)
+        digests, is_cut = set(), config.L < problem.T
+        for name, options in problem.variants(config).items():
+            *before, needs = compile_launch(functools.partial(problem.run, meta, config, **options), SM90)
+            in_segments = "cut" in name or (is_cut and "tokens" not in options)
+            assert (needs.registers, needs.warps) == (hopper.AT_FIRST, config.num_warps)
+            # Triton 3.6 keeps a word of one variant in memory over the loop, for the partial chunk behind it.
+            assert needs.spills in ((0, 8) if in_segments and triton.__version__.startswith("3.6.") else (0,))
             assert needs.fits(SM90)
             assert 0 <= needs.shared - estimate.shared < 1024  # the barriers
-            assert [launch.spills for launch in scores] == [0] * config.scores
+            assert [launch.spills for launch in before] == [0] * (2 * in_segments + config.scores)
             digests.add(needs.digest)
-        # Whole chunks, ragged, packed, and if scores are read, in reverse with those of forwards.
-        assert len(digests) == 3 + config.scores  # the direction is a number, but for what reads turned scores
+        # Whole chunks, ragged, packed, in segments too, and if scores are read, in reverse with those of forwards.
+        assert len(digests) == 4 + is_cut + config.scores  # the direction is a number, but for what reads turned scores
 
 
 @pytest.mark.parametrize("T", [1, 63, 65, 2048])
@@ -262,6 +267,81 @@ def test_what_is_ragged_has_a_kernel_of_its_own(T: int) -> None:
     q, _ = inputs(T)
     assert hopper.is_ragged(q, 64, None) is (T % 64 > 0)
     assert hopper.is_ragged(q, 64, torch.empty(2))
+
+
+@pytest.mark.parametrize(
+    ("T", "sequences", "L", "slots"),
+    [(1024, None, 256, 8), (1000, None, 256, 8), (1000, None, 960, 4), (1000, None, 1024, 2), (1000, 3, 256, 6)],
+)
+def test_every_segment_has_programs_and_a_state(
+    T: int, sequences: int | None, L: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    def launch_states(k: torch.Tensor, v: torch.Tensor, hs: torch.Tensor, *args: Any, **order: Any) -> None:
+        made.append((hs, args[2], order["reverse"]))
+
+    monkeypatch.setattr(hopper, "launch_chunk_states", launch_states)
+    monkeypatch.setattr(hopper, "run_output", lambda launches, *given: (launches, given[-1]))
+    q, v = inputs(T)
+    config = replace(MADE, L=L)
+    order: dict[str, Any] = PLAIN | {"reverse": True, "adjoint": False}
+    order["cu_seqlens"] = None if sequences is None else torch.empty(sequences + 1, device="meta")
+    launches, hs = fused_chunk_hopper_sweep(q, q, v, torch.empty(3), 1.0, config=config, **order)
+    (sweep,) = launches.parts
+    assert sweep._programs == slots * 3
+    assert sweep._arguments[:6] == (1.0, T, 3, -1, *((sequences or 2, L) if L < T else (None, None)))
+    assert (hs is not None) is (L < T)
+    if hs is not None:
+        assert made == [(hs, L, True)]
+        assert (hs.shape, hs.dtype) == ((slots, 3, 256, 128), torch.float32)
+    prepared = hopper.fused_chunk_hopper_prepared(1.0, order["cu_seqlens"], q, v, config)
+    assert (prepared is None) is (L < T)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "given", "L"),
+    [
+        (6144, None, 1024, 1024),
+        (6144, 3, UNCUT, 4096),
+        (12288, 3, 2048, 2048),
+        (6144, 3, 1024, UNCUT),  # states would take more than v
+        (6144, 6, UNCUT, UNCUT),
+        (6144, 2, UNCUT, 8192),
+    ],
+)
+def test_packed_sequences_are_cut_as_chunks_are(
+    tokens: int, sequences: int | None, given: int, L: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper, "choose_config", lambda *_: replace(RULE, L=given))
+    q, v = inputs(tokens, K=512)
+    offsets = None if sequences is None else torch.empty(sequences + 1)
+    assert hopper.tuned_config(q, v, **PLAIN | {"cu_seqlens": offsets}) == replace(RULE, L=L)
+
+
+@pytest.mark.parametrize("L", [0, 32, 96])
+def test_a_segment_is_of_whole_chunks(L: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 64"):
+        replace(RULE, L=L)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "lengths"),
+    [
+        (8, 2048, []),  # two programs on each multiprocessor
+        (4, 2048, [512, 1024]),
+        (2, 32768, [4096, 8192, 16384]),
+        (1, 512, []),  # too short for that
+        (1, 256, []),
+    ],
+)
+def test_segments_are_so_many_that_they_fill_the_gpu(B: int, T: int, lengths: list[int]) -> None:
+    problem = replace(PROBLEM, B=B, T=T)
+    candidates = problem.sift(SM90).candidates
+    assert sorted({config.L for config in candidates}) == [*lengths, UNCUT]
+    if T == 32768:
+        ms = [predict(problem, replace(problem.default(), L=L), SM90) for L in (8192, UNCUT)]
+        assert ms[0] < ms[1]
 
 
 def test_a_program_has_columns_of_each_group_or_of_both() -> None:
@@ -279,10 +359,10 @@ def test_gluon_is_imported_when_the_kernel_first_runs() -> None:
     subprocess.run([sys.executable, "-c", "\n".join(code)], check=True)
 
 
-def test_rules_know_the_launches_by_the_texts_of_both_kernels() -> None:
-    scores = source_hash(chunk_scores_kernel)
+def test_rules_know_the_launches_by_the_texts_of_all_kernels() -> None:
+    others = source_hash(*hopper.LAUNCHED)
     assert "fused_chunk_hopper_kernel" in hopper.KERNEL_TEXT
-    found = [hopper.kernel_hash(hopper.KERNEL_TEXT, scores), hopper.kernel_hash(hopper.KERNEL_TEXT + " ", scores)]
+    found = [hopper.kernel_hash(hopper.KERNEL_TEXT, others), hopper.kernel_hash(hopper.KERNEL_TEXT + " ", others)]
     found.append(hopper.kernel_hash(hopper.KERNEL_TEXT, "another"))
     assert kernel_registry()[PROBLEM.kernel].source == found[0]
     assert len(set(found)) == 3
@@ -370,7 +450,8 @@ def test_it_is_proven_as_fused_chunk_is_without_states_and_on_whole_chunks(score
     wanted = {draw.name: replace(draw, states=False, adjoint=False) for draw in draws(like, like.default())}
     shared = {name for name in wanted if "states" not in name and (scores or "turned" not in name)}
     assert {draw for draw in found if draw.name in wanted} == {wanted[name] for name in shared}
-    whole = [draw for draw in found if draw.name not in wanted]
+    whole = [draw for draw in found if draw.name not in wanted and not draw.L]
+    assert {(draw.reverse, len(draw.lengths) > 1) for draw in found if draw.L} == {(False, True), (True, True)}
     assert {draw.reverse for draw in whole} == {False, True}
     assert all(length % hopper.LONGEST == 0 for draw in whole for length in draw.lengths)
     assert not any(len(draw.lengths) > 1 for draw in whole)
@@ -381,6 +462,24 @@ def test_it_is_proven_as_fused_chunk_is_without_states_and_on_whole_chunks(score
     }
 
 
+@pytest.mark.parametrize("scores", [0, 1])
+def test_its_proof_has_more_than_two_segments_where_there_are_any(scores: int) -> None:
+    cut = draws(PROBLEM, FusedChunkHopperConfig(64, 2, scores=scores, L=256))
+    longest = {draw.name: max(draw.lengths) for draw in cut}
+    assert {name for name, tokens in longest.items() if tokens > 2 * 256} == {
+        "from the first token",
+        "from the last token",
+        "narrower heads",
+        "whole chunks",
+        "whole chunks from the last token",
+        "packed",
+        "packed, from the last token",
+        *(["scores turned"] if scores else []),
+    }
+    assert longest["whole chunks"] % hopper.LONGEST == 0
+    assert not any(draw.L for draw in cut)
+
+
 KNOBS = [
     (256, (64, 2)),
     (256, (64, 2, 0)),
@@ -389,6 +488,11 @@ KNOBS = [
     (512, (32, 3)),
     (512, (32, 2)),
     (512, (16, 6)),
+    (256, (64, 2, 1, 64)),
+    (256, (64, 2, 0, 128)),
+    (256, (32, 4, 1, 128)),
+    (512, (32, 3, 1, 128)),
+    (512, (16, 6, 1, 64)),
 ]
 every_kernel = pytest.mark.parametrize(("K", "knobs"), KNOBS, ids=str)
 
@@ -518,8 +622,9 @@ def test_what_lies_beside_a_sequence_does_not_reach_it(K: int, knobs: tuple[int,
     ],
     ids=str,
 )
+@pytest.mark.parametrize("L", [UNCUT, 256])
 def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
-    T: int, V: int, states: bool, lengths: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    T: int, V: int, states: bool, lengths: list[int] | None, L: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = 2 if lengths is None else 1
     problem = make_problem(rows, T, 5, 256, V, torch.bfloat16, device="cuda", states=states, lengths=lengths)
@@ -528,7 +633,7 @@ def test_retention_and_its_gradients_by_a_rule_of_the_form_are_the_oracles(
         point = Point("bfloat16", K, columns, 10, 640)
         figures: dict[str, Any] = {"ms": 0.5, "default_ms": 1.0, "error": 0.001, "spills": 0, "trials": 9}
         figures["point"] = rules.point_text(point)
-        use = vars(hopper.default_config(torch.bfloat16, K, columns, 10, 640))
+        use = vars(hopper.default_config(torch.bfloat16, K, columns, 10, 640)) | {"L": L}
         entries.append(Entry(PROBLEM.kernel, point, use, "measured", figures))
     device = {"name": torch.cuda.get_device_name(), "arch": "sm90"}
     rules.write(tmp_path / "a.yaml", rules.document(entries, device, None))
@@ -562,7 +667,10 @@ def test_a_thread_without_a_context_describes_tensors() -> None:
 
 
 WHOLE, SPLIT = (256, MADE), (512, FusedChunkHopperConfig(32, 3))
+SLOT, FIRST = "hs += (i_slot.to(gl.int64) * H + i_h)", "output_layout, 2))\n    slot = 0"
 ARRIVED, DONE = "mbarrier.wait(rest_here.index(slot), phase)", "mbarrier.arrive(is_free.index(slot))"
+# In segments: with scores that are made, or read, or with each half of K in a group.
+CUT, CUT_READ, CUT_SPLIT = ((K, replace(config, L=128)) for K, config in (WHOLE, (256, replace(MADE, scores=1)), SPLIT))
 # What is wrong: of which K and configuration, what stands in the kernel's text, and what instead.
 FAULTS = {
     "stale state": (WHOLE, [("b_h1 *= b_dh", "b_h1 *= 1.0")]),
@@ -577,8 +685,27 @@ FAULTS = {
     "scores of the other direction": (SPLIT, [("(n_chunks - 1 - i_t if TURNED else i_t)", "i_t")]),
     "outputs beside the sequence": (WHOLE, [("mask=m_t)", "mask=m_t | (o_r == T))")]),
     "outputs of a partial chunk left out": (WHOLE, [("if T % BT > 0:", "if T % BT > 1:")]),
-    "scores of another slot": (SPLIT, [("bos // BT + i_n if IS_VARLEN", "bos // BT if IS_VARLEN")]),
-    "another sequence's first token": (WHOLE, [("bos = tl.load(cu_seqlens + i_n)", "bos = tl.load(cu_seqlens)")]),
+    "scores of another slot": (SPLIT, [("bos // BT + i_n if IS_PART", "bos // BT if IS_PART")]),
+    "another sequence's first token": (
+        WHOLE,
+        [
+            (
+                "if IS_VARLEN:\n            bos = tl.load(cu_seqlens + i_n)",
+                "if IS_VARLEN:\n            bos = tl.load(cu_seqlens)",
+            )
+        ],
+    ),
+    "state of another slot": (CUT, [(SLOT, SLOT.replace("* H", "* 0"))]),
+    "state of another head": (CUT, [(SLOT, SLOT.replace(" + i_h", ""))]),
+    "state of the other half of K": (CUT_SPLIT, [("o_k = GROUP % PARTS * BK", "o_k = (1 - GROUP % PARTS) * BK")]),
+    "state of the other group's columns": (CUT, [("GROUP // PARTS) * BV + gl", "1 - GROUP // PARTS) * BV + gl")]),
+    "state not loaded": (CUT, [("b_h1 = gl.load(hs + (o_k + HALF) * V + o_v)", "b_h1 = b_h0 * 0.0")]),
+    "first product by no state": (CUT, [(FIRST, FIRST.replace("2))", "2)) * 0.0"))]),
+    "segment's end missed": (CUT, [("gl.minimum(T - i_s * L, L)", "gl.minimum(T - i_s * L, L - BT)")]),
+    "segments from the first token": (CUT, [("gl.where(direction < 0, after, i_s * L)", "i_s * L")]),
+    "scores of the first segment": (CUT_READ, [("after if TURNED else i_s * L", "after if TURNED else 0 * L")]),
+    "scores of another sequence's segment": (CUT_READ, [("bos // BT + i_n if IS_VARLEN", "bos // BT if IS_VARLEN")]),
+    "turned scores of the first segment": (CUT_READ, [("after if TURNED else i_s * L", "i_s * L")]),
 }
 READ = "gl.where(m_t, v_rows.load(row_layout), 0.0)", "v_rows.load(row_layout)"
 # Of these nothing is seen but where what lies beside a sequence is not finite.

@@ -20,7 +20,7 @@ from triton import knobs
 from generated.launch import blocks
 from tuning import forkserver
 from tuning.compilation import ARCHS, Resources, compile_launch
-from tuning.problems import PLAIN, Problem, same_launch
+from tuning.problems import PLAIN, SEGMENTED, Problem, same_launch
 from tuning.space import LONGEST
 
 COMPILE_SECONDS = 20
@@ -173,7 +173,7 @@ def same_kernel(problem: Problem, config: Any) -> tuple[Problem, Any]:
     Its arguments are B, T, H and L, which is no shorter than a chunk.
     """
     problem, config = same_launch(problem, config)
-    if problem.form == "chunk":
+    if problem.form in SEGMENTED and config.L < problem.T:
         config = replace(config, L=LONGEST)
     return replace(problem, B=1, T=0, H=1), config
 

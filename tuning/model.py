@@ -19,7 +19,7 @@ from typing import Any
 
 from generated.retention import fused_chunk, fused_chunk_hopper
 from tuning.compilation import Arch, Resources
-from tuning.problems import GRADIENTS, HOPPER, STATES_SEGMENT, Problem
+from tuning.problems import GRADIENTS, HOPPER, SEGMENTED, STATES_SEGMENT, Problem
 
 STEP_LATENCY_MS = 1.2e-3
 TOKEN_LATENCY_MS = 0.5e-3
@@ -71,7 +71,7 @@ def predict(problem: Problem, config: Any, arch: Arch, needs: Resources | None =
         work.latency,
     )
     parts = _parts(problem, config)
-    in_segments = problem.form == "chunk" and config.L < problem.T
+    in_segments = problem.form in SEGMENTED and config.L < problem.T
     launches = parts + 2 * in_segments + (problem.form == "chunk_states") + getattr(config, "scores", 0)
     spilled = 1 + needs.spills / 256  # every spilled word goes through memory and back
     return (
@@ -124,7 +124,7 @@ def _state_tile(problem: Problem, config: Any) -> tuple[int, int]:
 def _states_traffic(problem: Problem, config: Any) -> float:
     """Bytes of the segments' states, which a scan reads and writes anew, and of k and v, read for them once more."""
     L = STATES_SEGMENT if problem.form == "chunk_states" else getattr(config, "L", problem.T)
-    if problem.form not in ("chunk", "chunk_states") or L >= problem.T:
+    if problem.form not in (*SEGMENTED, "chunk_states") or L >= problem.T:
         return 0.0
     rows, size = problem.B * problem.H, problem.torch_dtype.itemsize
     stored = rows * (problem.T / L) * problem.K * problem.V * 4

@@ -70,7 +70,8 @@ FORMS = {
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
 PLAIN = "plain"  # the variant of a launch that is timed
 GRADIENTS = "fused_chunk_gradients"
-HOPPER = "fused_chunk_hopper"  # runs two widths alone, without states
+HOPPER = "fused_chunk_hopper"  # runs two widths alone, without states of the caller's
+SEGMENTED = ("chunk", HOPPER)  # where L is less than T they run chunk_states too
 PASSES = ("chunk_states", GRADIENTS)  # no sweeps of their own
 FORM_KERNEL, GRADIENTS_FORM_KERNEL, HOPPER_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL, fused_chunk_hopper.KERNEL
 
@@ -99,7 +100,7 @@ class Problem:
 
     def place(self, arch: Arch) -> Place:
         """What the space depends on, for an architecture."""
-        return Place(self.form, self.T, self.K, self.V, self.torch_dtype.itemsize, arch)
+        return Place(self.form, self.T, self.K, self.V, self.torch_dtype.itemsize, arch, self.B * self.H)
 
     @property
     def is_for_hopper(self) -> bool:
@@ -147,11 +148,15 @@ class Problem:
         if self.form == HOPPER:
             longest = fused_chunk_hopper.LONGEST
             found |= {"reversed": {"reverse": True}, "whole": {"tokens": longest}, "ragged": {"tokens": longest + 1}}
+            if config.L < self.T:
+                found |= {f"cut, {name}": {"tokens": 2 * config.L + n} for name, n in (("whole", 0), ("ragged", 1))}
         if states:
             found["states"] = states
         if self.form != "chunk_states":
             offsets = torch.empty(self.B + 1, dtype=torch.int64, device="meta")
             found["packed"] = {"cu_seqlens": offsets, "adjoint": bool(states), **states}
+            if self.form == HOPPER and config.L >= self.T:  # as these are cut where they are uneven
+                found["packed, cut"] = {"cu_seqlens": offsets, "tokens": 2 * longest, "L": longest}
         if getattr(config, "scores", 0):
             found["turned"] = {"reverse": True, "turned": True}
             if states:
@@ -173,12 +178,14 @@ class Problem:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results.
 
         `turned`: if it reads scores, those of the other direction, as the gradient of k does. `tokens`: on others of so
-        many tokens.
+        many tokens. `L`: in segments of this length.
         """
         given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
         given |= {"adjoint": False, "reverse": False, "config": config} | options
         if tokens := given.pop("tokens", None):
             inputs = replace(self, T=tokens).inputs(inputs[0].device.type)
+        if L := given.pop("L", None):
+            given["config"] = replace(given["config"], L=L)
         if given.pop("turned", False):
             q, k, _, g_gamma = inputs
             given |= fused_chunk.shared_scores(k, q, g_gamma, config, cu_seqlens=None, reverse=False)

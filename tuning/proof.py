@@ -52,6 +52,7 @@ class Draw:
     adjoint: bool = False
     turned: bool = False
     narrower: bool = False
+    L: int = 0  # tokens a segment, where it is not the configuration's
 
 
 def draws(problem: Problem, config: Any) -> list[Draw]:
@@ -70,24 +71,28 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
     ]
     states = problem.form in WITH_STATES
     if problem.form == HOPPER:  # without a partial chunk it is another kernel
+        whole = tokens - TOKENS + WHOLE_TOKENS
         found += [
-            Draw("whole chunks", (WHOLE_TOKENS,)),
-            Draw("whole chunks from the last token", (WHOLE_TOKENS,), reverse=True),
+            Draw("whole chunks", (whole,)),
+            Draw("whole chunks from the last token", (whole,), reverse=True),
             Draw("one chunk", (LONGEST,)),
             Draw("large numbers, whole chunks", (WHOLE_TOKENS,), log2_size=size),
             Draw("tiny numbers, whole chunks", (WHOLE_TOKENS,), log2_size=-size),
         ]
     if getattr(config, "scores", 0):  # of whole chunks, the gradient of k reads those of q's
-        whole = (tokens // config.BT * config.BT,)
-        found.append(Draw("scores turned", whole, reverse=True, turned=True))
+        turned = (tokens // config.BT * config.BT,)
+        found.append(Draw("scores turned", turned, reverse=True, turned=True))
         if states:
-            found.append(Draw("scores turned, states", whole, states=True, adjoint=True, reverse=True, turned=True))
+            found.append(Draw("scores turned, states", turned, states=True, adjoint=True, reverse=True, turned=True))
     if states:
         found.append(Draw("states", (tokens,), states=True, steady=True))
     if problem.form != "chunk_states":
         packed = (1, 64, tokens, 63, 2)
         found.append(Draw("packed", packed, states=states, adjoint=states))
         found.append(Draw("packed, from the last token", packed, states=states, adjoint=states, reverse=True))
+        if problem.form == HOPPER and tokens == TOKENS:  # uneven ones are cut all the same
+            found.append(Draw("packed, cut", packed, L=LONGEST))
+            found.append(Draw("packed, cut, from the last token", packed, reverse=True, L=LONGEST))
     return found
 
 
@@ -184,6 +189,8 @@ def _examine(problem: Problem, config: Any, extra: dict[str, Any], draw: Draw, g
     problem = problem.narrower() if draw.narrower else problem
     inputs, offsets, initial = _inputs(problem, draw, generator)
     order = {"cu_seqlens": offsets, "reverse": draw.reverse, "adjoint": draw.adjoint, "turned": draw.turned, **extra}
+    if draw.L:
+        order["L"] = draw.L
     once, again = guarded_runs(problem, config, inputs, [order, order], initial=initial, crowded=True)
     limits = [ERROR_LIMITS[problem.dtype]] * len(once)
     if draw.steady:

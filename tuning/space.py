@@ -19,9 +19,9 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from generated.known_bad import known_bad
-from generated.launch import ALIGNMENT, padded
+from generated.launch import ALIGNMENT, blocks, padded
 from generated.retention import fused_chunk_hopper as hopper
-from generated.retention.chunk import WHOLE
+from generated.retention.chunk import FULL, WHOLE
 from generated.retention.fused_chunk import WIDEST_PART, state_rows
 from tuning.compilation import Arch, Resources
 
@@ -34,7 +34,7 @@ ASYNCHRONOUS = {"sm90": 64, "sm100": 64}  # rows from which on a product reads s
 
 @dataclass(frozen=True)
 class Place:
-    """What a space depends on beside the kernel: the sweep's T, K and V, the bytes of an element, the architecture."""
+    """What a space depends on beside the kernel: the sweep's sizes, the bytes of an element, the architecture."""
 
     form: str
     T: int
@@ -42,6 +42,7 @@ class Place:
     V: int
     itemsize: int
     arch: Arch
+    BH: int = 1
 
     @property
     def width(self) -> int:
@@ -192,6 +193,17 @@ class L(Powers):
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """Those that cut the sequence, and one that does not: all that don't are the same launch."""
         return [*(length for length in super().values(place, chosen) if length < place.T), WHOLE]
+
+
+class Segments(L):
+    """The same for HOPPER, of which a multiprocessor holds one program."""
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """One that does not cut; where programs are fewer than two on each, those that make them one to four."""
+        programs = place.BH * (place.V // hopper.columns_at(place.K))
+        few, most = FULL // 2, 2 * FULL
+        lengths = super().values(place, chosen) if programs < FULL else [WHOLE]
+        return [size for size in lengths if size == WHOLE or few <= programs * blocks(place.T, size) <= most]
 
 
 class BT(Powers):
@@ -449,7 +461,9 @@ SPACES = {
         PARALLEL,
     ),
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
-    "fused_chunk_hopper": Space((BT(16, hopper.LONGEST), Slots(6), HopperScores()), HOPPER, archs=("sm90",)),
+    "fused_chunk_hopper": Space(
+        (BT(16, hopper.LONGEST), Slots(6), HopperScores(), Segments(256, WHOLE // 2)), HOPPER, archs=("sm90",)
+    ),
 }
 
 

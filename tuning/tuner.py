@@ -22,7 +22,7 @@ from tuning.journal import FRESH, POLL_SECONDS, PROVE, RACE, Claim, Journal, Out
 from tuning.judges import Judge
 from tuning.measurement import MeasurementError, StartError, Timing
 from tuning.model import MEASURED, predict
-from tuning.problems import GRADIENTS, Problem, same_launch
+from tuning.problems import GRADIENTS, HOPPER, SEGMENTED, Problem, same_launch
 from tuning.samplers import EXHAUSTIVE, INFORMED, Candidates
 from tuning.search import MAX_SPILLS, Effort, Search, constraints
 from tuning.space import Sifted, knob_values, launched
@@ -30,7 +30,7 @@ from tuning.winners import HELD, MODEL_NOISE, SHARED, Found, Winner, is_faster
 
 NEIGHBOUR_SEGMENTS = (WHOLE, 512, 256)
 # Which runs the others' kernels too, or starts from their winners.
-AFTER = {"chunk": ("chunk_states", "fused_chunk"), GRADIENTS: ("fused_chunk",)}
+AFTER = {"chunk": ("chunk_states", "fused_chunk"), HOPPER: ("chunk_states",), GRADIENTS: ("fused_chunk",)}
 CLEARLY_SLOWER = 1.15  # than the best so far: no more than a few calls are spent on such a candidate
 BUILD_UP = 0.25  # of the budget, where there is one, may pass before anything is measured
 MEASURING_SECONDS = 0.015  # of a candidate, at least: an H100 that waits for nobody takes 0.02
@@ -307,9 +307,10 @@ class Tuner:
         for problem in self.ranked if not self.judge.modelled else ():
             if self.pool.outstanding() >= self.pool.workers:  # what a proof launches must not delay the searches
                 return False
+            if problem.form in SEGMENTED:  # of two passes, the first one's proof comes first
+                continue
             winner, over = self.ranked[problem][0], all(task.problem != problem for task in tasks)
-            # Of two passes, the first one's proof comes first.
-            if over and problem.form != "chunk" and self._key(winner) not in self._proofs and self._can_prove(winner):
+            if over and self._key(winner) not in self._proofs and self._can_prove(winner):
                 self._proof(winner)
                 return True
         return False
@@ -465,8 +466,8 @@ class Tuner:
     def _prove_all(self) -> None:
         self._compile_what_is_proved()
         done = 0
-        for late in (False, True):  # chunk is proved with the states pass that is going to be used
-            problems = [problem for problem in self.ranked if (problem.form == "chunk") == late]
+        for late in (False, True):  # what is in segments is proved with the states pass that is going to be used
+            problems = [problem for problem in self.ranked if (problem.form in SEGMENTED) == late]
             for problem in self._others_last(problems, PROVE):
                 winner = self._proven(self.ranked[problem])
                 done += 1
@@ -553,12 +554,12 @@ class Tuner:
 
     def _expected_extra(self, problem: Problem) -> dict[str, Any]:
         """The same as it is going to be written if what is best now can be proven."""
-        ranked = self.ranked.get(_states_problem(problem)) if problem.form == "chunk" else None
+        ranked = self.ranked.get(_states_problem(problem)) if problem.form in SEGMENTED else None
         return {"states_config": ranked[0].config} if ranked else {}
 
     def _final_extra(self, problem: Problem) -> dict[str, Any]:
         """The same as it is going to be written: proven, or nothing."""
-        best = self.winners.get(_states_problem(problem)) if problem.form == "chunk" else None
+        best = self.winners.get(_states_problem(problem)) if problem.form in SEGMENTED else None
         return {"states_config": best.config} if best else {}
 
 
