@@ -699,7 +699,10 @@ FAULTS = {
     "state of another head": (CUT, [(SLOT, SLOT.replace(" + i_h", ""))]),
     "state of the other half of K": (CUT_SPLIT, [("o_k = GROUP % PARTS * BK", "o_k = (1 - GROUP % PARTS) * BK")]),
     "state of the other group's columns": (CUT, [("GROUP // PARTS) * BV + gl", "1 - GROUP // PARTS) * BV + gl")]),
-    "state not loaded": (CUT, [("b_h1 = gl.load(hs + (o_k + HALF) * V + o_v)", "b_h1 = b_h0 * 0.0")]),
+    "state not loaded": (
+        CUT,
+        [("b_h1 = gl.load(hs + (o_k + HALF) * V + o_v, mask=m_h, other=0.0)", "b_h1 = b_h0 * 0.0")],
+    ),
     "first product by no state": (CUT, [(FIRST, FIRST.replace("2))", "2)) * 0.0"))]),
     "segment's end missed": (CUT, [("gl.minimum(T - i_s * L, L)", "gl.minimum(T - i_s * L, L - BT)")]),
     "segments from the first token": (CUT, [("gl.where(direction < 0, after, i_s * L)", "i_s * L")]),
