@@ -22,6 +22,7 @@ from optuna.trial import Trial, TrialState
 from tuning.compilation import TENSOR_MEMORY, Arch, Resources
 from tuning.samplers import INFORMED, Candidates, Informed, sampler
 
+MUCH = 10  # times the gain that is expected of what is compiled makes others worth waiting for
 MAX_SPILLS = 1024  # bytes a thread; of the shipped landscapes' candidates within 1.5 of the best none has over 816
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -31,10 +32,10 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 class Effort:
     """How much to try: so many measurements in the first round, then rounds of so many, and so many in the final race.
 
-    ahead: how many more are compiled than are measured in the first round; the others use them up. gain: the search
-    ends when none is expected to be faster than the best by more than this; 0 for never. Only the sampler `informed`
-    looks ahead and expects. compiled: how many a search has had compiled when it ends, as counted in runs of all
-    workloads; no more are compiled ahead.
+    ahead: how many more are compiled than are measured in the first round; the others use them up, but for what
+    promises far more. gain: the search ends when none is expected to be faster than the best by more than this; 0 for
+    never. Only the sampler `informed` looks ahead and expects. compiled: how many a search has had compiled when it
+    ends, as counted in runs of all workloads; no more are compiled ahead.
     """
 
     first: int
@@ -52,7 +53,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(first=16, rounds=4, per_round=6, finalists=3, ahead=24, gain=0.0002, compiled=48),
+    "quick": Effort(first=16, rounds=4, per_round=6, finalists=3, ahead=24, gain=0.0002, compiled=54),
     "full": Effort(first=24, rounds=5, per_round=8, finalists=5, ahead=24, gain=0.0002, compiled=54),
 }
 
@@ -108,13 +109,7 @@ class Search:
             self.left, sum(config in self._kept for config in self._queue)
         )  # always tried, whatever is known
         self._quota = min(self.left, a_round or self.left)
-        ahead = self._effort.ahead if isinstance(self._sampler, Informed) else 0
-        if self.results and (later := self._effort.rounds * self._effort.per_round):
-            ahead = ahead * min(self.left, later) // later
-        count = max(0, self._quota + ahead - len(self._ready))
-        if self._begun:  # what was spare is not made up for: it was measured while the compiler was behind
-            count = min(count, self._quota)
-        count = min(count, len(self._list.open(self.study)))
+        count = min(self._missing(), len(self._list.open(self.study)))
         self._begun = True
         self.finished = self.stopped or not self._quota or not (count or self._ready)
         if self.finished:
@@ -125,6 +120,24 @@ class Search:
             asked.append(self._propose())
         self._compiling.update(asked)
         return asked
+
+    def _missing(self) -> int:
+        """How many a round compiles: at first all, and some ahead; then what promises MUCH more than what is there.
+
+        Less than half of a round is left out: the compiler takes as long for few as for many.
+        """
+        if not isinstance(self._sampler, Informed):
+            return max(0, self._quota - len(self._ready))
+        if not (self._begun and self.results):
+            return max(0, self._quota + self._effort.ahead - len(self._ready))
+        open_, ready = self._list.open(self.study), [self._list.numbers[config] for config in self._ready]
+        gains = self._sampler.gains(self.study, ready + open_)
+        gains[: len(ready)] *= MUCH
+        best = gains.argsort()[::-1][: self._quota]
+        count = int((best >= len(ready)).sum())
+        if 2 * count < self._quota <= len(ready):
+            count = 0
+        return max(count, min(len(self._queue), self._quota))
 
     def compiled(self, config: Any, needs: Resources | str) -> str | None:
         """Take what the compiler says of one that was asked for; why it is not going to be measured, or None."""
