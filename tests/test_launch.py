@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,6 +186,7 @@ class Device:
         self.dispatched: list[tuple[Any, ...]] = []
         self.launched: list[tuple[Any, ...]] = []
         self.hooked: list[tuple[Any, ...]] = []
+        self.kernel: Any = Compiled(self)
         active = SimpleNamespace(get_current_stream=lambda index: f"stream {index}")
         monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
         monkeypatch.setattr(launching, "_compiled", {})
@@ -192,7 +194,7 @@ class Device:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def dispatch(*arguments: Any, **options: Any) -> Any:
             self.dispatched.append((grid, arguments, options))
-            return Compiled(self)
+            return self.kernel
 
         return dispatch
 
@@ -273,7 +275,36 @@ def test_what_is_compiled_side_by_side_is_what_is_launched(monkeypatch: pytest.M
         ready.output(q, q, v, rates, None)
         ready.gradients(q, q, v, v, rates, None)  # type: ignore[misc]
     assert compiled == ahead
-    assert not launching._compiles_only.get()
+    assert launching._compiles_only.get() is None
+
+
+def test_what_fails_to_compile_side_by_side_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    q, rates = torch.empty(1, 64, 2, 16, dtype=torch.bfloat16, device="meta"), torch.empty(2, device="meta")
+    ready = fused_chunk.fused_chunk_ready(q, q, 0.25, None, False, None)
+    assert ready is not None
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no room on the disk")
+
+    with offline(ARCHS["sm90"].target):
+        with pytest.MonkeyPatch.context() as patch:
+            for kernel in (fused_chunk.fused_chunk_kernel, fused_chunk.fused_chunk_gradients_kernel):
+                assert kernel.device_caches[90]  # by which it gets its compiler
+                patch.setattr(kernel, "compile", fail)
+            operators._compile_all(ready, q, q, q, rates, None, None, False, None)
+            with pytest.raises(OSError, match="no room"):
+                ready.output(q, q, q, rates, None)
+        ready.output(q, q, q, rates, None)
+
+
+def test_a_kernel_that_another_thread_compiles_side_by_side_is_kept_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, ahead = Device(monkeypatch), Future[Any]()
+    ahead.set_result(Compiled(device))
+    monkeypatch.setattr(device, "kernel", triton.FutureKernel(lambda _: None, ahead))
+    device.launch(16)
+    assert list(launching._compiled.values()) == [ahead.result()]
 
 
 def test_nothing_is_launched_while_it_is_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +328,22 @@ def test_a_profilers_hook_sees_the_launch(monkeypatch: pytest.MonkeyPatch) -> No
     assert grid == (7, 1, 1)
     assert arguments[1:] == (0.5, 3, 8, 1, 64, True)
     assert not device.launched
+
+
+def test_states_are_saved_where_a_sweep_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = {"BT": 16, "BV": 16, "num_warps": 4, "num_stages": 1, "save_states": 1}
+    monkeypatch.setattr(chunk, "default_config", lambda *_: chunk.ChunkConfig(L=chunk.WHOLE, **tiles))
+    q, offsets = torch.empty(1, 936, 1, 16), torch.tensor([0, 5, 305, 905, 906, 936])
+    assert chunk.segments_of(q, q, offsets).L < 936
+    assert not chunk.chunk_saves(q, q, False, offsets, None)  # one launch gives all gradients, uncut
+    assert chunk.chunk_saves(q, q, True, offsets, None)
+    assert chunk.chunk_saves(q, q, False, offsets, 64)
+
+
+@pytest.mark.parametrize("L", [48, 0])
+def test_a_segment_holds_whole_chunks_of_the_states_too(L: int) -> None:
+    with pytest.raises(ValueError, match=f"L is {L}"):
+        chunk.ChunkConfig(L=L, BT=16, BV=16, num_warps=4, num_stages=1)
 
 
 @pytest.mark.parametrize("scale", [1, 2, True, 0.5])

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, tune
 from optuna.trial import TrialState
@@ -107,6 +108,24 @@ def test_neighbours_found_later_are_the_next_rounds_first() -> None:
     for config in search.ask():
         search.compiled(config, NEEDS)
     assert search.next() == worst
+
+
+@pytest.mark.parametrize(("promises", "count"), [(0, 0), (2, 0), (3, 3), (9, 6)])
+def test_a_later_round_compiles_what_promises_far_more_than_what_is_there(
+    promises: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many of what is not compiled promise eleven times as much as all that is, the others nine times."""
+    search = search_for(effort=Effort(first=2, rounds=2, per_round=6, finalists=1, ahead=8), kept=[])
+    for config in search.ask():
+        search.compiled(config, NEEDS)
+    while (config := search.next()) is not None:
+        search.tell(config, landscape(config))
+    best = search._list.open(search.study)[:promises]
+    ready = {search._list.numbers[config] for config in search._ready}
+    gains = {number: 1.0 if number in ready else 11.0 if number in best else 9.0 for number in range(len(candidates()))}
+    sampler: Any = search._sampler
+    monkeypatch.setattr(sampler, "gains", lambda _, numbers: np.array([gains[number] for number in numbers]))
+    assert len(search.ask()) == count
 
 
 def test_more_is_compiled_than_measured_and_the_compiler_decides_what_comes_first() -> None:

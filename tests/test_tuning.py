@@ -884,6 +884,9 @@ def test_what_is_the_same_kernel_is_compiled_once() -> None:
     assert compile_pool.compile_key(chunk, config, extra) != compile_pool.compile_key(chunk, config)
     whole = compile_pool.compile_key(chunk, replace(config, L=chunk.T), extra)
     assert whole == compile_pool.compile_key(PROBLEM, config.whole)
+    hopper = Problem(HOPPER, "bfloat16", 1, 1024, 8, 256, 512)
+    keys = [compile_pool.compile_key(replace(hopper, T=T), hopper.default()) for T in (1024, 2048, 1000)]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_pool_survives_a_compiler_that_dies_and_leaves_no_process() -> None:

@@ -18,9 +18,10 @@ from typing import Any
 from triton import knobs
 
 from generated.launch import blocks
+from generated.retention import fused_chunk_hopper
 from tuning import forkserver
 from tuning.compilation import ARCHS, Resources, compile_launch
-from tuning.problems import PLAIN, SEGMENTED, Problem, same_launch
+from tuning.problems import HOPPER, PLAIN, SEGMENTED, Problem, same_launch
 from tuning.space import LONGEST
 
 COMPILE_SECONDS = 20
@@ -170,12 +171,13 @@ def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHIN
 def same_kernel(problem: Problem, config: Any) -> tuple[Problem, Any]:
     """One problem and configuration for all that compile to one kernel, and one form for all that launch it.
 
-    Its arguments are B, T, H and L, which is no shorter than a chunk.
+    Its arguments are B, T, H and L, which is no shorter than a chunk; HOPPER's has a part of its own for a ragged T.
     """
     problem, config = same_launch(problem, config)
     if problem.form in SEGMENTED and config.L < problem.T:
         config = replace(config, L=LONGEST)
-    return replace(problem, B=1, T=0, H=1), config
+    T = problem.T % fused_chunk_hopper.LONGEST if problem.form == HOPPER else 0
+    return replace(problem, B=1, T=T, H=1), config
 
 
 def _executor(workers: int) -> ProcessPoolExecutor:
