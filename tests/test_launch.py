@@ -278,6 +278,20 @@ def test_what_is_compiled_side_by_side_is_what_is_launched(monkeypatch: pytest.M
     assert launching._compiles_only.get() is None
 
 
+def test_a_kind_is_compiled_side_by_side_at_its_first_call_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(operators, "_compile_all", lambda ready, *_: compiled.append(ready))
+    monkeypatch.setattr(operators._PreparedCalls, "_prepared", lambda _, ready: lambda *inputs: ready)
+    calls = operators._PreparedCalls(lambda *_: "ready", lambda *_: "not ready", None)  # type: ignore[arg-type,return-value]
+    x = torch.empty(1, 64, 2, 16, device="meta")
+    on_gpu: Any = type("OnGpu", (Tensor,), {"is_cuda": True})
+    q, leaf = x.as_subclass(on_gpu), x.clone().requires_grad_().as_subclass(on_gpu)
+    for number, (tensor, expected) in enumerate([(q, 0), (q, 0), (leaf, 1), (leaf, 1), (q, 1)]):
+        inputs = (tensor, tensor, tensor, None, 0.5, None, False, None, False, None, None)
+        assert calls(*inputs) == "ready"
+        assert len(compiled) == expected, number
+
+
 def test_what_fails_to_compile_side_by_side_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
