@@ -172,8 +172,8 @@ class Problem:
 
     def proof_launches(self, config: Any) -> list[tuple[Problem, str]]:
         """What a proof launches: a problem and a variant of it each."""
-        found = [(self, variant) for variant in self.variants(config)]
-        return found if self.narrower() == self else [*found, (self.narrower(), PLAIN)]
+        launches = [(self, variant) for variant in self.variants(config)]
+        return list(dict.fromkeys([*launches, (self.narrower(), PLAIN)]))
 
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results.

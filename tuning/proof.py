@@ -36,9 +36,7 @@ RATES = (math.log1p(-(2.0**-5)), 0.0, -3.0)  # a slow decay, none, and one that 
 MARGIN = 2048  # bytes on either side of a tensor; a multiple of what tensors are aligned at
 TOKENS = 333  # ragged for every chunk
 WHOLE_TOKENS = 320  # whole chunks, of all lengths
-TRAFFIC = (
-    16  # times that the L2 cache is written over beside a run, 0.8 ms on an H100; more beside one of the full shape
-)
+TRAFFIC = 16  # times that the L2 cache is written over beside a draw's run: 0.8 ms on an H100
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,8 @@ def guarded_runs(
     """The results of a run with each of some options, the final state the last where there is an initial one.
 
     ArithmeticError if an input was written to, or what lies beside a tensor. Without `apart` the inputs are not copied
-    to where this is seen, which saves their memory. `traffic`: how
-    often the L2 cache is written over beside each run but the first.
+    to where this is seen, which saves their memory. `traffic`: how often the L2 cache is written over beside each run
+    but the first.
     """
     guard, runs = Guard(), list[list[Tensor]]()
     originals = [*inputs, *([] if initial is None else [initial])]

@@ -22,7 +22,7 @@ from optuna.trial import Trial, TrialState
 from tuning.compilation import TENSOR_MEMORY, Arch, Resources
 from tuning.samplers import INFORMED, Candidates, Informed, sampler
 
-MUCH = 10  # times the gain that is expected of what is compiled makes others worth waiting for
+MUCH = 10  # times the gain of what is compiled: what promises more is worth waiting for
 MAX_SPILLS = 1024  # bytes a thread; of the shipped landscapes' candidates within 1.5 of the best none has over 816
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
