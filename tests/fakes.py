@@ -112,7 +112,14 @@ class Judge:
 class Pool:
     """Compiles nothing: every candidate needs the same, or what a test says."""
 
-    def __init__(self, arch: str = "sm90", workers: int | None = None, needs: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        arch: str = "sm90",
+        workers: int | None = None,
+        needs: Callable[..., Any] | None = None,
+        *,
+        aside: bool = False,
+    ) -> None:
         self.workers = workers or 4
         self.needs = needs or (lambda problem, config, variant: NEEDS)
 

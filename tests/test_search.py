@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -135,6 +135,46 @@ def test_more_is_compiled_than_measured_and_the_compiler_decides_what_comes_firs
     for config in batch:
         search.compiled(config, NEEDS if config == batch[-1] else replace(NEEDS, spills=900))
     assert search.next() == batch[-1]
+
+
+def test_the_last_that_the_compiler_is_at_are_not_waited_for() -> None:
+    search = search_for(effort=Effort(first=3, rounds=1, per_round=3, finalists=1, ahead=5, gain=0.0002), kept=[])
+    batch = search.ask()
+    for config in batch[:5]:
+        search.compiled(config, NEEDS)
+    assert search.next() is None
+    assert search.waits
+    search.compiled(batch[5], NEEDS)
+    measured = [search.next() for _ in range(3)]
+    assert {None}.isdisjoint(measured)
+    assert search.next() is None
+    assert not search.waits  # the next round may begin
+    for config in measured:
+        search.tell(config, landscape(config))
+    assert not set(search.ask()) & set(batch)
+    measured.append(search.next())
+    assert measured[-1] is not None
+    for late in batch[6:]:
+        search.compiled(late, NEEDS)
+    assert set(batch) <= {*measured, *search._ready}
+
+
+def test_a_search_does_not_end_before_what_promises_most_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = search_for(effort=Effort(first=4, rounds=2, per_round=4, finalists=1, ahead=4, gain=0.01), kept=[])
+    *batch, late = search.ask()
+    for config in batch:
+        search.compiled(config, NEEDS)
+    for _ in range(4):
+        config = search.next()
+        search.tell(config, landscape(config))
+    for config in search.ask():
+        search.compiled(config, NEEDS)
+    promising, sampler = search._list.numbers[late], cast(Any, search._sampler)
+    monkeypatch.setattr(sampler, "gains", lambda _, numbers: np.array([float(n == promising) for n in numbers]))
+    assert search.next() is not None
+    monkeypatch.setattr(sampler, "gains", lambda _, numbers: np.zeros(len(numbers)))
+    assert search.next() is None
+    assert search.stopped
 
 
 def test_what_was_measured_while_the_compiler_was_behind_takes_nothing_from_the_budget() -> None:

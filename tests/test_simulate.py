@@ -180,7 +180,7 @@ def measured(directory: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measure
     """The exit status of measuring two searches' landscapes."""
     monkeypatch.setattr(landscape, "gpu_present", lambda: True)
     monkeypatch.setattr(landscape, "Measurer", lambda: measurer)
-    monkeypatch.setattr(landscape, "CompilePool", lambda *given: Pool())
+    monkeypatch.setattr(landscape, "CompilePool", lambda *given, **how: Pool())
     workload = "B=1,T=64,H=1,K=16,V=32"
     return main(["landscape", "--form", "fused_recurrent", "--workload", workload, "--out", str(directory)])
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,28 @@ def test_deadline_cuts_all_searches_short_of_which_candidates_are_under_way(monk
     assert tuner.unfinished == len(problems)
     assert all(found.cut_short for found in tuner.found.values())
     assert 8 <= len(judge.timed) <= 8 + AHEAD + 1
+
+
+def test_two_candidates_of_a_search_are_handed_over_where_the_gpu_would_wait() -> None:
+    under_way = most = 0
+
+    class Watching(Judge):
+        def begin(self, *job: Any) -> Callable[[], Any]:
+            nonlocal under_way, most
+            under_way += 1
+            most = max(most, under_way)
+            return partial(self.answer, super().begin(*job))
+
+        def answer(self, run: Callable[[], Any]) -> Any:
+            nonlocal under_way
+            under_way -= 1
+            return run()
+
+    judge = Watching()
+    tuner = tune(judge)
+    assert most == 2
+    assert len(judge.timed) == len(set(judge.timed)) == tuner.funnel.timed == len(candidates())
+    assert tuner.winners[PROBLEM].config == min(candidates(), key=landscape)
 
 
 def test_the_measuring_process_is_renewed_for_the_last_races_alone() -> None:
@@ -904,6 +927,15 @@ def test_pool_survives_a_compiler_that_dies_and_leaves_no_process() -> None:
         assert pids
         assert all(process_exists(pid) for pid in pids)
     assert not any(process_exists(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_compilers_leave_the_cores_to_who_measures(*, aside: bool) -> None:
+    with contextlib.closing(CompilePool("sm90", 1, aside=aside)) as pool:
+        assert isinstance(pool.result(TINY, TINY.default()), Resources)
+        (worker,) = pool._pool._processes
+        assert os.getpriority(os.PRIO_PROCESS, worker) > os.getpriority(os.PRIO_PROCESS, 0)
+        assert (os.sched_getscheduler(worker) == os.SCHED_IDLE) is aside
 
 
 @pytest.fixture

@@ -59,17 +59,20 @@ def cores() -> int:
 class CompilePool:
     """Workers that compile for one architecture, no candidate for longer than `seconds`, and the results so far.
 
-    By default one a core. OSError where they could not write what they compile.
+    By default one a core. OSError where they could not write what they compile. `aside`: only what nobody else wants of
+    a core is theirs, as it should be where a GPU waits for other processes.
     """
 
-    def __init__(self, arch: str, workers: int | None = None, seconds: int = COMPILE_SECONDS) -> None:
+    def __init__(
+        self, arch: str, workers: int | None = None, seconds: int = COMPILE_SECONDS, *, aside: bool = False
+    ) -> None:
         check_cache()
-        self._arch, self._seconds = arch, seconds
+        self._arch, self._seconds, self._aside = arch, seconds, aside
         self._futures: dict[Any, Future[Compiled]] = {}
         self._broken: set[Any] = set()  # at which the compiler has died once
         self._outstanding: set[Future[Compiled]] = set()
         self.workers = workers or cores()
-        self._pool = _executor(self.workers)
+        self._pool = _executor(self.workers, aside=self._aside)
 
     def submit(
         self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Mapping[str, Any] = NOTHING
@@ -146,12 +149,12 @@ class CompilePool:
         """End what the other workers are at, and what a dead one had started, and have new ones."""
         if self._pool._broken:
             _end(self._pool)
-            self._pool = _executor(self.workers)
+            self._pool = _executor(self.workers, aside=self._aside)
 
     def _alone(self, problem: Problem, config: Any, variant: str, extra: Mapping[str, Any]) -> Future[Compiled]:
         """Compile where nothing else can be taken along."""
         self._end_broken()
-        pool, outcome = _executor(1), Future[Compiled]()
+        pool, outcome = _executor(1, aside=self._aside), Future[Compiled]()
         try:
             job = problem, config, self._arch, variant, extra, self._seconds
             outcome.set_result(pool.submit(_compile, *job).result())
@@ -180,8 +183,8 @@ def same_kernel(problem: Problem, config: Any) -> tuple[Problem, Any]:
     return replace(problem, B=1, T=T, H=1), config
 
 
-def _executor(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, forkserver.context(), initializer=_quiet)
+def _executor(workers: int, *, aside: bool) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, forkserver.context(), initializer=_quiet, initargs=(aside,))
 
 
 def _has_broken(future: Future[Any]) -> bool:
@@ -257,12 +260,14 @@ def _end_children() -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _quiet() -> None:
-    """Step aside for the tuner, leave Ctrl-C to the parent, also for the assembler, and end with the parent.
+def _quiet(aside: bool) -> None:
+    """Step aside for other processes, leave Ctrl-C to the parent, also for the assembler, and end with the parent.
 
     The compiler's remarks stay unsaid.
     """
-    os.nice(10)  # whoever measures must not wait for those who compile
+    os.nice(10)
+    if aside:  # by niceness alone, who wakes up waits for a millisecond and more until one who compiles makes room
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     forkserver.end_with_parent()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -83,7 +83,8 @@ def landscape(options: argparse.Namespace, console: Console) -> int:
         if not has_aligned_rows(workload.torch_dtype, workload.K, workload.V):
             raise RunError(f"{workload.name}: an odd K or V in {workload.dtype} always runs the defaults: no search is")
     measurer, failed = Measurer(), 0
-    with contextlib.closing(measurer), contextlib.closing(CompilePool(measurer.gpu.arch, options.workers)) as pool:
+    compilers = CompilePool(measurer.gpu.arch, options.workers, aside=True)
+    with contextlib.closing(measurer), contextlib.closing(compilers) as pool:
         directory = Path(options.out) if options.out else DIRECTORY / configuration.slug(measurer.gpu.name)
         arch = ARCHS[measurer.gpu.arch]
         problems = problems_for(workloads, options.form, arch)

@@ -301,7 +301,7 @@ def _tune(
     known = rules.existing_entries(path)
     incumbents = incumbents_among(known)
     with (
-        contextlib.closing(CompilePool(arch.name, options.workers)) as pool,
+        contextlib.closing(CompilePool(arch.name, options.workers, aside=not judge.modelled)) as pool,
         SearchProgress(console, pool.outstanding, deadline) as progress,
     ):
         effort, how = EFFORTS[options.effort], {"sampler": options.sampler, "earlier": earlier_winners(known)}

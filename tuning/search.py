@@ -23,6 +23,7 @@ from tuning.compilation import TENSOR_MEMORY, Arch, Resources
 from tuning.samplers import INFORMED, Candidates, Informed, sampler
 
 MUCH = 10  # times the gain of what is compiled: what promises more is worth waiting for
+LATE = 0.25  # of what a round has compiled: so few are not waited for, and compete when they come
 MAX_SPILLS = 1024  # bytes a thread; of the shipped landscapes' candidates within 1.5 of the best none has over 816
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -82,6 +83,7 @@ class Search:
         self.study = optuna.create_study(sampler=self._sampler, direction="minimize")
         self._trials: dict[Any, Trial] = {}  # asked for and not told
         self._compiling: set[Any] = set()
+        self._late = 0  # how many of these the round does not wait for
         self._ready: list[Any] = []  # compiled and not measured, in the order in which they were asked for
         self.left = effort.measurements + max(0, len(self._kept) - 1)
         self._quota = 0
@@ -118,8 +120,19 @@ class Search:
         asked: list[Any] = []
         while len(asked) < count and not (asked and is_late()):
             asked.append(self._propose())
+        self._late = len(self._compiling) + int(LATE * len(asked))
         self._compiling.update(asked)
         return asked
+
+    @property
+    def waits(self) -> bool:
+        """Whether it says no more until more is compiled."""
+        is_over = self.stopped or not self._quota
+        return self._lacks_much or bool(self._compiling and not is_over)
+
+    @property
+    def _lacks_much(self) -> bool:
+        return len(self._compiling) > self._late
 
     def _missing(self) -> int:
         """How many a round compiles: at first all, and some ahead; then what promises MUCH more than what is there.
@@ -164,7 +177,7 @@ class Search:
             return None
         config = next((config for config in self._ready if config in self._first), None)
         if config is None:
-            config = None if self._compiling else self._most_promising()
+            config = None if self._lacks_much else self._most_promising()
         if config is not None:
             self._ready.remove(config)
             self._quota -= 1
@@ -227,8 +240,8 @@ class Search:
         """The compiled candidate with the largest expected gain; None where nothing is to be gained any more."""
         if not isinstance(self._sampler, Informed):
             return self._ready[0]
-        ready = [self._list.numbers[config] for config in self._ready]
-        gains = self._sampler.gains(self.study, ready + self._list.open(self.study))
+        ready, late = ([self._list.numbers[config] for config in configs] for configs in (self._ready, self._compiling))
+        gains = self._sampler.gains(self.study, ready + late + self._list.open(self.study))
         if self.results and self.measured >= self._effort.first and gains.max() < math.log2(1 + self._effort.gain):
             self.stopped = True
             return None

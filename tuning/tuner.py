@@ -251,7 +251,8 @@ class Tuner:
     def _choose(self, tasks: list[_Task], under_way: Collection[_Measuring | _Race]) -> tuple[_Task, Any, bool] | None:
         """What to measure next, and whether only because the GPU would wait for the compiler otherwise.
 
-        Nothing of a search of which a candidate is under way: its time may change what is promising.
+        Of a search of which a candidate is under way, whose time may change what is promising, something only where
+        the GPU would wait.
         """
         if self.seconds_left() == 0:
             for task in tasks:
@@ -260,13 +261,18 @@ class Tuner:
             return None
         others = _idle(tasks, under_way)
         others.sort(key=lambda task: _compiling_cost(task.problem), reverse=True)
-        for spare in (False,) if self.judge.modelled or len(under_way) > 1 else (False, True):
-            for task in others:
-                if spare and (task.finished or task.awaited is not None):
-                    continue
-                config = task.search.spare() if spare else task.choose()
-                if config is not None:
-                    return task, config, spare
+        for task in others:
+            if (config := task.choose()) is not None:
+                return task, config, False
+        if self.judge.modelled or len(under_way) > 1:
+            return None
+        going_on = [task for task in tasks if task.search.results and not task.finished and task.awaited is None]
+        for task in going_on:
+            if task not in others and (config := task.search.next()) is not None:
+                return task, config, False
+        for task in going_on:
+            if task in others and (config := task.search.spare()) is not None:
+                return task, config, True
         return None
 
     def _end_finished(self, tasks: list[_Task], under_way: deque[_Measuring | _Race]) -> bool:
@@ -644,7 +650,7 @@ class _Task:
                 return self._free_again()
             if (config := self.search.next()) is not None:
                 return config
-            if self.batch and self.search.left:
+            if self.search.left and self.search.waits:
                 return None
             self._take_in()
             self.ask()
@@ -746,7 +752,7 @@ class _Task:
         self.search.enqueue(self.tuner.neighbours(self.problem))
         pool, extra = self.tuner.pool, self.tuner.extra(self.problem)
         asked = self.search.ask(lambda: self.tuner.seconds_left() == 0)
-        self.batch = [(config, pool.submit(self.problem, config, extra=extra)) for config in asked]
+        self.batch += [(config, pool.submit(self.problem, config, extra=extra)) for config in asked]
         self.finished = self.search.finished
         self.tuner.funnel.stopped += self.search.stopped
 
