@@ -234,6 +234,35 @@ def test_deadline_does_not_wait_for_the_compiler() -> None:
     assert list(tuner.winners) == [PROBLEM]
 
 
+def test_what_is_compiled_is_proven_while_the_gpu_waits_for_the_compiler() -> None:
+    slow, late = replace(PROBLEM, K=128), list[Future[Any]]()
+
+    class Busy(Pool):
+        """From when a proof's launches are asked for; what is slow comes out once something was proven."""
+
+        def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Any = None) -> Future[Any]:
+            if variant != PLAIN:
+                self.outstanding = lambda: 100  # type: ignore[method-assign]
+            if problem != slow or config == problem.default() or proven:
+                return super().submit(problem, config, variant=variant)
+            late.append(Future())
+            return late[-1]
+
+    class Proving(Judge):
+        def prove(self, problem: Problem, config: Any, extra: dict[str, Any]) -> float | None:
+            proven.append(problem)
+            while late:
+                late.pop().set_result(NEEDS)
+            return super().prove(problem, config, extra)
+
+    proven: list[Problem] = []
+    tuner = tune(Proving(), problems=[PROBLEM, slow], pool=Busy(), seconds=20.0)
+    assert (proven, tuner.unfinished) == ([PROBLEM, slow], 0)
+    assert {problem: winner.config for problem, winner in tuner.winners.items()} == {
+        problem: min(candidates(problem), key=landscape) for problem in (PROBLEM, slow)
+    }
+
+
 def test_incumbent_that_was_not_tried_in_time_is_not_replaced() -> None:
     first, other = PROBLEM, replace(PROBLEM, K=128)
     tuner = tune(Judge(stop_after=1), problems=[first, other], incumbents=lambda problem: candidates(problem)[:2])

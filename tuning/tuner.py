@@ -78,7 +78,7 @@ class Tuner:
         self._proofs: dict[Any, Outcome] = {}
         self._extras: dict[Problem, dict[str, Any]] = {}
         self._listed: dict[Problem, tuple[Sifted, Candidates]] = {}
-        self._compiled_for: set[Problem] = set()  # the proof of what was best when its search ended
+        self._for_proofs: dict[Problem, list[Future[Compiled]]] = {}  # of what was best when its search ended
         self._search_began = 0.0, 0.0  # and for how long the judge had been busy by then
 
     def run(self, problems: list[Problem]) -> None:
@@ -303,20 +303,18 @@ class Tuner:
         if self.judge.modelled or self.pool.outstanding() >= self.pool.workers:
             return
         searched = {task.problem for task in tasks}
-        ended = (problem for problem in self.ranked if problem not in searched | self._compiled_for)
+        ended = (problem for problem in self.ranked if problem not in searched and problem not in self._for_proofs)
         if (problem := next(ended, None)) is not None:
-            self._compiled_for.add(problem)
-            self._compile_variants(self.ranked[problem][0])
+            self._for_proofs[problem] = self._compile_variants(self.ranked[problem][0])
 
     def _prove_early(self, tasks: list[_Task]) -> bool:
-        """Prove what a search that is over found, while the GPU waits and some compilers too; whether there was one."""
-        for problem in self.ranked if not self.judge.modelled else ():
-            if self.pool.outstanding() >= self.pool.workers:  # what a proof launches must not delay the searches
-                return False
+        """Prove what a search that is over found, while the GPU waits for the compiler; whether there was one."""
+        searched = {task.problem for task in tasks}
+        for problem, compiled in self._for_proofs.items():
             if problem.form in SEGMENTED:  # of two passes, the first one's proof comes first
                 continue
-            winner, over = self.ranked[problem][0], all(task.problem != problem for task in tasks)
-            if over and self._key(winner) not in self._proofs and self._can_prove(winner):
+            winner, is_over = self.ranked[problem][0], problem not in searched and all(one.done() for one in compiled)
+            if is_over and self._key(winner) not in self._proofs and self._can_prove(winner):
                 self._proof(winner)
                 return True
         return False
