@@ -29,6 +29,7 @@ from tuning.space import knob_values
 from tuning.tuner import AHEAD
 
 TESTS = Path(__file__).resolve().parent
+READ_ONLY = Path("/sys")  # also to root
 KERNEL = "retention_fused_chunk"
 SHAPE = "B=8,T=1024,H=8,K=64,V=64"
 BEST = min(candidates(), key=landscape)
@@ -301,10 +302,24 @@ def test_disk_that_fills_up_is_said_once_and_the_old_rules_stay(machine: Machine
     assert [path.name for path in machine.directory.glob(".*.tmp")] == []
 
 
-@pytest.mark.parametrize("place", ["a directory", "below a file", "a full disk"])
+def test_rules_that_find_no_place_are_said_to_before_anything_is_launched(machine: Machine) -> None:
+    code, output = machine.tune("--form", "fused_chunk", "--out", str(READ_ONLY / "rules.yaml"))
+    assert code == 1
+    assert re.search(rf"error: .*{READ_ONLY}", output)
+    assert "Traceback" not in output
+    assert not machine.log.exists()
+
+
+@pytest.mark.parametrize("place", ["a directory", "a read-only directory", "below a file", "a full disk"])
 def test_where_nothing_can_be_kept_the_run_says_so_once_and_does_its_work(machine: Machine, place: str) -> None:
     (machine.directory / "file").touch()
-    where = {"a directory": ".", "below a file": "file/x", "a full disk": "x"}[place]
+    places = {
+        "a directory": ".",
+        "a read-only directory": READ_ONLY / "x",
+        "below a file": "file/x",
+        "a full disk": "x",
+    }
+    where = places[place]
     full = {"FAKE_DISK": "300"} if place == "a full disk" else {}
     code, output = machine.tune("--form", "fused_chunk", "--storage", str(machine.directory / where), **full)
     assert output.count("is not remembered") == 1, output

@@ -171,10 +171,64 @@ def test_a_search_does_not_end_before_what_promises_most_is_compiled(monkeypatch
         search.compiled(config, NEEDS)
     promising, sampler = search._list.numbers[late], cast(Any, search._sampler)
     monkeypatch.setattr(sampler, "gains", lambda _, numbers: np.array([float(n == promising) for n in numbers]))
-    assert search.next() is not None
+    assert search.next() is None
+    assert search.waits  # and measures nothing that promises nothing
+    assert not search.stopped
     monkeypatch.setattr(sampler, "gains", lambda _, numbers: np.zeros(len(numbers)))
     assert search.next() is None
     assert search.stopped
+    monkeypatch.setattr(sampler, "gains", lambda _, numbers: np.ones(len(numbers)))  # since another's time is known
+    assert search.next() is not None
+    assert not search.stopped
+
+
+def with_late(search: Search, late: set[Any]) -> list[Any]:
+    """What is measured where some come out of the compiler only once the search says no more without them."""
+    measured: list[Any] = []
+    waiting: list[Any] = []
+    while not search.finished:
+        while (config := search.next()) is not None:
+            search.tell(config, landscape(config))
+            measured.append(config)
+        if search.left and search.waits:
+            search.compiled(waiting.pop(0), NEEDS)
+            continue
+        for config in search.ask():
+            if config in late:
+                waiting.append(config)
+            else:
+                search.compiled(config, NEEDS)
+    return measured
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.0002])
+def test_a_short_list_is_measured_whole_though_some_are_late(gain: float) -> None:
+    effort = Effort(first=16, rounds=4, per_round=6, finalists=3, ahead=24, gain=gain)
+    search = search_for(candidates()[:20], effort=effort, kept=[])
+    measured = with_late(search, set(search._list.configs[-5:]))
+    assert search.stopped or len(measured) == 20
+
+
+def test_what_is_in_use_is_always_waited_for() -> None:
+    effort = Effort(first=16, rounds=4, per_round=6, finalists=3, ahead=24, gain=0.0002)
+    assert PROBLEM.default() in with_late(search_for(effort=effort), {PROBLEM.default()})
+
+
+def test_what_was_late_before_does_not_count_for_a_round() -> None:
+    search = search_for(effort=Effort(first=16, rounds=4, per_round=6, finalists=3, ahead=24), kept=[])
+    *batch, late, later = search.ask()
+    for config in batch:
+        search.compiled(config, NEEDS)
+    while (config := search.next()) is not None:
+        search.tell(config, landscape(config))
+    own = search.ask()
+    assert own
+    for config in (late, later):
+        search.compiled(config, NEEDS)
+    assert search.next() is None
+    for config in own:
+        search.compiled(config, NEEDS)
+    assert search.next() is not None
 
 
 def test_what_was_measured_while_the_compiler_was_behind_takes_nothing_from_the_budget() -> None:

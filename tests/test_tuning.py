@@ -6,10 +6,12 @@ import contextlib
 import errno
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +29,7 @@ from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, prom
 from generated import configuration
 from generated.configuration_file import parse_file
 from generated.retention.chunk import ChunkConfig
-from tuning import compile_pool, device, measurement, rules
+from tuning import compile_pool, device, forkserver, measurement, rules
 from tuning import run as run_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
@@ -38,7 +40,7 @@ from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
 from tuning.problems import FORMS, GRADIENTS, HOPPER, PLAIN, Problem, problems_of
 from tuning.rules import Entry
-from tuning.search import Effort
+from tuning.search import EFFORTS, Effort
 from tuning.space import knob_values
 from tuning.tuner import AHEAD, Tuner, likely_first
 from tuning.winners import HELD, MODEL_NOISE, NOISE, Winner
@@ -965,6 +967,32 @@ def test_compilers_leave_the_cores_to_who_measures(*, aside: bool) -> None:
         (worker,) = pool._pool._processes
         assert os.getpriority(os.PRIO_PROCESS, worker) > os.getpriority(os.PRIO_PROCESS, 0)
         assert (os.sched_getscheduler(worker) == os.SCHED_IDLE) is aside
+
+
+def test_a_system_that_refuses_to_set_compilers_aside_has_them_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(forkserver, "context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with contextlib.closing(CompilePool("sm90", 1, aside=True)) as pool:
+        assert isinstance(pool.result(TINY, TINY.default()), Resources)
+
+
+def test_a_default_that_compiles_for_long_is_waited_for() -> None:
+    default, late = PROBLEM.default(), Future[Any]()
+
+    class Slow(Pool):
+        def submit(self, problem: Problem, config: Any, *, variant: str = PLAIN, extra: Any = None) -> Future[Any]:
+            return late if (config, variant) == (default, PLAIN) else super().submit(problem, config, variant=variant)
+
+    timer = threading.Timer(0.5, late.set_result, (NEEDS,))
+    timer.start()
+    judge = Judge()
+    tuner = tune(judge, pool=Slow(), effort=EFFORTS["quick"], seconds=60.0)
+    timer.join()
+    assert default in judge.timed
+    assert PROBLEM in tuner.winners
 
 
 @pytest.fixture

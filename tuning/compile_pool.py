@@ -266,9 +266,12 @@ def _quiet(aside: bool) -> None:
     The compiler's remarks stay unsaid.
     """
     os.nice(10)
-    if aside:  # by niceness alone, who wakes up waits for a millisecond and more until one who compiles makes room
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     forkserver.end_with_parent()
+    if aside:  # by niceness alone, who wakes up waits for a millisecond and more until one who compiles makes room
+        with contextlib.suppress(OSError):  # a container may refuse it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with contextlib.suppress(OSError):  # of a session's own share of the cores, which this kernel may not know
+            Path("/proc/self/autogroup").write_text("19", encoding="ascii")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -12,7 +12,7 @@ multiprocessor lies in the trial as constraints, feasible up to 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from tuning.compilation import TENSOR_MEMORY, Arch, Resources
 from tuning.samplers import INFORMED, Candidates, Informed, sampler
 
 MUCH = 10  # times the gain of what is compiled: what promises more is worth waiting for
-LATE = 0.25  # of what a round has compiled: so few are not waited for, and compete when they come
+LATE = 0.25  # of what a round has compiled: so few are not waited for, but for what is kept, and compete when they come
 MAX_SPILLS = 1024  # bytes a thread; of the shipped landscapes' candidates within 1.5 of the best none has over 816
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -83,7 +83,8 @@ class Search:
         self.study = optuna.create_study(sampler=self._sampler, direction="minimize")
         self._trials: dict[Any, Trial] = {}  # asked for and not told
         self._compiling: set[Any] = set()
-        self._late = 0  # how many of these the round does not wait for
+        self._round: set[Any] = set()  # what it asked for last
+        self._late = 0  # how many of that it does not wait for
         self._ready: list[Any] = []  # compiled and not measured, in the order in which they were asked for
         self.left = effort.measurements + max(0, len(self._kept) - 1)
         self._quota = 0
@@ -113,14 +114,14 @@ class Search:
         self._quota = min(self.left, a_round or self.left)
         count = min(self._missing(), len(self._list.open(self.study)))
         self._begun = True
-        self.finished = self.stopped or not self._quota or not (count or self._ready)
+        self.finished = self.stopped or not self._quota or not (count or self._ready or self._compiling)
         if self.finished:
             self._prune(list(self._trials))
             return []
         asked: list[Any] = []
         while len(asked) < count and not (asked and is_late()):
             asked.append(self._propose())
-        self._late = len(self._compiling) + int(LATE * len(asked))
+        self._round, self._late = set(asked), int(LATE * len(asked))
         self._compiling.update(asked)
         return asked
 
@@ -132,18 +133,19 @@ class Search:
 
     @property
     def _lacks_much(self) -> bool:
-        return len(self._compiling) > self._late
+        return len(self._compiling & self._round) > self._late or not self._compiling.isdisjoint(self._kept)
 
     def _missing(self) -> int:
-        """How many a round compiles: at first all, and some ahead; then what promises MUCH more than what is there.
+        """How many a round compiles: at first all, and some ahead; then what promises MUCH more than others.
 
         Less than half of a round is left out: the compiler takes as long for few as for many.
         """
+        there = len(self._ready) + len(self._compiling)
         if not isinstance(self._sampler, Informed):
-            return max(0, self._quota - len(self._ready))
+            return max(0, self._quota - there)
         if not (self._begun and self.results):
-            return max(0, self._quota + self._effort.ahead - len(self._ready))
-        open_, ready = self._list.open(self.study), [self._list.numbers[config] for config in self._ready]
+            return max(0, self._quota + self._effort.ahead - there)
+        open_, ready = self._list.open(self.study), self._numbers([*self._ready, *self._compiling])
         gains = self._sampler.gains(self.study, ready + open_)
         gains[: len(ready)] *= MUCH
         best = gains.argsort()[::-1][: self._quota]
@@ -192,7 +194,7 @@ class Search:
         left_over = [config for config in self._ready if config not in self._first]
         if not self.results or not left_over or not isinstance(self._sampler, Informed):
             return None
-        gains = self._sampler.gains(self.study, [self._list.numbers[config] for config in left_over])
+        gains = self._sampler.gains(self.study, self._numbers(left_over))
         if gains.max() < math.log2(1 + self._effort.gain):
             return None
         config = left_over[int(gains.argmax())]
@@ -237,15 +239,20 @@ class Search:
         return self.study.ask(self._list.distributions)
 
     def _most_promising(self) -> Any | None:
-        """The compiled candidate with the largest expected gain; None where nothing is to be gained any more."""
+        """The compiled candidate with the largest expected gain; None where none has any, or only what is late has."""
         if not isinstance(self._sampler, Informed):
             return self._ready[0]
-        ready, late = ([self._list.numbers[config] for config in configs] for configs in (self._ready, self._compiling))
+        ready, late = self._numbers(self._ready), self._numbers(self._compiling)
         gains = self._sampler.gains(self.study, ready + late + self._list.open(self.study))
-        if self.results and self.measured >= self._effort.first and gains.max() < math.log2(1 + self._effort.gain):
-            self.stopped = True
-            return None
+        if self.results and self.measured >= self._effort.first:
+            gaining = gains >= math.log2(1 + self._effort.gain)
+            self.stopped = not bool(gaining.any())  # or not any more, since another time is known
+            if self.stopped or (not gaining[: len(ready)].any() and gaining[len(ready) :][: len(late)].any()):
+                return None
         return self._ready[int(gains[: len(ready)].argmax())]
+
+    def _numbers(self, configs: Iterable[Any]) -> list[int]:
+        return [self._list.numbers[config] for config in configs]
 
     def _prune(self, configs: list[Any]) -> None:
         """These are not going to be measured."""

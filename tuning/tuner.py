@@ -78,7 +78,7 @@ class Tuner:
         self._proofs: dict[Any, Outcome] = {}
         self._extras: dict[Problem, dict[str, Any]] = {}
         self._listed: dict[Problem, tuple[Sifted, Candidates]] = {}
-        self._for_proofs: dict[Problem, list[Future[Compiled]]] = {}  # of what was best when its search ended
+        self._for_proofs: dict[Problem, list[Future[Compiled]]] = {}  # what these launch, of searches that have ended
         self._search_began = 0.0, 0.0  # and for how long the judge had been busy by then
 
     def run(self, problems: list[Problem]) -> None:
@@ -220,7 +220,7 @@ class Tuner:
                     self._say_searching(under_way.popleft().found, tasks, waiting, searches)
                 finished = self._end_finished(tasks, under_way)
                 self._compile_for_proofs(tasks)
-                if not (chosen or started or ended or finished or self._prove_early(tasks)):
+                if not (chosen or started or ended or finished or self._prove_early()):
                     self._wait(tasks)
         finally:
             for candidate in (upcoming, *under_way):
@@ -267,8 +267,8 @@ class Tuner:
         if self.judge.modelled or len(under_way) > 1:
             return None
         going_on = [task for task in tasks if task.search.results and not task.finished and task.awaited is None]
-        for task in going_on:
-            if task not in others and (config := task.search.next()) is not None:
+        for task in going_on:  # first what is going to be measured anyhow
+            if task not in others and (config := task.choose_beside()) is not None:
                 return task, config, False
         for task in going_on:
             if task in others and (config := task.search.spare()) is not None:
@@ -307,14 +307,13 @@ class Tuner:
         if (problem := next(ended, None)) is not None:
             self._for_proofs[problem] = self._compile_variants(self.ranked[problem][0])
 
-    def _prove_early(self, tasks: list[_Task]) -> bool:
+    def _prove_early(self) -> bool:
         """Prove what a search that is over found, while the GPU waits for the compiler; whether there was one."""
-        searched = {task.problem for task in tasks}
         for problem, compiled in self._for_proofs.items():
-            if problem.form in SEGMENTED:  # of two passes, the first one's proof comes first
-                continue
-            winner, is_over = self.ranked[problem][0], problem not in searched and all(one.done() for one in compiled)
-            if is_over and self._key(winner) not in self._proofs and self._can_prove(winner):
+            if problem.form in SEGMENTED or not all(future.done() for future in compiled):
+                continue  # of two passes, the first one's proof comes first
+            winner = self.ranked[problem][0]
+            if self._key(winner) not in self._proofs and self._can_prove(winner):
                 self._proof(winner)
                 return True
         return False
@@ -336,6 +335,7 @@ class Tuner:
         """Until something more is compiled, or another worker may have ended what is waited for."""
         began = time.monotonic()
         compiling = [future for task in tasks for future in task.compiling()]
+        compiling += [future for launches in self._for_proofs.values() for future in launches if not future.done()]
         others = any(task.awaited or task.finished for task in tasks)
         seconds = POLL_SECONDS if others or not compiling else LOOK_SECONDS
         if compiling:
@@ -653,6 +653,11 @@ class _Task:
             self._take_in()
             self.ask()
         return None
+
+    def choose_beside(self) -> Any | None:
+        """The next while one is under way, whose time is not known yet; nothing more is compiled for it."""
+        self._take_compiled()
+        return self.search.next()
 
     def prepare(self, config: Any, spare: bool, *, behind: _Measuring | _Race | None) -> _Measuring | None:
         """Write down what is going to be launched, behind what is being measured; None where that is of no use.
