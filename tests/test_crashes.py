@@ -336,6 +336,17 @@ def test_two_tuners_at_once_write_one_file_with_the_rules_of_both(machine: Machi
     assert {f"retention_{form}" for form in forms} <= set(parse_file(machine.rules).kernels)
 
 
+def test_what_won_with_an_earlier_kernel_is_no_rule_any_more_and_tried_first(machine: Machine) -> None:
+    assert machine.tune()[0] == 0
+    machine.rules.write_text(machine.rules.read_text().replace("source: ", "source: 0"))
+    assert rules.existing_entries(machine.rules) == []
+    machine.log.unlink()
+    code, output = machine.tune("--form", "fused_chunk", "--fresh")
+    assert code == 0, output
+    assert line("measure", BEST) in list(machine.launches())[:3]
+    assert machine.used() == knob_values(BEST)
+
+
 class PowerLossError(BaseException):
     """The machine is gone: nothing after this happens."""
 

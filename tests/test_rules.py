@@ -89,6 +89,18 @@ def test_forms_are_held_against_each_other_at_one_workload() -> None:
     assert [(entry.figures["B"], entry.use["form"]) for entry in found] == [(1, "chunk"), (2, "chunk")]
 
 
+@pytest.mark.parametrize(("ms", "form"), [(0.3, "parallel"), (0.499, "chunk"), (0.6, "chunk")])
+def test_a_form_that_was_not_tuned_now_takes_part_with_what_its_rule_says(ms: float, form: str) -> None:
+    def won(form: str, ms: float) -> Winner:
+        problem = replace(PROBLEM, form=form, B=2, H=32)
+        return Winner(problem, problem.default(), timing(ms), 100.0, 0.001, NEEDS, 9, modelled=False)
+
+    known = [rules.entry_of(won("parallel", ms))]
+    (found,) = rules.form_entries([won("chunk", 0.5), won("fused_chunk", 0.7)], known)
+    assert (found.use, found.figures["ms"]) == ({"form": form}, ms if form == "parallel" else 0.5)
+    assert rules.form_entries([], known) == []
+
+
 # Where it came from
 
 

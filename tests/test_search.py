@@ -344,12 +344,12 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(
     check_available(INFORMED)
 
 
-def test_the_nearest_problem_s_winner_is_a_neighbour() -> None:
+def test_what_won_with_an_earlier_kernel_is_a_neighbour_and_the_nearest_problem_s_winner() -> None:
     near, far = replace(PROBLEM, T=2 * PROBLEM.T), replace(PROBLEM, T=16 * PROBLEM.T)
     other = replace(near, dtype="float32")
     one, two, three, *_ = candidates()
     tuner = tune(Judge(), effort=Effort(2, 0, 0, 1))
     given = (tuner.judge, tuner.pool, SM90, tuner.effort, 0.0, lambda problem: [], lambda *progress: None)
     again = Tuner(*given, earlier={far: one, near: two, other: three, PROBLEM: three})
-    assert again.neighbours(PROBLEM) == [two]
+    assert again.neighbours(PROBLEM) == [three, two]
     assert distance(PROBLEM, near) == 1

@@ -427,7 +427,8 @@ def test_entries_that_do_not_hold_are_dropped(tmp_path: Path, old: str, new: str
     assert old in text
     path.write_text(text.replace(old, new))
     assert rules.existing_entries(path) == []
-    assert rules.existing_entries(tmp_path / "absent.yaml") == []
+    assert rules.former_entries(path) == ([entry()] if new == "source: x" else [])
+    assert rules.existing_entries(tmp_path / "absent.yaml") == rules.former_entries(tmp_path / "absent.yaml") == []
 
 
 def won(form: str, ms: float, **changes: int) -> Winner:

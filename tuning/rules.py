@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import yaml
 from generated.configuration import ActiveRule, kernel_problem, kernel_registry, rule_problem
 from generated.configuration_file import ConfigurationError, File, Rule, parse_file
 from tuning import space
+from tuning.compilation import Resources
 from tuning.coverage import AXES, WIDTHS, Box, Point, Region, box, regions
 from tuning.problems import (
     FORM_KERNEL,
@@ -35,6 +36,7 @@ from tuning.problems import (
     same_launch,
 )
 from tuning.space import knob_values
+from tuning.timing import Timing
 from tuning.winners import HELD, NOISE, SHARED, Winner
 
 NEEDS = ("registers", "spills", "shared")  # what a rule tells of the compiled kernel
@@ -81,25 +83,27 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
 
     What `known` rules say stays unless it is beaten beyond the noise, where there are none the default: the form chunk,
     and for gradients three sweeps by the chosen form, or by HOPPER where it has a rule. A model does not choose: it is
-    good enough to rank the tiles of one form, not to hold one form against another. A form that is in use and was not
-    tuned now stays where its figures are not beaten. Forms that come to the same launch are as fast as each other,
-    whatever was measured.
+    good enough to rank the tiles of one form, not to hold one form against another. A form that was not tuned now takes
+    part with what its own rule says. Forms that come to one launch are as fast as each other, whatever was measured.
     """
     winners, known = list(winners), list(known)
+    tuned = {winner.problem for winner in winners}
+    recalled = [_winner_of(entry) for entry in known if "form" not in entry.use and entry.kernel != HOPPER_KERNEL]
+    rest = [winner for winner in recalled if winner.problem not in tuned]
     rules = {(entry.kernel, entry.point): entry for entry in known if "form" in entry.use}
     held = {place: str(entry.use["form"]) for place, entry in rules.items()}
     shapes: dict[Problem, dict[str, Winner]] = {}
     gradients: dict[Problem, Winner] = {}
     by_hopper = _hopper_times(winners, known)
-    for winner in _as_fast_as_their_launches([winner for winner in winners if not winner.modelled]):
+    for winner in _as_fast_as_their_launches([winner for winner in (*winners, *rest) if not winner.modelled]):
         shape = replace(winner.problem, form="")
         if winner.problem.form == GRADIENTS:
             gradients[shape] = winner
         elif winner.problem.form not in (*PASSES, HOPPER):
             shapes.setdefault(shape, {})[winner.problem.form] = winner
     entries = []
-    for shape, forms in shapes.items():
-        point = point_of(shape)
+    for shape in dict.fromkeys(replace(winner.problem, form="") for winner in winners):
+        point, forms = point_of(shape), shapes.get(shape, {})
         if len(forms) > 1 and not _was_faster(rules.get((FORM_KERNEL, point)), forms):
             chosen = _form_entry(FORM_KERNEL, space.SWEEPS, forms, held.get((FORM_KERNEL, point)))
             entries.append(chosen)
@@ -111,6 +115,22 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
                 now = held.get((GRADIENTS_FORM_KERNEL, point))
                 entries.append(_form_entry(GRADIENTS_FORM_KERNEL, space.GRADIENTS, ways, now))
     return entries
+
+
+def _winner_of(entry: Entry) -> Winner:
+    """What a rule says, as if it had been found now."""
+    figures, point, config = entry.figures, entry.point, config_from(entry)
+    B = int(figures.get("B", 1))
+    return Winner(
+        replace(problem_at(entry.kernel, **asdict(point)), B=B, H=point.BH // B),
+        config,
+        Timing.recalled(float(figures.get("ms", math.inf)), figures),
+        figures.get("default_ms"),
+        figures.get("error"),
+        Resources(**{name: int(figures.get(name, 0)) for name in NEEDS}, warps=config.num_warps),  # type: ignore[arg-type]
+        int(figures.get("trials", 0)),
+        modelled=entry.proof == "modelled",
+    )
 
 
 def without_use(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list[Winner]:
@@ -176,6 +196,15 @@ def existing_entries(path: Path) -> list[Entry]:
     """The rules of a file that may be used with the kernels as they are now; none where there is no file to read."""
     with contextlib.suppress(ConfigurationError):
         return _entries(_stored(path))
+    return []
+
+
+def former_entries(path: Path) -> list[Entry]:
+    """The same, and those of the kernels as they were: nothing that may be used, but what is worth trying first."""
+    with contextlib.suppress(ConfigurationError):
+        file, now = _stored(path), kernel_registry()
+        kernels = {} if file is None else {k: found for k, found in file.kernels.items() if k in now}
+        return _entries(file and replace(file, kernels={k: replace(kernels[k], source=now[k].source) for k in kernels}))
     return []
 
 

@@ -304,7 +304,8 @@ def _tune(
         contextlib.closing(CompilePool(arch.name, options.workers, aside=not judge.modelled)) as pool,
         SearchProgress(console, pool.outstanding, deadline) as progress,
     ):
-        effort, how = EFFORTS[options.effort], {"sampler": options.sampler, "earlier": earlier_winners(known)}
+        earlier = earlier_winners(rules.former_entries(path))
+        effort, how = EFFORTS[options.effort], {"sampler": options.sampler, "earlier": earlier}
         say = _without_proofs(progress) if judge.modelled else progress
         tuner = Tuner(judge, pool, arch, effort, deadline, incumbents, say, journal, **how)
         tuner.run(problems)

@@ -46,7 +46,7 @@ class Tuner:
 
     incumbents(problem) gives the configurations that earlier files hold for it; they race from the start.
     progress(done, total, problem, phase, standing) is told after every step. The journal remembers what earlier runs
-    measured. sampler: one of tuning.samplers.SAMPLERS. earlier: what the rules say for other problems.
+    measured. sampler: one of tuning.samplers.SAMPLERS. earlier: what rules say, also of earlier kernels.
     Afterwards `winners` holds what was found and proven, `unfinished` says how many searches the deadline or
     Ctrl-C ended, and `interrupted` whether it was Ctrl-C.
     """
@@ -533,13 +533,14 @@ class Tuner:
         return None
 
     def neighbours(self, problem: Problem) -> list[Any]:
-        """What won where the work is alike: fused_chunk's tiles, and the kernel's own at the nearest other shape."""
-        found = [*self._related(problem)]
+        """What won where the work is alike: with an earlier kernel, with fused_chunk's, at the nearest other shape."""
+        here, elsewhere = list[Any](), list[Any]()
         for known in ({one: winners[0].config for one, winners in self.ranked.items()}, self.earlier):
             kernel = (problem.form, problem.dtype)
             far = {one: distance(one, problem) for one in known if (one.form, one.dtype) == kernel}
-            found += [known[one] for one in sorted(far, key=far.__getitem__) if far[one]][:1]
-        return found
+            here += [known[one] for one in far if not far[one]]
+            elsewhere += [known[one] for one in sorted(far, key=far.__getitem__) if far[one]][:1]
+        return [*here, *self._related(problem), *elsewhere]
 
     def _related(self, problem: Problem) -> Iterator[Any]:
         """For the gradients in one launch fused_chunk's winners, for chunk the same at several segment lengths."""
