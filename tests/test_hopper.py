@@ -156,21 +156,27 @@ def test_auto_runs_it_where_its_rule_holds_and_the_chosen_form_elsewhere(
 
 
 @pytest.mark.parametrize(
-    ("T", "reverse", "packed", "shared"),
-    [(128, False, False, True), (128, True, False, False), (120, False, False, False), (128, False, True, False)],
+    ("T", "reverse", "packed", "read"),
+    [
+        (128, False, False, [[1.0, 2.0], [1.0, 2.0]]),
+        (128, True, False, [None, None]),
+        (120, False, False, [[1.0], [2.0]]),
+        (128, False, True, [[1.0], [2.0]]),
+    ],
+    ids=["whole", "reversed", "ragged", "packed"],
 )
-def test_the_gradients_of_q_and_k_read_the_same_scores_of_whole_chunks(
-    T: int, reverse: bool, packed: bool, shared: bool, rule: None, monkeypatch: pytest.MonkeyPatch
+def test_the_scores_of_the_gradients_of_q_and_k_are_made_by_one_launch_and_the_same_of_whole_chunks(
+    T: int, reverse: bool, packed: bool, read: list[Any], rule: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores, made, swept = torch.empty(1), list[int](), list[tuple[int, bool, bool]]()
+    made, swept = list[tuple[int, bool]](), list[tuple[int, bool, Any]]()
 
-    def on_hopper(q: torch.Tensor, *_: Any, reverse: bool, **given: Any) -> torch.Tensor:
-        swept.append((q.shape[3], reverse, given.get("scores") is scores))
+    def on_hopper(q: torch.Tensor, *_: Any, reverse: bool, scores: Any = None, **__: Any) -> torch.Tensor:
+        swept.append((q.shape[3], reverse, scores if scores is None else scores.tolist()))
         return q
 
-    def make_scores(_: Any, BT: int, *__: Any) -> torch.Tensor:
-        made.append(BT)
-        return scores
+    def make_scores(_: Any, BT: int, *__: Any, of_both: bool) -> torch.Tensor:
+        made.append((BT, of_both))
+        return torch.tensor([1.0, 2.0])
 
     monkeypatch.setattr(auto, "fused_chunk_hopper_sweep", on_hopper)
     monkeypatch.setattr(fused_chunk, "make_scores", make_scores)
@@ -179,8 +185,8 @@ def test_the_gradients_of_q_and_k_read_the_same_scores_of_whole_chunks(
     offsets = torch.empty(3, device="meta") if packed else None
     order: dict[str, Any] = {"cu_seqlens": offsets, "reverse": reverse, "chunk_size": None}
     auto.auto_gradients(q, q, v, v, torch.empty(3), 1.0, h0=None, dht=None, dh0=None, **order)
-    assert swept == [(512, reverse, shared), (512, not reverse, shared)]
-    assert made == ([RULE.BT] if shared else [])
+    assert swept == [(512, reverse, read[0]), (512, not reverse, read[1])]
+    assert made == ([] if reverse else [(RULE.BT, read[0] != read[1])])
 
 
 def test_the_gradients_share_nothing_where_scores_are_made(rule: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +239,7 @@ def test_auto_has_its_calls_ready_and_gradients_that_share_scores(
     assert ready is not None
     assert swept == [(RULE, 512, reverse, not reverse), (RULE, 512, not reverse, not reverse)]
     share = ready.gradients.args[0]  # type: ignore[union-attr]
-    assert share is None if reverse else share.func is fused_chunk.make_scores
+    assert share is None if reverse else share.func is fused_chunk.make_shared_scores
 
 
 @pytest.mark.parametrize(("problem", "stages"), [(PROBLEM, 5), (WIDE, 3)], ids=["256", "512"])
@@ -448,7 +454,7 @@ def test_it_is_proven_as_fused_chunk_is_without_states_and_on_whole_chunks(score
     assert not any(draw.states or draw.adjoint for draw in found)
     like = replace(PROBLEM, form="fused_chunk")
     wanted = {draw.name: replace(draw, states=False, adjoint=False) for draw in draws(like, like.default())}
-    others = ("states", "narrower") if scores else ("states", "narrower", "turned")
+    others = ("states", "narrower") if scores else ("states", "narrower", "turned", "of both")
     shared = {name for name in wanted if not any(part in name for part in others)}
     assert {draw for draw in found if draw.name in wanted} == {wanted[name] for name in shared}
     whole = [draw for draw in found if draw.name not in wanted and not draw.L]
@@ -463,10 +469,14 @@ def test_it_is_proven_as_fused_chunk_is_without_states_and_on_whole_chunks(score
     }
 
 
+LAST = ", from the last token"
+
+
 @pytest.mark.parametrize("scores", [0, 1])
 def test_its_proof_has_more_than_two_segments_where_there_are_any(scores: int) -> None:
     cut = draws(PROBLEM, FusedChunkHopperConfig(64, 2, scores=scores, L=256))
     longest = {draw.name: max(draw.lengths) for draw in cut}
+    of_both = [f"{kind}scores of both{end}" for kind, end in (("", LAST), ("packed, ", ""), ("packed, ", LAST))]
     assert {name for name, tokens in longest.items() if tokens > 2 * 256} == {
         "from the first token",
         "from the last token",
@@ -474,7 +484,7 @@ def test_its_proof_has_more_than_two_segments_where_there_are_any(scores: int) -
         "whole chunks from the last token",
         "packed",
         "packed, from the last token",
-        *(["scores turned"] if scores else []),
+        *(["scores turned", *of_both] if scores else []),
     }
     assert longest["whole chunks"] % hopper.LONGEST == 0
     assert not any(draw.L for draw in cut)
@@ -516,14 +526,15 @@ def all_results(
 ) -> dict[str, torch.Tensor]:
     """The output and the gradients by a sweep each; those of q and k with scores that they share, where they can."""
     q, k, v, do = (x.detach() for x in (problem.q, problem.k, problem.v, problem.do))
-    rates, scores = retnet_rates(q.shape[2]).float().cuda(), None
+    rates, of_dq, of_dk = retnet_rates(q.shape[2]).float().cuda(), None, None
     if shared:
-        scores = fused_chunk.shared_scores(do, v, rates, config, cu_seqlens=None, reverse=False).get("scores")
+        made = fused_chunk.shared_scores(do, v, rates, config, cu_seqlens=problem.cu_seqlens, reverse=False)
+        of_dq, of_dk = (given.get("scores") for given in made)
     sweep = functools.partial(sweep_with, config, problem)
     return {
         "o": sweep(q, k, v, reverse=False),
-        "dq": sweep(do, v, k, reverse=False, scores=scores),
-        "dk": sweep(v, do, q, reverse=True, scores=scores),
+        "dq": sweep(do, v, k, reverse=False, scores=of_dq),
+        "dk": sweep(v, do, q, reverse=True, scores=of_dk),
         "dv": sweep(k, q, do, reverse=True),
     }
 

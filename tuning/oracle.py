@@ -58,14 +58,14 @@ def retnet_rates(heads: int) -> Tensor:
 
 
 def segment_states(k: Tensor, v: Tensor, g_gamma: Tensor, length: int, *, reverse: bool = False) -> Tensor:
-    """The states at the starts of segments of `length` tokens, [B * segments, H, K, V] in float64."""
+    """The states at the starts of segments of `length` tokens but the first, [B, segments - 1, H, K, V] in float64."""
     k, v = (x.double().flip(1) if reverse else x.double() for x in (k, v))
     states = [k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])]
     for begin in range(0, k.shape[1] - length, length):
         segment = slice(begin, begin + length)
         zeros = torch.zeros_like(k[:, segment])
         states.append(sweep_reference(zeros, k[:, segment], v[:, segment], g_gamma, 1.0, initial_state=states[-1])[1])
-    return torch.stack(states, 1).flatten(0, 1)
+    return torch.stack(states, 1)[:, 1:]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -36,11 +36,11 @@ class Form:
 
 
 def _chunk_states_sweep(q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale: float, **options: Any) -> Tensor:
-    """The pass of chunk that stores states, alone; returns them, [B * segments, H, K, V]."""
+    """The pass of chunk that stores states, alone; returns all but the first segments', [B, segments - 1, H, K, V]."""
     hs = chunk.segment_states(k, v, None, STATES_SEGMENT)
     config = options["config"]
     chunk.launch_chunk_states(k, v, hs, g_gamma, scale, STATES_SEGMENT, config, reverse=options["reverse"])
-    return hs
+    return hs.view(len(k), -1, *hs.shape[1:])[:, 1:]
 
 
 def _fused_chunk_gradients(
@@ -158,9 +158,11 @@ class Problem:
             if self.form == HOPPER and config.L >= self.T:  # as these are cut where they are uneven
                 found["packed, cut"] = {"cu_seqlens": offsets, "tokens": 2 * longest, "L": longest}
         if getattr(config, "scores", 0):
-            found["turned"] = {"reverse": True, "turned": True}
+            turned = {"reverse": True, "turned": True}
+            found |= {"turned": turned, "turned, ragged": {**turned, "tokens": config.BT + 1}}
+            found["turned, packed"] = {**found["packed"], **turned}
             if states:
-                found["turned, states"] = {"reverse": True, "turned": True, "adjoint": True, **states}
+                found["turned, states"] = {**turned, "adjoint": True, **states}
         return found
 
     def narrower(self) -> Problem:
@@ -178,8 +180,8 @@ class Problem:
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results.
 
-        `turned`: if it reads scores, those of the other direction, as the gradient of k does. `tokens`: on others of so
-        many tokens. `L`: in segments of this length.
+        `turned`: if it reads scores, those that the gradients' sweeps are given, of q or in reverse of k. `tokens`: on
+        others of so many tokens. `L`: in segments of this length.
         """
         given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
         given |= {"adjoint": False, "reverse": False, "config": config} | options
@@ -188,8 +190,10 @@ class Problem:
         if L := given.pop("L", None):
             given["config"] = replace(given["config"], L=L)
         if given.pop("turned", False):
-            q, k, _, g_gamma = inputs
-            given |= fused_chunk.shared_scores(k, q, g_gamma, config, cu_seqlens=None, reverse=False)
+            (q, k, _, g_gamma), is_of_k = inputs, given["reverse"]
+            of = (k, q) if is_of_k else (q, k)
+            made = fused_chunk.shared_scores(*of, g_gamma, config, cu_seqlens=given["cu_seqlens"], reverse=False)
+            given |= made[is_of_k]
         results = FORMS[self.form].run(*inputs, self.K**-0.5, **given)
         return results if isinstance(results, tuple) else (results,)
 

@@ -84,12 +84,17 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         found.append(Draw("scores turned", turned, reverse=True, turned=True))
         if states:
             found.append(Draw("scores turned, states", turned, states=True, adjoint=True, reverse=True, turned=True))
+        found.append(Draw("scores of both, from the last token", (tokens,), reverse=True, turned=True))
     if states:
         found.append(Draw("states", (tokens,), states=True, steady=True))
     if problem.form != "chunk_states":
         packed = (1, 64, tokens, 63, 2)
         found.append(Draw("packed", packed, states=states, adjoint=states))
         found.append(Draw("packed, from the last token", packed, states=states, adjoint=states, reverse=True))
+        if getattr(config, "scores", 0):
+            both = {"states": states, "adjoint": states, "turned": True}
+            found.append(Draw("packed, scores of both", packed, **both))
+            found.append(Draw("packed, scores of both, from the last token", packed, reverse=True, **both))
         if problem.form == HOPPER and tokens == TOKENS:  # uneven ones are cut all the same
             found.append(Draw("packed, cut", packed, L=LONGEST))
             found.append(Draw("packed, cut, from the last token", packed, reverse=True, L=LONGEST))
@@ -121,7 +126,7 @@ def prove_whole(
         raise ArithmeticError("two runs on the same inputs differ at the full shape")
     ends = [0, -1][: problem.B]
     expected = reference(problem, (*(x[ends] for x in tensors), rates))
-    got = [x.view(problem.B, -1, *x.shape[1:])[ends].flatten(0, 1) for x in once]
+    got = [torch.unflatten(x, 0, (problem.B, -1))[ends].flatten(0, 1) for x in once]
     errors, limit = _errors(problem, got, expected), error_limit(problem.form, problem.dtype, problem.T)
     if not all(error < limit for error in errors):
         raise ArithmeticError(f"wrong result at the full shape: relative errors {errors}, allowed {limit:.1e}")
@@ -274,7 +279,9 @@ def reference(problem: Problem, inputs: tuple[Tensor, ...], *, reverse: bool = F
 
 def _errors(problem: Problem, got: Sequence[Tensor], expected: Sequence[Tensor], unit: float = 1.0) -> list[float]:
     """Of each result the largest relative error of a head; `unit`: the size of what a token adds to its own output."""
-    outputs = {"chunk_states": 0, GRADIENTS: 3}.get(problem.form, 1)  # [B, T, H, V]; the others are states [N, H, K, V]
+    # [B, T, H, V], or [B, segments - 1, H, K, V]; the others are states [N, H, K, V].
+    outputs = 3 if problem.form == GRADIENTS else 1
+    unit = 0.0 if problem.form == "chunk_states" else unit
     return [
         head_error(x, y, 2, LEAST_OUTPUT * unit) if number < outputs else head_error(x, y, 1)
         for number, (x, y) in enumerate(zip(got, expected, strict=True))

@@ -102,6 +102,7 @@ GRADIENTS_FAULTS = {
     ),
     "last chunk stored without a mask": (MASKED, MASKED.replace("m_t[:, None] & ", ""), ""),
 }
+OF_BOTH = "^scores of both, from the last token: " + WRONG
 SCORED_FAULTS = {
     "scores as the other direction has them": (
         "product(tl.trans(b_s), b_v",
@@ -110,6 +111,9 @@ SCORED_FAULTS = {
     ),
     "scores of the chunk before": ("load_tile(scores, i_t *", "load_tile(scores, tl.maximum(i_t - 1, 0) *", WRONG),
     "sum of one part of K left out": ("b_o += b_p", "b_o += 0.0", WRONG),
+    "scores of both for one direction": ("direction = -direction", "direction = direction", OF_BOTH),
+    "keys in the queries' place in one of both": ("q, k = k, q", "q, k = q, k", OF_BOTH),
+    "scores of both where the other's are": ("i_slot += tl.cdiv(T, BT) - 1 - 2 * i_t", "i_slot += 0", OF_BOTH),
 }
 STATES_FAULTS = {
     "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
@@ -241,14 +245,15 @@ def test_every_fault_of_gradients_is_found(form: str, finds: Callable[..., None]
 def test_every_fault_of_scores_that_are_read_is_found(
     form: str, plant: Plant, either_order: None, fault: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(form, *(SCORED_FAULTS[fault][:2] if fault else ("b_h *= b_dh", "b_h = b_h * b_dh")))
+    old, new, said = SCORED_FAULTS[fault] if fault else ("b_h *= b_dh", "b_h = b_h * b_dh", "")
+    plant(form, old, new, "chunk_scores_kernel" if said == OF_BOTH else None)
     monkeypatch.setattr(problems.fused_chunk, "WIDEST_PART", 16)
     monkeypatch.setattr(proof, "TOKENS", 40)
     problem, config = replace(SMALL, K=24), replace(CONFIG, BT=16, transposed=1, scores=1)
     if fault is None:
         assert 0 < proof.prove(problem, config, {}, "cpu") < proof.ERROR_LIMITS["float16"]
         return
-    with pytest.raises(ArithmeticError, match=SCORED_FAULTS[fault][2]):
+    with pytest.raises(ArithmeticError, match=said):
         proof.prove(problem, config, {}, "cpu")
 
 
@@ -339,7 +344,7 @@ def test_errors_are_those_of_the_worst_head(form: str) -> None:
     wrong[:, 1] = 1.5
     assert proof._errors(SMALL, [wrong.mT.transpose(1, 2), wrong], [right, right])[1] == 0.5
     assert proof._errors(SMALL, [wrong.transpose(1, 2)], [right]) == [0.5]
-    assert proof._errors(replace(SMALL, form="chunk_states"), [wrong], [right]) == [0.5]
+    assert proof._errors(replace(SMALL, form="chunk_states"), [wrong[:, None]], [right[:, None]]) == [0.5]
     wrong[0, 0, 0, 0] = torch.nan
     assert not proof._errors(SMALL, [wrong], [right])[0] < 1
 
