@@ -189,6 +189,39 @@ def test_the_scores_of_the_gradients_of_q_and_k_are_made_by_one_launch_and_the_s
     assert made == ([] if reverse else [(RULE.BT, read[0] != read[1])])
 
 
+@pytest.mark.parametrize(("T", "packed"), [(120, False), (128, True), (128, False)], ids=["ragged", "packed", "whole"])
+def test_the_gradient_of_k_has_no_states_where_only_an_initial_one_is_given(
+    T: int, packed: bool, rule: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept = list[tuple[str, bool, Any]]()
+
+    def sweep(name: str, q: torch.Tensor, *_: Any, reverse: bool, scores: Any = None, **__: Any) -> torch.Tensor:
+        swept.append((name, reverse, scores))
+        return q
+
+    monkeypatch.setattr(auto, "fused_chunk_hopper_sweep", functools.partial(sweep, "hopper"))
+    monkeypatch.setitem(auto.SWEEPS, "chunk", functools.partial(sweep, "chunk"))
+    monkeypatch.delattr(fused_chunk, "make_scores")
+    q, v = inputs(T, K=128, V=512)
+    h0 = torch.empty(q.shape[0], q.shape[2], 128, 512, device="meta")
+    offsets = torch.empty(3, device="meta") if packed else None
+    order: dict[str, Any] = {"cu_seqlens": offsets, "reverse": False, "chunk_size": None}
+    auto.auto_gradients(q, q, v, v, torch.empty(3), 1.0, h0=h0, dht=None, dh0=h0, **order)
+    assert swept == [("chunk", False, None), ("chunk", True, None), ("hopper", True, None)]
+
+
+@pytest.mark.parametrize(
+    ("T", "packed", "reverse", "turned"),
+    [(128, False, True, True), (128, False, False, False), (120, False, True, False), (128, True, True, False)],
+)
+def test_scores_are_turned_in_reverse_and_of_whole_chunks(T: int, packed: bool, reverse: bool, turned: bool) -> None:
+    q, v = inputs(T, K=512, V=256)
+    offsets = torch.empty(3, device="meta") if packed else None
+    config = FusedChunkHopperConfig(BT=32, num_stages=2)
+    (launch,) = hopper.output_launches(q, v, 1.0, config, cu_seqlens=offsets, reverse=reverse, scored=True).parts
+    assert launch._constants["TURNED"] is turned
+
+
 def test_the_gradients_share_nothing_where_scores_are_made(rule: None, monkeypatch: pytest.MonkeyPatch) -> None:
     swept: list[tuple[Any, Any]] = []
 

@@ -101,6 +101,18 @@ def test_a_form_that_was_not_tuned_now_takes_part_with_what_its_rule_says(ms: fl
     assert rules.form_entries([], known) == []
 
 
+def test_what_was_launched_now_is_not_as_fast_as_it_was_once() -> None:
+    def won(form: str, ms: float, config: Any) -> Winner:
+        problem = replace(PROBLEM, form=form, B=2, H=32)
+        return Winner(problem, config, timing(ms), 100.0, 0.001, NEEDS, 9, modelled=False)
+
+    chunk = replace(replace(PROBLEM, form="chunk").default(), L=1 << 20)
+    once = rules.entry_of(won("chunk", 0.5, chunk))
+    now = [won("fused_chunk", 0.7, chunk.whole), won("parallel", 0.6, replace(PROBLEM, form="parallel").default())]
+    (found,) = rules.form_entries(now, [once])
+    assert (found.use, found.figures["ms"]) == ({"form": "parallel"}, 0.6)
+
+
 # Where it came from
 
 

@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,12 @@ def precompile(options: argparse.Namespace, console: Console) -> int:
     """Fill Triton's cache with what a run is likely to want; 1 if nothing was compiled."""
     arch, started = ARCHS[options.arch], time.monotonic()
     problems, known = problems_for(parse(options.workload), options.form, arch), known_entries(arch)
+    former = known_entries(arch, rules.former_entries)
     console.print(escape(f"for {arch.name}, into {cache_directory()}"), soft_wrap=True)
     deadline = started + min(options.budget or FOREVER, FOREVER)
     with contextlib.closing(CompilePool(arch.name, options.workers)) as pool:
         with SearchProgress(console) as progress:
-            tuner = rehearse(pool, arch, EFFORTS[options.effort], problems, deadline, known, progress)
+            tuner = rehearse(pool, arch, EFFORTS[options.effort], problems, deadline, known, progress, former)
         console.print(_table(problems, pool, arch))
         compiled = [outcome.needs for _, outcome in pool.outcomes()]
     if tuner.unfinished or tuner.interrupted:
@@ -73,8 +74,9 @@ def rehearse(
     deadline: float = FOREVER,
     known: Iterable[rules.Entry] = (),
     progress: Any = lambda *step: None,
+    former: Iterable[rules.Entry] = (),
 ) -> Tuner:
-    """Let the pool compile what a run would ask it for; `known` is what rules hold."""
+    """Let the pool compile what a run would ask it for; `known` is what rules hold, `former` of earlier kernels too."""
     known = list(known)
     longer = replace(effort, rounds=effort.rounds + MORE_ROUNDS, ahead=effort.ahead + MORE_AHEAD, gain=0.0)
 
@@ -85,7 +87,7 @@ def rehearse(
         """Of what was compiled: the model's times are no news."""
         progress(pool.submitted - pool.outstanding(), max(pool.submitted, likely), problem)
 
-    earlier = earlier_winners(known)
+    earlier = earlier_winners([*former, *known])
     tuner = Tuner(Rehearsal(arch), pool, arch, longer, deadline, incumbents_among(known), say, earlier=earlier)
     tuner.run(problems)
     if not tuner.unfinished:
@@ -127,10 +129,10 @@ def _borrowed(tuner: Tuner, problem: Problem) -> list[Any]:
     return []
 
 
-def known_entries(arch: Arch) -> list[rules.Entry]:
+def known_entries(arch: Arch, read: Callable[[Path], list[rules.Entry]] = rules.existing_entries) -> list[rules.Entry]:
     """What the files that imports read hold for GPUs of an architecture: what a run starts from."""
     paths = configuration.config_files()
-    return [entry for path in paths if _is_for(path, arch) for entry in rules.existing_entries(path)]
+    return [entry for path in paths if _is_for(path, arch) for entry in read(path)]
 
 
 def _is_for(path: Path, arch: Arch) -> bool:

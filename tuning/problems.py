@@ -192,7 +192,9 @@ class Problem:
         if given.pop("turned", False):
             (q, k, _, g_gamma), is_of_k = inputs, given["reverse"]
             of = (k, q) if is_of_k else (q, k)
-            made = fused_chunk.shared_scores(*of, g_gamma, config, cu_seqlens=given["cu_seqlens"], reverse=False)
+            made = fused_chunk.shared_scores(
+                *of, g_gamma, given["config"], cu_seqlens=given["cu_seqlens"], reverse=False
+            )
             given |= made[is_of_k]
         results = FORMS[self.form].run(*inputs, self.K**-0.5, **given)
         return results if isinstance(results, tuple) else (results,)

@@ -65,7 +65,7 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         Draw("from the first token", (tokens,)),
         Draw("from the last token", (tokens,), reverse=True),
         *([] if problem.narrower() == problem else [Draw("narrower heads", (tokens,), narrower=True)]),
-        Draw("one token", (1,)),
+        *([] if problem.form == "chunk_states" else [Draw("one token", (1,))]),  # which has no second segment
         Draw("large numbers", (TOKENS,), log2_size=size),
         Draw("tiny numbers", (TOKENS,), log2_size=-size),
     ]

@@ -84,12 +84,13 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
     What `known` rules say stays unless it is beaten beyond the noise, where there are none the default: the form chunk,
     and for gradients three sweeps by the chosen form, or by HOPPER where it has a rule. A model does not choose: it is
     good enough to rank the tiles of one form, not to hold one form against another. A form that was not tuned now takes
-    part with what its own rule says. Forms that come to one launch are as fast as each other, whatever was measured.
+    part with what its own rule says of just that shape. Forms that come to one launch are as fast as each other.
     """
     winners, known = list(winners), list(known)
     tuned = {winner.problem for winner in winners}
+    launched = {same_launch(winner.problem, winner.config) for winner in winners}
     recalled = [_winner_of(entry) for entry in known if "form" not in entry.use and entry.kernel != HOPPER_KERNEL]
-    rest = [winner for winner in recalled if winner.problem not in tuned]
+    rest = [w for w in recalled if w.problem not in tuned and same_launch(w.problem, w.config) not in launched]
     rules = {(entry.kernel, entry.point): entry for entry in known if "form" in entry.use}
     held = {place: str(entry.use["form"]) for place, entry in rules.items()}
     shapes: dict[Problem, dict[str, Winner]] = {}
@@ -102,7 +103,8 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
         elif winner.problem.form not in (*PASSES, HOPPER):
             shapes.setdefault(shape, {})[winner.problem.form] = winner
     entries = []
-    for shape in dict.fromkeys(replace(winner.problem, form="") for winner in winners):
+    swept = [winner.problem for winner in winners if winner.problem.form in space.SWEEPS.values]
+    for shape in dict.fromkeys(replace(problem, form="") for problem in swept):
         point, forms = point_of(shape), shapes.get(shape, {})
         if len(forms) > 1 and not _was_faster(rules.get((FORM_KERNEL, point)), forms):
             chosen = _form_entry(FORM_KERNEL, space.SWEEPS, forms, held.get((FORM_KERNEL, point)))
