@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +46,9 @@ def imports() -> list[dict[str, Any]]:
 
 def test_import_takes_under_60_ms_beyond_torch_and_triton(imports: list[dict[str, Any]]) -> None:
     # Time of this process on the processor: an import waits for nothing, and the machine may have more to do.
-    # Where other programs slow the processor itself, a yardstick takes longer in proportion.
-    seconds, yardstick = (statistics.median(report[name] for report in imports) for name in ("seconds", "yardstick"))
+    # What other programs take of the processor itself comes on top, so the least counts, as in timeit; where they never
+    # leave it alone, a yardstick takes longer in proportion.
+    seconds, yardstick = (min(report[name] for report in imports) for name in ("seconds", "yardstick"))
     assert seconds < MOST_SECONDS * max(1.0, yardstick / YARDSTICK_SECONDS)
 
 
