@@ -204,9 +204,10 @@ def existing_entries(path: Path) -> list[Entry]:
 def former_entries(path: Path) -> list[Entry]:
     """The same, and those of the kernels as they were: nothing that may be used, but what is worth trying first."""
     with contextlib.suppress(ConfigurationError):
-        file, now = _stored(path), kernel_registry()
-        kernels = {} if file is None else {k: found for k, found in file.kernels.items() if k in now}
-        return _entries(file and replace(file, kernels={k: replace(kernels[k], source=now[k].source) for k in kernels}))
+        if file := _stored(path):
+            now = kernel_registry()
+            as_now = {k: replace(found, source=now[k].source) for k, found in file.kernels.items() if k in now}
+            return _entries(replace(file, kernels=as_now))
     return []
 
 
