@@ -45,8 +45,10 @@ needs_hopper = pytest.mark.skipif(
 )
 
 
-def inputs(T: int = 128, K: int = 256, V: int = 128, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
-    return torch.empty(2, T, 3, K, dtype=dtype, device="meta"), torch.empty(2, T, 3, V, dtype=dtype, device="meta")
+def inputs(
+    T: int = 128, K: int = 256, V: int = 128, H: int = 3, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, ...]:
+    return torch.empty(2, T, H, K, dtype=dtype, device="meta"), torch.empty(2, T, H, V, dtype=dtype, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -56,13 +58,18 @@ def inputs(T: int = 128, K: int = 256, V: int = 128, dtype: torch.dtype = torch.
         ({"V": 512, "dtype": torch.float16}, True),
         ({"K": 512}, True),
         ({"K": 512, "V": 192}, True),
-        ({"K": 512, "V": 96}, False),
-        ({"K": 384}, False),
+        ({"K": 512, "V": 96}, True),
+        ({"K": 384}, True),
+        ({"K": 132}, False),  # of three heads tokens begin at half of 16 bytes
+        ({"K": 132, "V": 68, "H": 4}, True),
+        ({"K": 130, "V": 68, "H": 8}, False),
         ({"T": 100}, True),
         ({"T": 1}, True),
         ({"K": 128}, False),
-        ({"V": 192}, False),
+        ({"V": 192}, True),
         ({"V": 428}, False),
+        ({"V": 428, "H": 2}, True),
+        ({"V": 430, "H": 8}, False),
         ({"dtype": torch.float32}, False),
         ({"V": 1024}, False),
     ],
@@ -384,7 +391,7 @@ def test_segments_are_so_many_that_they_fill_the_gpu(B: int, T: int, lengths: li
 
 
 def test_a_program_has_columns_of_each_group_or_of_both() -> None:
-    assert [hopper.columns_at(K) for K in hopper.WIDTHS] == [128, 64]
+    assert [hopper.columns_at(K) for K in (132, 256, 260, 512)] == [128, 128, 64, 64]
 
 
 def test_gluon_is_imported_when_the_kernel_first_runs() -> None:
@@ -487,7 +494,7 @@ def test_it_is_proven_as_fused_chunk_is_without_states_and_on_whole_chunks(score
     assert not any(draw.states or draw.adjoint for draw in found)
     like = replace(PROBLEM, form="fused_chunk")
     wanted = {draw.name: replace(draw, states=False, adjoint=False) for draw in draws(like, like.default())}
-    others = ("states", "narrower") if scores else ("states", "narrower", "turned", "of both")
+    others = ("states",) if scores else ("states", "turned", "of both")
     shared = {name for name in wanted if not any(part in name for part in others)}
     assert {draw for draw in found if draw.name in wanted} == {wanted[name] for name in shared}
     whole = [draw for draw in found if draw.name not in wanted and not draw.L]
@@ -498,6 +505,7 @@ def test_it_is_proven_as_fused_chunk_is_without_states_and_on_whole_chunks(score
     assert {w.name for w in builtin().values() if replace(PROBLEM, T=w.T, K=w.K, V=w.V).is_for_hopper} == {
         "retnet_1.3b",
         "wide_256",
+        "retnet_3b",
         "retnet_7b_32k",
     }
 
@@ -515,6 +523,8 @@ def test_its_proof_has_more_than_two_segments_where_there_are_any(scores: int) -
         "from the last token",
         "whole chunks",
         "whole chunks from the last token",
+        "narrower heads",
+        "narrower heads, whole chunks",
         "packed",
         "packed, from the last token",
         *(["scores turned", *of_both] if scores else []),
@@ -536,6 +546,10 @@ KNOBS = [
     (256, (32, 4, 1, 128)),
     (512, (32, 3, 1, 128)),
     (512, (16, 6, 1, 64)),
+    (428, (32, 3)),  # heads that fill no tile, and begin at half of 16 bytes
+    (428, (16, 6, 1, 64)),
+    (132, (64, 2, 0)),
+    (132, (32, 4, 1, 128)),
 ]
 every_kernel = pytest.mark.parametrize(("K", "knobs"), KNOBS, ids=str)
 
@@ -580,7 +594,7 @@ def test_outputs_on_a_gpu_are_the_oracles_and_the_same_bits_twice(
     K: int, knobs: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     config = FusedChunkHopperConfig(*knobs)
-    problem = make_problem(2, 640, 5, K, K, dtype, device="cuda", states=False)
+    problem = make_problem(2, 640, 6, K, K, dtype, device="cuda", states=False)
     found = all_results(config, problem, shared=True)
     assert_matches(found, problem, formula=by_blocks)
     alone = all_results(config, problem)
@@ -594,7 +608,7 @@ def test_outputs_on_a_gpu_are_the_oracles_and_the_same_bits_twice(
 @every_kernel
 def test_ragged_outputs_and_gradients_on_a_gpu_are_the_oracles(K: int, knobs: tuple[int, ...], B: int, T: int) -> None:
     config = FusedChunkHopperConfig(*knobs)
-    problem = make_problem(B, T, 5, K, K, torch.bfloat16, device="cuda", states=False)
+    problem = make_problem(B, T, 6, K, K, torch.bfloat16, device="cuda", states=False)
     with poisoned_memory():
         found, again = all_results(config, problem, shared=True), all_results(config, problem)
     assert_matches(found, problem, formula=by_blocks)
@@ -613,7 +627,7 @@ def test_packed_outputs_and_gradients_on_a_gpu_are_the_oracles(
     K: int, knobs: tuple[int, ...], lengths: list[int], offsets: torch.dtype
 ) -> None:
     config = FusedChunkHopperConfig(*knobs)
-    problem = make_problem(1, sum(lengths), 5, K, K, torch.bfloat16, device="cuda", lengths=lengths, states=False)
+    problem = make_problem(1, sum(lengths), 6, K, K, torch.bfloat16, device="cuda", lengths=lengths, states=False)
     assert problem.cu_seqlens is not None
     problem = replace(problem, cu_seqlens=problem.cu_seqlens.to(offsets))
     with poisoned_memory():
@@ -624,9 +638,9 @@ def test_packed_outputs_and_gradients_on_a_gpu_are_the_oracles(
 
 def spreads(config: FusedChunkHopperConfig, K: int) -> list[str]:
     """Which results of a sequence change where those beside it are NaN."""
-    rows = make_problem(3, 100, 3, K, 256, torch.bfloat16, device="cuda", states=False)
+    rows = make_problem(3, 100, 4, K, 256, torch.bfloat16, device="cuda", states=False)
     lengths = [70, 1, 64, 33, 133, 5]
-    packed = make_problem(1, sum(lengths), 3, K, 256, torch.bfloat16, device="cuda", lengths=lengths, states=False)
+    packed = make_problem(1, sum(lengths), 4, K, 256, torch.bfloat16, device="cuda", lengths=lengths, states=False)
     ends = [0, *itertools.accumulate(lengths)]
     in_rows = [(slice(i, i + 1), slice(None)) for i in range(3)]
     in_pack = [(slice(None), slice(begin, end)) for begin, end in itertools.pairwise(ends)]
@@ -745,7 +759,7 @@ FAULTS = {
     "state of the other group's columns": (CUT, [("GROUP // PARTS) * BV + gl", "1 - GROUP // PARTS) * BV + gl")]),
     "state not loaded": (
         CUT,
-        [("b_h1 = gl.load(hs + (o_k + HALF) * V + o_v, mask=m_h, other=0.0)", "b_h1 = b_h0 * 0.0")],
+        [("gl.load(hs + (o_k + HALF) * V + o_v, mask=(o_k + HALF < n_k) & (o_v < V), other=0.0)", "b_h0 * 0.0")],
     ),
     "first product by no state": (CUT, [(FIRST, FIRST.replace("2))", "2)) * 0.0"))]),
     "segment's end missed": (CUT, [("gl.minimum(T - i_s * L, L)", "gl.minimum(T - i_s * L, L - BT)")]),
@@ -753,6 +767,16 @@ FAULTS = {
     "scores of the first segment": (CUT_READ, [("after if TURNED else i_s * L", "after if TURNED else 0 * L")]),
     "scores of another sequence's segment": (CUT_READ, [("bos // BT + i_n if IS_VARLEN", "bos // BT if IS_VARLEN")]),
     "turned scores of the first segment": (CUT_READ, [("after if TURNED else i_s * L", "i_s * L")]),
+}
+NARROW = (428, FusedChunkHopperConfig(32, 3))
+# Of heads that do not fill their tiles.
+FAULTS |= {
+    "columns of the next head": (NARROW, [("[rows, width + first]", "[rows, 2 * width]")]),
+    "columns from the 16 bytes before": (NARROW, [("BW], layout), first", "BW], layout), 0 * first")]),
+    "rows of the state beyond K": (
+        (428, FusedChunkHopperConfig(32, 3, L=128)),
+        [("mask=(o_k + HALF < n_k) & (o_v < V)", "mask=(o_k + HALF < K + 4) & (o_v < V)")],
+    ),
 }
 READ = "gl.where(m_t, v_rows.load(row_layout), 0.0)", "v_rows.load(row_layout)"
 # Of these nothing is seen but where what lies beside a sequence is not finite.

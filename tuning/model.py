@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from generated.launch import padded
 from generated.retention import fused_chunk, fused_chunk_hopper
 from tuning.compilation import Arch, Resources
 from tuning.problems import GRADIENTS, HOPPER, SEGMENTED, STATES_SEGMENT, Problem
@@ -117,7 +118,7 @@ def _work(problem: Problem, config: Any) -> Work:
 def _state_tile(problem: Problem, config: Any) -> tuple[int, int]:
     """Rows and columns of the state that a program of a sweep in chunks has."""
     if problem.form == HOPPER:
-        return problem.K, fused_chunk_hopper.columns_at(problem.K)
+        return padded(problem.K), fused_chunk_hopper.columns_at(problem.K)
     return fused_chunk.state_rows(problem.K, config), config.BV
 
 

@@ -70,7 +70,7 @@ FORMS = {
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
 PLAIN = "plain"  # the variant of a launch that is timed
 GRADIENTS = "fused_chunk_gradients"
-HOPPER = "fused_chunk_hopper"  # runs two widths alone, without states of the caller's
+HOPPER = "fused_chunk_hopper"  # runs wide heads alone, without states of the caller's
 SEGMENTED = ("chunk", HOPPER)  # where L is less than T they run chunk_states too
 PASSES = ("chunk_states", GRADIENTS)  # no sweeps of their own
 FORM_KERNEL, GRADIENTS_FORM_KERNEL, HOPPER_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL, fused_chunk_hopper.KERNEL
@@ -105,7 +105,7 @@ class Problem:
     @property
     def is_for_hopper(self) -> bool:
         """Whether it is of the sizes that HOPPER is written for."""
-        return fused_chunk_hopper.runs_at(self.torch_dtype.itemsize, self.K, self.V)
+        return fused_chunk_hopper.runs_at(self.torch_dtype.itemsize, self.H, self.K, self.V)
 
     def sift(self, arch: Arch) -> Sifted:
         """The configurations worth compiling for an architecture, and what the closed-form filters dropped."""
@@ -167,15 +167,20 @@ class Problem:
 
     def narrower(self) -> Problem:
         """Heads of the same tiles that fill them least of those that descriptors read: rules hold for these too."""
-        if self.form == HOPPER:
-            return self
-        K, V = (min(size, 8 if padded(size) == padded(1) else padded(size) // 2 + 8) for size in (self.K, self.V))
+        least = fused_chunk_hopper.UNIT if self.form == HOPPER else 8
+        K, V = (
+            min(size, least if padded(size) == padded(1) else padded(size) // 2 + least) for size in (self.K, self.V)
+        )
         return replace(self, K=K, V=V)
 
     def proof_launches(self, config: Any) -> list[tuple[Problem, str]]:
         """What a proof launches: a problem and a variant of it each."""
-        launches = [(self, variant) for variant in self.variants(config)]
-        return list(dict.fromkeys([*launches, (self.narrower(), PLAIN)]))
+        variants, narrower = self.variants(config), [PLAIN]
+        if self.form == HOPPER:
+            narrower = [variant for variant in variants if variant.endswith(("whole", "ragged"))]
+            narrower = [variant for variant in narrower if ("cut" in variant) == (config.L < self.T)]
+        launches = [(self, variant) for variant in variants]
+        return list(dict.fromkeys([*launches, *((self.narrower(), variant) for variant in narrower)]))
 
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results.

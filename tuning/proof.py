@@ -32,7 +32,9 @@ STEADY_LIMITS = {"bfloat16": 1e-3, "float16": 2e-4, "float32": 5e-6}
 DECAY_ROUNDING, TOKEN_ROUNDING = 2.0**-28, 2.0**-24
 LEAST_OUTPUT = 0.1  # of what a token adds to its own output: what a head's elements count at least
 SIZES = {"bfloat16": 20, "float16": 2, "float32": 20}  # how many powers of two up and down the inputs may be
-RATES = (math.log1p(-(2.0**-5)), 0.0, -3.0)  # a slow decay, none, and one that forgets within a chunk
+# A slow decay, none, one that forgets within a chunk, and one between: tokens of four heads begin where TMA reads, also
+# where a head has half a multiple of 16 bytes.
+RATES = (math.log1p(-(2.0**-5)), 0.0, -3.0, -0.25)
 MARGIN = 2048  # bytes on either side of a tensor; a multiple of what tensors are aligned at
 TOKENS = 333  # ragged for every chunk
 WHOLE_TOKENS = 320  # whole chunks, of all lengths
@@ -76,6 +78,7 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
             Draw("whole chunks", (whole,)),
             Draw("whole chunks from the last token", (whole,), reverse=True),
             Draw("one chunk", (LONGEST,)),
+            *([] if problem.narrower() == problem else [Draw("narrower heads, whole chunks", (whole,), narrower=True)]),
             Draw("large numbers, whole chunks", (WHOLE_TOKENS,), log2_size=size),
             Draw("tiny numbers, whole chunks", (WHOLE_TOKENS,), log2_size=-size),
         ]

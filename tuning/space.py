@@ -129,7 +129,7 @@ def _recurrent_registers(K: int, c: Any) -> float:
 
 def _hopper_shared(place: Place, c: Any) -> int:
     columns = hopper.columns_at(place.K)
-    slot = c.BT * (2 * place.K + columns + c.BT)
+    slot = c.BT * (2 * padded(place.K) + columns + c.BT)
     sums = 2 * c.BT * columns if place.K > hopper.ROWS else 0
     weights = 2 * (2 * c.BT + (0 if c.scores else c.BT * c.BT))  # in float32, of tokens and of scores
     return int(c.num_stages * slot + 2 * c.BT * columns + sums + weights)  # outputs twice
@@ -200,7 +200,7 @@ class Segments(L):
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """One that does not cut; where programs are fewer than two on each, those that make them one to four."""
-        programs = place.BH * (place.V // hopper.columns_at(place.K))
+        programs = place.BH * blocks(place.V, hopper.columns_at(place.K))
         few, most = FULL // 2, 2 * FULL
         lengths = super().values(place, chosen) if programs < FULL else [WHOLE]
         return [size for size in lengths if size == WHOLE or few <= programs * blocks(place.T, size) <= most]
@@ -304,7 +304,7 @@ class HopperScores(Knob):
 
     def values(self, place: Place, chosen: Any) -> Iterable[int]:
         """By the sweep only where its groups can: of the longest chunks, and of whole rows of q and k."""
-        return (0, 1) if chosen.BT == hopper.LONGEST and place.K == hopper.ROWS else (1,)
+        return (0, 1) if chosen.BT == hopper.LONGEST and place.K <= hopper.ROWS else (1,)
 
 
 class SaveStates(Knob):
