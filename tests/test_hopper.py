@@ -349,11 +349,12 @@ def test_every_segment_has_programs_and_a_state(
     ("tokens", "sequences", "given", "L"),
     [
         (6144, None, 1024, 1024),
-        (6144, 3, UNCUT, 4096),
+        (6144, 3, UNCUT, 2048),
         (12288, 3, 2048, 2048),
         (6144, 3, 1024, UNCUT),  # states would take more than v
-        (6144, 6, UNCUT, UNCUT),
-        (6144, 2, UNCUT, 8192),
+        (6144, 6, UNCUT, 8192),
+        (6144, 7, UNCUT, UNCUT),
+        (6144, 2, UNCUT, 4096),
     ],
 )
 def test_packed_sequences_are_cut_as_chunks_are(
@@ -725,6 +726,7 @@ def test_a_thread_without_a_context_describes_tensors() -> None:
 
 
 WHOLE, SPLIT = (256, MADE), (512, FusedChunkHopperConfig(32, 3))
+OF_STATE = "c_v + gl.arange(0, BV, layout=gl.SliceLayout(1, state_layout))"
 SLOT, FIRST = "hs += (i_slot.to(gl.int64) * H + i_h)", "output_layout, 2))\n    slot = 0"
 ARRIVED, DONE = "mbarrier.wait(rest_here.index(slot), phase)", "mbarrier.arrive(is_free.index(slot))"
 # In segments: with scores that are made, or read, or with each half of K in a group.
@@ -741,7 +743,7 @@ FAULTS = {
     ),
     "sums of half of K left out": (SPLIT, [("b_o += sums_s.load(output_layout)", "b_o += 0.0")]),
     "scores of the other direction": (SPLIT, [("(n_chunks - 1 - i_t if TURNED else i_t)", "i_t")]),
-    "outputs beside the sequence": (WHOLE, [("mask=m_t)", "mask=m_t | (o_r == T))")]),
+    "outputs beside the sequence": (WHOLE, [("mask=m_o)", "mask=m_o | (o_r == T))")]),
     "outputs of a partial chunk left out": (WHOLE, [("if T % BT > 0:", "if T % BT > 1:")]),
     "scores of another slot": (SPLIT, [("bos // BT + i_n if IS_PART", "bos // BT if IS_PART")]),
     "another sequence's first token": (
@@ -756,10 +758,10 @@ FAULTS = {
     "state of another slot": (CUT, [(SLOT, SLOT.replace("* H", "* 0"))]),
     "state of another head": (CUT, [(SLOT, SLOT.replace(" + i_h", ""))]),
     "state of the other half of K": (CUT_SPLIT, [("o_k = GROUP % PARTS * BK", "o_k = (1 - GROUP % PARTS) * BK")]),
-    "state of the other group's columns": (CUT, [("GROUP // PARTS) * BV + gl", "1 - GROUP // PARTS) * BV + gl")]),
+    "state of the other group's columns": (CUT, [(OF_STATE, OF_STATE.replace("c_v", "(i_v * 2 + 1 - GROUP) * BV"))]),
     "state not loaded": (
         CUT,
-        [("gl.load(hs + (o_k + HALF) * V + o_v, mask=(o_k + HALF < n_k) & (o_v < V), other=0.0)", "b_h0 * 0.0")],
+        [("gl.load(hs + (o_k + HALF) * V + o_v, mask=m_h & (o_k < K - HALF), other=0.0)", "b_h0 * 0.0")],
     ),
     "first product by no state": (CUT, [(FIRST, FIRST.replace("2))", "2)) * 0.0"))]),
     "segment's end missed": (CUT, [("gl.minimum(T - i_s * L, L)", "gl.minimum(T - i_s * L, L - BT)")]),
@@ -768,17 +770,18 @@ FAULTS = {
     "scores of another sequence's segment": (CUT_READ, [("bos // BT + i_n if IS_VARLEN", "bos // BT if IS_VARLEN")]),
     "turned scores of the first segment": (CUT_READ, [("after if TURNED else i_s * L", "i_s * L")]),
 }
-NARROW = (428, FusedChunkHopperConfig(32, 3))
+NARROW, NARROW_CUT = ((428, FusedChunkHopperConfig(32, 3, L=L)) for L in (UNCUT, 128))
 # Of heads that do not fill their tiles.
 FAULTS |= {
-    "columns of the next head": (NARROW, [("[rows, width + first]", "[rows, 2 * width]")]),
-    "columns from the 16 bytes before": (NARROW, [("BW], layout), first", "BW], layout), 0 * first")]),
-    "rows of the state beyond K": (
-        (428, FusedChunkHopperConfig(32, 3, L=128)),
-        [("mask=(o_k + HALF < n_k) & (o_v < V)", "mask=(o_k + HALF < K + 4) & (o_v < V)")],
-    ),
+    "columns of the next head": (NARROW, [("[rows, width + before]", "[rows, 2 * width]")]),
+    "products with the head before": (NARROW, [("if before_k > 0:", "if before_k > UNIT:")]),
+    "columns of the head before": (NARROW, [("(o_v >= 0) & (o_v < V) & (o_r >= 0)", "(o_v < V) & (o_r >= 0)")]),
+    "columns of the head behind": (NARROW, [("(o_v >= 0) & (o_v < V) & (o_r >= 0)", "(o_v >= 0) & (o_r >= 0)")]),
+    "rows of the state beyond K": (NARROW_CUT, [("m_h & (o_k < K - HALF)", "m_h")]),
+    "rows of the state where no head begins": (NARROW_CUT, [("BK - before_k", "BK")]),
+    "columns where no head begins": (NARROW, [("* BV - columns_before(i_h, V, DESCRIPTORS)", "* BV")]),
 }
-READ = "gl.where(m_t, v_rows.load(row_layout), 0.0)", "v_rows.load(row_layout)"
+READ = "gl.where(m_o, v_rows.load(row_layout), 0.0)", "v_rows.load(row_layout)"
 # Of these nothing is seen but where what lies beside a sequence is not finite.
 SPREADING = {
     "scores multiplied by 0": (WHOLE, [("gl.where(b_ds > 0.0, b_s, 0.0)", "b_s")]),
@@ -806,7 +809,7 @@ def plant(folder: Path, edits: list[tuple[str, str]], monkeypatch: pytest.Monkey
 def test_its_proof_finds_every_fault(fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (K, config), edits = FAULTS[fault] if fault else (WHOLE, [("b_h1 *= b_dh", "b_h1 = b_h1 * b_dh")])
     plant(tmp_path, edits, monkeypatch)
-    problem = replace(PROBLEM, T=640, K=K, V=256)
+    problem = replace(PROBLEM, T=640, K=K, V=256 if K in (256, 512) else K)
     if fault is None:
         assert 0 < prove(problem, config, {}, "cuda") < error_limit(HOPPER, problem.dtype, problem.T)
         return
