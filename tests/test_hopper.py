@@ -282,8 +282,12 @@ def test_auto_has_its_calls_ready_and_gradients_that_share_scores(
     assert share is None if reverse else share.func is fused_chunk.make_shared_scores
 
 
-@pytest.mark.parametrize(("problem", "stages"), [(PROBLEM, 5), (WIDE, 3)], ids=["256", "512"])
-def test_every_candidate_compiles_in_both_directions_without_spills_and_fits(problem: Problem, stages: int) -> None:
+@pytest.mark.parametrize(
+    ("problem", "stages"),
+    [(PROBLEM, 5), (WIDE, 3), (replace(PROBLEM, V=428), 5), (replace(WIDE, K=428), 3), (replace(PROBLEM, K=132), 5)],
+    ids=lambda given: f"{given.K} {given.V}" if isinstance(given, Problem) else "",
+)
+def test_every_candidate_compiles_in_both_directions_and_fits(problem: Problem, stages: int) -> None:
     candidates = problem.sift(SM90).candidates
     largest = max(candidates, key=lambda config: (config.BT == 32, config.num_stages))
     assert largest == FusedChunkHopperConfig(BT=32, num_stages=stages)
@@ -298,8 +302,10 @@ def test_every_candidate_compiles_in_both_directions_without_spills_and_fits(pro
             *before, needs = compile_launch(functools.partial(problem.run, meta, config, **options), SM90)
             in_segments = "cut" in name or (is_cut and "tokens" not in options)
             assert (needs.registers, needs.warps) == (hopper.AT_FIRST, config.num_warps)
-            # Triton 3.6 keeps a word of one variant in memory over the loop, for the partial chunk behind it.
-            assert needs.spills in ((0, 8) if in_segments and triton.__version__.startswith("3.6.") else (0,))
+            # Triton 3.6 keeps a word of one variant in memory over the loop, for the partial chunk behind it; of narrow
+            # heads 3.7 keeps up to four.
+            most = 8 if in_segments and triton.__version__.startswith("3.6.") else 0
+            assert needs.spills <= (most if hopper.are_whole(problem.K, problem.V) else 16)
             assert needs.fits(SM90)
             assert 0 <= needs.shared - estimate.shared < 1024  # the barriers
             assert [launch.spills for launch in before] == [0] * (2 * in_segments + config.scores)

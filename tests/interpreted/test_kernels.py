@@ -154,7 +154,7 @@ def test_packed_sequences_much_longer_than_the_mean_are_cut(
 
     monkeypatch.setattr(chunk, "launch_chunk_states", launch_chunk_states)
     check(function, make_problem(1, 976, 1, 16, 20, lengths=[5, 300, 600, 1, 40, 30], states=states))
-    assert lengths == [512] * 3  # of the outputs, dq and dv: dk's sweep reads those of dv's
+    assert lengths == [256] * 3  # of the outputs, dq and dv: dk's sweep reads those of dv's
 
 
 @pytest.fixture
