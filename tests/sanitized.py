@@ -42,8 +42,7 @@ def planted_kernel(x, size, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201 - Trit
 
 def run_planted(name: str) -> None:
     """Launch what writes beside a tensor, by the name that is given."""
-    planted_kernel.__name__ = name
-    triton.jit(planted_kernel)[(1,)](torch.zeros(512, dtype=torch.int32, device="cuda"), 512, 32)
+    triton.jit(planted_kernel, repr=lambda _: name)[(1,)](torch.zeros(512, dtype=torch.int32, device="cuda"), 512, 32)
     torch.cuda.synchronize()
 
 
@@ -62,7 +61,7 @@ def shortened(claim: Claim) -> Claim:
     """The claim with segments of a few chunks, where it has any."""
     if getattr(claim.config, "L", claim.problem.T) >= claim.problem.T:
         return claim
-    return replace(claim, config=replace(claim.config, L=max(SHORT, claim.config.BT)))
+    return replace(claim, rule=replace(claim.rule, use={**claim.rule.use, "L": max(SHORT, claim.config.BT)}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
