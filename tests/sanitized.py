@@ -32,7 +32,7 @@ from tuning.device import describe_gpu
 from tuning.proof import prove
 from tuning.verify import Claim, claims_of
 
-SHORT = 128  # tokens a segment
+SHORT = 128  # tokens a segment: no fewer than the longest chunk of the pass for its states, which so stays as it is
 
 
 def planted_kernel(x, size, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201 - Triton gives the arguments types

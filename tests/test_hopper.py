@@ -504,8 +504,16 @@ def test_it_is_proven_as_fused_chunk_is_without_states_and_on_whole_chunks(score
     others = ("states",) if scores else ("states", "turned", "of both")
     shared = {name for name in wanted if not any(part in name for part in others)}
     assert {draw for draw in found if draw.name in wanted} == {wanted[name] for name in shared}
-    whole = [draw for draw in found if draw.name not in wanted and not draw.L]
+    whole = [draw for draw in found if draw.name not in wanted and not draw.L and not draw.narrower]
     assert {(draw.reverse, len(draw.lengths) > 1) for draw in found if draw.L} == {(False, True), (True, True)}
+    narrower = {draw.name.removeprefix("narrower heads, ") for draw in found if draw.narrower}
+    assert narrower == {
+        "narrower heads",
+        "whole chunks",
+        "packed",
+        "packed, cut",
+        *(["scores turned"] if scores else []),
+    }
     assert {draw.reverse for draw in whole} == {False, True}
     assert all(length % hopper.LONGEST == 0 for draw in whole for length in draw.lengths)
     assert not any(len(draw.lengths) > 1 for draw in whole)
@@ -532,9 +540,10 @@ def test_its_proof_has_more_than_two_segments_where_there_are_any(scores: int) -
         "whole chunks from the last token",
         "narrower heads",
         "narrower heads, whole chunks",
+        "narrower heads, packed",
         "packed",
         "packed, from the last token",
-        *(["scores turned", *of_both] if scores else []),
+        *(["scores turned", "narrower heads, scores turned", *of_both] if scores else []),
     }
     assert longest["whole chunks"] % hopper.LONGEST == 0
     assert not any(draw.L for draw in cut)
@@ -567,11 +576,12 @@ def sweep_with(
     *tensors: torch.Tensor,
     reverse: bool,
     scores: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """The sweep over the sequences of a problem."""
+    """The sweep over the sequences of a problem; K^-0.5 is the scale if none is given."""
     rates = retnet_rates(problem.q.shape[2]).float().cuda()
     given: dict[str, Any] = PLAIN | {"cu_seqlens": problem.cu_seqlens, "reverse": reverse, "adjoint": False}
-    scale = tensors[0].shape[3] ** -0.5
+    scale = tensors[0].shape[3] ** -0.5 if scale is None else scale
     return fused_chunk_hopper_sweep(*tensors, rates, scale, config=config, scores=scores, **given)
 
 
@@ -622,6 +632,28 @@ def test_ragged_outputs_and_gradients_on_a_gpu_are_the_oracles(K: int, knobs: tu
     assert_same(again, found)
 
 
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("L", [UNCUT, 128])
+@pytest.mark.parametrize(
+    ("K", "V"),
+    [(256, 428), (428, 256), (264, 132), (132, 264), (260, 508), (508, 260), (252, 256), (512, 132)],
+    ids=str,
+)
+def test_each_width_fills_its_tiles_or_not_by_itself(K: int, V: int, L: int) -> None:
+    problem = make_problem(2, 300, 4, K, V, torch.bfloat16, device="cuda", states=False)
+    configs = {wide: replace(hopper.default_config(torch.bfloat16, wide, K, 8, 300), L=L) for wide in (K, V)}
+    q, k, v, do = (x.detach() for x in (problem.q, problem.k, problem.v, problem.do))
+    with poisoned_memory():
+        found = {
+            "o": sweep_with(configs[K], problem, q, k, v, reverse=False),
+            "dq": sweep_with(configs[V], problem, do, v, k, reverse=False, scale=K**-0.5),
+            "dk": sweep_with(configs[V], problem, v, do, q, reverse=True, scale=K**-0.5),
+            "dv": sweep_with(configs[K], problem, k, q, do, reverse=True),
+        }
+    assert_matches(found, problem, formula=by_blocks)
+
+
 PACKED = ([1], [65, 1, 64, 128, 13, 200, 2, 63], [1, 1, 1], [640], [320, 320], [16, 15, 17, 500, 1])
 
 
@@ -644,7 +676,7 @@ def test_packed_outputs_and_gradients_on_a_gpu_are_the_oracles(
 
 
 def spreads(config: FusedChunkHopperConfig, K: int) -> list[str]:
-    """Which results of a sequence change where those beside it are NaN."""
+    """Which results of a sequence change where those beside it are NaN, or of a head where the others are."""
     rows = make_problem(3, 100, 4, K, 256, torch.bfloat16, device="cuda", states=False)
     lengths = [70, 1, 64, 33, 133, 5]
     packed = make_problem(1, sum(lengths), 4, K, 256, torch.bfloat16, device="cuda", lengths=lengths, states=False)
@@ -661,6 +693,14 @@ def spreads(config: FusedChunkHopperConfig, K: int) -> list[str]:
             clean = sweep_with(config, problem, *tensors, reverse=reverse)
             beside = sweep_with(config, problem, *poisoned, reverse=reverse)
             found += [f"{place} {reverse}" for place in places[kept::2] if not torch.equal(clean[place], beside[place])]
+        for kept in (0, 1):
+            poisoned = [x.clone() for x in tensors]
+            for x in poisoned:
+                x[:, :, 1 - kept :: 2] = torch.nan
+            beside = sweep_with(config, problem, *poisoned, reverse=False)
+            clean = sweep_with(config, problem, *tensors, reverse=False)
+            if not torch.equal(clean[:, :, kept::2], beside[:, :, kept::2]):
+                found.append(f"heads from {kept}")
     return found
 
 
@@ -785,6 +825,7 @@ FAULTS |= {
     "columns of the head behind": (NARROW, [("(o_v >= 0) & (o_v < V) & (o_r >= 0)", "(o_v >= 0) & (o_r >= 0)")]),
     "rows of the state beyond K": (NARROW_CUT, [("m_h & (o_k < K - HALF)", "m_h")]),
     "rows of the state where no head begins": (NARROW_CUT, [("BK - before_k", "BK")]),
+    "products of groups with the head before": ((132, MADE), [("if before_k > 0:", "if before_k > UNIT:")]),
     "columns where no head begins": (NARROW, [("* BV - columns_before(i_h, V, DESCRIPTORS)", "* BV")]),
 }
 READ = "gl.where(m_o, v_rows.load(row_layout), 0.0)", "v_rows.load(row_layout)"
@@ -793,6 +834,15 @@ SPREADING = {
     "scores multiplied by 0": (WHOLE, [("gl.where(b_ds > 0.0, b_s, 0.0)", "b_s")]),
     "values multiplied by 0": (WHOLE, [READ]),
     "values multiplied by read zeros": (SPLIT, [READ]),
+    "columns of the head before multiplied by 0": (
+        NARROW,
+        [
+            (
+                "gl.where(o_c < before, 0.0, x_s.load(layout))",
+                "(x_s.load(layout) * (o_c >= before).to(gl.float32)).to(x_s.dtype)",
+            )
+        ],
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from generated.launch import padded
+from generated.launch import blocks, padded
 from generated.retention import fused_chunk, fused_chunk_hopper
 from tuning.compilation import Arch, Resources
 from tuning.problems import GRADIENTS, HOPPER, SEGMENTED, STATES_SEGMENT, Problem
@@ -92,23 +92,23 @@ def _work(problem: Problem, config: Any) -> Work:
     K, V, T, size = problem.K, problem.V, problem.T, problem.torch_dtype.itemsize
     rows = problem.B * problem.H
     if problem.form == "fused_recurrent":
-        programs = _blocks(V, config.BV) * rows
+        programs = blocks(V, config.BV) * rows
         latency = TOKEN_LATENCY_MS * (1 + K * config.BV / (32 * config.num_warps) / 64)
         return Work(programs, T, 0.0, size * (2 * K + config.BV), latency)
     hidden = STEP_LATENCY_MS * (1.0 if config.num_stages == 1 else 0.7)
     if problem.form == "chunk_states":
         length = min(T, STATES_SEGMENT)
-        programs = _blocks(V, config.BV) * _blocks(K, config.BK) * _blocks(T, length) * rows
+        programs = blocks(V, config.BV) * blocks(K, config.BK) * blocks(T, length) * rows
         flops = 2.0 * config.BT * config.BK * config.BV
         return Work(programs, length / config.BT, flops, size * config.BT * (config.BK + config.BV), hidden)
     if problem.form == "parallel":
-        programs = _blocks(V, config.BV) * _blocks(T, config.BT) * rows
+        programs = blocks(V, config.BV) * blocks(T, config.BT) * rows
         flops = 2.0 * config.BT * config.BS * (K + config.BV)
         return Work(programs, max(1.0, T / 2 / config.BS), flops, size * config.BS * (K + config.BV), hidden)
     length = min(T, getattr(config, "L", T))
     sweeps = 3 if problem.form == GRADIENTS else 1
     BK, BV = _state_tile(problem, config)
-    programs = sweeps * _blocks(V, BV) * _blocks(T, length) * rows
+    programs = sweeps * blocks(V, BV) * blocks(T, length) * rows
     scored = BV if getattr(config, "scores", 0) else BK + BV
     flops = 2.0 * config.BT * (config.BT * scored + 2 * BK * BV)
     steps = _parts(problem, config) * length / config.BT
@@ -139,7 +139,7 @@ def _scores_traffic(problem: Problem, config: Any) -> float:
     if not getattr(config, "scores", 0):
         return 0.0
     _, BV = _state_tile(problem, config)
-    stored = config.BT * (1 + _blocks(problem.V, BV))
+    stored = config.BT * (1 + blocks(problem.V, BV))
     return float(problem.B * problem.H * problem.T * (2 * problem.K + stored) * problem.torch_dtype.itemsize)
 
 
@@ -153,8 +153,4 @@ def _parts(problem: Problem, config: Any) -> int:
     if not getattr(config, "transposed", 0):
         return 1
     BK, _ = _state_tile(problem, config)
-    return _blocks(problem.K, BK)
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
+    return blocks(problem.K, BK)

@@ -167,20 +167,23 @@ class Problem:
 
     def narrower(self) -> Problem:
         """Heads of the same tiles that fill them least of those that descriptors read: rules hold for these too."""
-        least = fused_chunk_hopper.UNIT if self.form == HOPPER else 8
+        least = fused_chunk_hopper.STEP if self.form == HOPPER else 8
         K, V = (
             min(size, least if padded(size) == padded(1) else padded(size) // 2 + least) for size in (self.K, self.V)
         )
-        return replace(self, K=K, V=V)
+        H = self.H + self.H % 2 if self.form == HOPPER else self.H  # whose tokens begin where TMA can read
+        return replace(self, H=H, K=K, V=V)
 
     def proof_launches(self, config: Any) -> list[tuple[Problem, str]]:
         """What a proof launches: a problem and a variant of it each."""
         variants, narrower = self.variants(config), [PLAIN]
         if self.form == HOPPER:
-            narrower = [variant for variant in variants if variant.endswith(("whole", "ragged"))]
-            narrower = [variant for variant in narrower if ("cut" in variant) == (config.L < self.T)]
+            cut = "cut, " if config.L < self.T else ""
+            narrower = [f"{cut}whole", f"{cut}ragged", "packed", "packed, cut", "turned"]
         launches = [(self, variant) for variant in variants]
-        return list(dict.fromkeys([*launches, *((self.narrower(), variant) for variant in narrower)]))
+        return list(
+            dict.fromkeys([*launches, *((self.narrower(), variant) for variant in narrower if variant in variants)])
+        )
 
     def run(self, inputs: tuple[Tensor, ...], config: Any, **options: Any) -> tuple[Tensor, ...]:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results.

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,7 +78,6 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
             Draw("whole chunks", (whole,)),
             Draw("whole chunks from the last token", (whole,), reverse=True),
             Draw("one chunk", (LONGEST,)),
-            *([] if problem.narrower() == problem else [Draw("narrower heads, whole chunks", (whole,), narrower=True)]),
             Draw("large numbers, whole chunks", (WHOLE_TOKENS,), log2_size=size),
             Draw("tiny numbers, whole chunks", (WHOLE_TOKENS,), log2_size=-size),
         ]
@@ -101,6 +100,11 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         if problem.form == HOPPER and tokens == TOKENS:  # uneven ones are cut all the same
             found.append(Draw("packed, cut", packed, L=LONGEST))
             found.append(Draw("packed, cut, from the last token", packed, reverse=True, L=LONGEST))
+    if (
+        problem.form == HOPPER and problem.narrower() != problem
+    ):  # heads that don't fill their tiles have kernels of their own
+        alike = [draw for draw in found if draw.name in ("whole chunks", "packed", "packed, cut", "scores turned")]
+        found += [replace(draw, name=f"narrower heads, {draw.name}", narrower=True) for draw in alike]
     return found
 
 

@@ -74,6 +74,14 @@ def test_decay_that_runs_out_within_a_chunk_gives_no_nan(function: Function, for
     check(function, make_problem(1, 80, 3, 8, 8, dtype, states=form in STATES, g_gamma=rates))
 
 
+@pytest.mark.forms("chunk")
+@pytest.mark.parametrize("tokens", [96, 100])
+def test_a_segments_last_token_is_in_its_state_however_fast_the_decay(function: Function, tokens: int) -> None:
+    rates = torch.tensor([-60.0, -23.0, -20.0])
+    check(function, make_problem(1, tokens, 3, 8, 8, g_gamma=rates), chunk_size=32)
+    check(function, make_problem(1, 96, 3, 8, 8, lengths=[32, 64], g_gamma=rates), chunk_size=32)
+
+
 def test_offsets_may_be_int32_and_have_any_stride(function: Function, form: str) -> None:
     problem = make_problem(1, 20, 1, 8, 8, lengths=[3, 17], states=form in STATES)
     check(function, replace(problem, cu_seqlens=problem.cu_seqlens.int()))

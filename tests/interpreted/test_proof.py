@@ -312,6 +312,9 @@ def test_what_heads_that_fill_their_tiles_hide_is_found(form: str, plant: Plant,
 def test_narrower_heads_have_the_same_tiles(form: str, K: int, V: int, narrower: tuple[int, int]) -> None:
     other = replace(SMALL, K=K, V=V).narrower()
     assert narrower == (other.K, other.V)
+    on_hopper = replace(SMALL, form=proof.HOPPER, K=256, V=512, H=5).narrower()
+    assert (on_hopper.H, on_hopper.K, on_hopper.V) == (6, 132, 260)
+    assert on_hopper.is_for_hopper or on_hopper.dtype == "float32"
     assert [padded(size) for size in narrower] == [padded(K), padded(V)]
     assert other.default() == replace(SMALL, K=K, V=V).default()
 
