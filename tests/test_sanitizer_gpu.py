@@ -65,7 +65,7 @@ def test_what_is_planted_is_found(part: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_nothing_is_found_in_what_is_shipped(tool: str, part: int, tmp_path: Path) -> None:
     done = sanitized(tmp_path, tool, "--part", str(part), str(PARTS))
-    if "0 configurations, 0 failed" in done.stdout.splitlines():
+    if "0 configurations" in done.stdout.splitlines():
         pytest.skip("no rules are shipped for this GPU")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert ", 0 failed" in done.stdout
+    assert re.search(r"^[1-9]\d* configurations$", done.stdout, re.MULTILINE)

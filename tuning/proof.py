@@ -56,6 +56,12 @@ class Draw:
     narrower: bool = False
     L: int = 0  # tokens a segment, where it is not the configuration's
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """The options of `Problem.run`, but for tensors."""
+        order = {"reverse": self.reverse, "adjoint": self.adjoint, "turned": self.turned}
+        return order | ({"L": self.L} if self.L else {})
+
 
 def draws(problem: Problem, config: Any) -> list[Draw]:
     """The draws of a problem: what its form knows nothing of (states, packed sequences) is left out."""
@@ -200,10 +206,8 @@ def crowded_memory(device: torch.device, times: int) -> Iterator[None]:
 
 def _examine(problem: Problem, config: Any, extra: dict[str, Any], draw: Draw, generator: torch.Generator) -> float:
     problem = problem.narrower() if draw.narrower else problem
-    inputs, offsets, initial = _inputs(problem, draw, generator)
-    order = {"cu_seqlens": offsets, "reverse": draw.reverse, "adjoint": draw.adjoint, "turned": draw.turned, **extra}
-    if draw.L:
-        order["L"] = draw.L
+    inputs, offsets, initial = inputs_of(problem, draw, generator)
+    order = {"cu_seqlens": offsets, **draw.order, **extra}
     once, again = guarded_runs(problem, config, inputs, [order, order], initial=initial, traffic=TRAFFIC)
     limits = [ERROR_LIMITS[problem.dtype]] * len(once)
     if draw.steady:
@@ -217,10 +221,13 @@ def _examine(problem: Problem, config: Any, extra: dict[str, Any], draw: Draw, g
     return max(errors)
 
 
-def _inputs(
+def inputs_of(
     problem: Problem, draw: Draw, generator: torch.Generator
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """q, k, v (for gradients also do), the decays, the offsets of packed sequences, and the initial states."""
+    """q, k, v (for gradients also do) and the decays, the offsets of packed sequences, and the initial states.
+
+    On the device of the generator.
+    """
     device, heads = generator.device, len(RATES)
     packed = len(draw.lengths) > 1
     rows, tokens = (1, sum(draw.lengths)) if packed else (2, draw.lengths[0])

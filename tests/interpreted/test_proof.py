@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import sanitized
 import torch
 from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
@@ -317,6 +318,27 @@ def test_narrower_heads_have_the_same_tiles(form: str, K: int, V: int, narrower:
     assert on_hopper.is_for_hopper or on_hopper.dtype == "float32"
     assert [padded(size) for size in narrower] == [padded(K), padded(V)]
     assert other.default() == replace(SMALL, K=K, V=V).default()
+
+
+@pytest.mark.forms("fused_chunk")
+def test_the_sanitizer_is_shown_every_draw(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[Problem, dict[str, Any]]] = []
+    run = Problem.run
+
+    def running(problem: Problem, inputs: Any, config: Any, **options: Any) -> Any:
+        runs.append((problem, options))
+        return run(problem, inputs, config, **options)
+
+    monkeypatch.setattr(Problem, "run", running)
+    problem: Any = replace(SMALL, K=32, V=32)
+    claim: Any = SimpleNamespace(problem=problem, config=CONFIG)
+    expected = proof.draws(problem, CONFIG)
+    assert sanitized.launch(claim, "cpu") == len(expected) == len(runs)
+    for draw, (launched, options) in zip(expected, runs, strict=True):
+        assert launched == (problem.narrower() if draw.narrower else problem)
+        assert options.items() >= draw.order.items()
+        assert (options["cu_seqlens"] is not None) is (len(draw.lengths) > 1)
+        assert ("initial_state" in options) is draw.states
 
 
 @pytest.mark.forms("fused_chunk")
