@@ -565,18 +565,38 @@ torch.testing.assert_close(o, wanted.float(), rtol=1e-4, atol=1e-4)
 """
 
 
-@pytest.mark.parametrize("form", FORMS)
+LINEAR_STEP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from linear import linear_attention_step, naive_linear_attention
+from linear.linear_attention.step import step_update
+
+q, k, v = (torch.randn(2, 7, 3, width) for width in (16, 16, 8))
+wanted, final = naive_linear_attention(q, k, v, output_final_state=True)
+run = [lambda state, o: linear_attention_step(q, k, v, state, out=o)]
+run.append(lambda state, o: step_update(q, k, v, None, state, None, None, o))
+for step in run:
+    state, o = torch.zeros(2, 3, 16, 8), torch.empty(2, 7, 3, 8)
+    step(state, o)
+    torch.testing.assert_close(o, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.parametrize("form", [*FORMS, "step"])
 def test_the_decay_kind_none_is_linear_attention(tmp_path: Path, form: str) -> None:
     out = tmp_path / "linear"
     assert main(["build", "--templates", str(TEMPLATES), "--family", "linear_attention", "--out", str(out)]) == 0
-    command = [sys.executable, "-c", LINEAR.format(form=form), str(tmp_path)]
+    program = LINEAR_STEP if form == "step" else LINEAR.format(form=form)
+    command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "step"])
 def test_two_decay_kinds_differ_in_the_lines_of_the_decay_alone(form: str) -> None:
     head, none = (
         decay_trace(form, replace(RETENTION, decay=decay)) for decay in (RETENTION.decay, LINEAR_ATTENTION.decay)

@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("set TRITON_INTERPRET=1 before these tests start: Triton reads it where it decorates a kernel")
 
 FORMS = ("parallel", "chunk", "fused_chunk", "fused_recurrent", "auto")
+CHOICES = (*FORMS, "step")
 
 
 def _call_once_patched(function: Any, *args: Any, **options: Any) -> Any:
@@ -34,7 +35,7 @@ interpreter.InterpretedFunction.__call__ = _call_once_patched
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the outer test choose a form."""
-    parser.addoption("--form", choices=FORMS, action="append", help="test this form only")
+    parser.addoption("--form", choices=CHOICES, action="append", help="test this form only")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -46,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the forms that were not chosen."""
-    chosen = config.getoption("--form") or FORMS
+    chosen = config.getoption("--form") or CHOICES
     config.hook.pytest_deselected(items=[item for item in items if item.callspec.params["form"] not in chosen])
     items[:] = [item for item in items if item.callspec.params["form"] in chosen]
 
@@ -63,6 +64,8 @@ def function(form: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     owner = package if form == "auto" else importlib.import_module(f"generated.retention.{form}")
     monkeypatch.setattr(owner, "OPERATOR", _interpreted_operator(form))
     importlib.import_module("generated.configuration").clear_caches()  # a test may choose configurations
+    if form == "step":
+        return package.retention_step
     return package.retention if form == "auto" else getattr(owner, f"{form}_retention")
 
 
@@ -70,6 +73,10 @@ _operators: dict[str, Any] = {}
 
 
 def _interpreted_operator(form: str) -> Any:
+    if form == "step" and form not in _operators:
+        module = importlib.import_module("generated.retention.step")
+        define = importlib.import_module("generated.retention.operators").define_in_place
+        _operators[form] = define("interpreted_step", module.SCHEMA, module.step_update, module.step_update)
     if form not in _operators:
         module = importlib.import_module(f"generated.retention.{form}")
         operators = importlib.import_module("generated.retention.operators")

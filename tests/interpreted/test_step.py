@@ -1,0 +1,132 @@
+"""The step in place, its kernel run by the interpreter, gives what the formulas say."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import errors, make_problem, solve
+from steps import assert_steps_match, run_step
+from torch import Tensor
+
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.forms("step")]
+
+Step = Callable[..., Tensor]
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture
+def step(function: Step) -> Step:
+    """The public function, through the kernel."""
+    return function
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 3, 16])
+@pytest.mark.parametrize(("B", "H", "K", "V"), [(1, 3, 1, 1), (2, 2, 20, 33), (1, 1, 130, 40)])
+def test_any_shape_gives_the_oracles_results(
+    step: Step, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype
+) -> None:
+    assert_steps_match(step, make_problem(B, T, H, K, V, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_own_decays_and_scale_are_used(step: Step, dtype: torch.dtype) -> None:
+    rates = torch.tensor([-60.0, -0.7, 0.0, -1e-9])
+    assert_steps_match(step, make_problem(2, 4, 4, 8, 8, dtype, g_gamma=rates, scale=-1.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_steps_are_the_whole_sequence(step: Step, dtype: torch.dtype) -> None:
+    assert_steps_match(step, make_problem(2, 60, 2, 5, 7, dtype), lengths=[1, 1, 16, 3, 1, 16, 2, 4, 16])
+
+
+def test_decays_are_exact_for_16_bits_too(step: Step) -> None:
+    """A state that is kept for thousands of tokens is float32, whatever the dtype of these."""
+    problem = make_problem(1, 1200, 1, 1, 9, torch.float16, g_gamma=torch.tensor([-(2.0**-11) / 3]))
+    problem = replace(problem, k=problem.k * 0)  # nothing but decay
+    state = run_step(step, problem, lengths=[16] * 75)["final_state"]
+    assert (
+        errors(state, solve(problem)["final_state"])[0] < 2e-6
+    )  # rounding 1200 times by half a unit, not by as much more
+
+
+@pytest.mark.parametrize("indices", [torch.int32, torch.int64])
+@pytest.mark.parametrize("stride", ["dense", "of_layers", "of_one_more"])
+def test_rows_use_their_slots_alone(step: Step, indices: torch.dtype, stride: str) -> None:
+    problem = make_problem(4, 3, 2, 5, 8)
+    memory = torch.randn(6, 3, 2, 5, 8)
+    pool = {"dense": memory.flatten(0, 1)[:6], "of_layers": memory[:, 1], "of_one_more": memory.flatten()[1:481]}[
+        stride
+    ]
+    pool = pool.view(6, 2, 5, 8)
+    slots = torch.tensor([4, -1, 0, 3])
+    pool[slots[slots >= 0]] = problem.h0[slots >= 0]
+    before, states_out = memory.clone(), torch.full((4, 3, 2, 5, 8), 7.0)
+    wide = torch.stack([slots, slots + 99], 1).to(indices)[:, 0]  # of any stride
+    o = step(problem.q, problem.k, problem.v, pool, state_indices=wide, states_out=states_out)
+    expected = solve(problem)
+    used = slots >= 0
+    assert errors(o[used], expected["o"][used])[0] < 1e-5
+    assert errors(pool[slots[used]], expected["final_state"][used])[0] < 1e-5
+    assert torch.equal(states_out[used][:, -1], pool[slots[used]])
+    assert o[1].count_nonzero() == 0
+    assert (states_out[1] == 7).all()
+    pool[slots[used]] = problem.h0[used]
+    assert torch.equal(memory, before)  # nothing else was written
+
+
+def test_a_skipped_row_may_hold_anything(step: Step) -> None:
+    q, state = torch.full((2, 2, 1, 4), float("nan")), torch.full((1, 1, 4, 4), float("inf"))
+    o = step(q, q, q, state, state_indices=torch.tensor([-1, -1]))
+    assert o.count_nonzero() == 0
+    assert state.isinf().all()
+
+
+def test_states_are_kept_after_each_token(step: Step) -> None:
+    problem = make_problem(2, 5, 2, 6, 9)
+    states_out = torch.empty(2, 5, 2, 6, 9)
+    got = run_step(step, problem, states_out=states_out)
+    assert torch.equal(states_out[:, -1], got["final_state"])
+    for t in range(5):
+        part = {name: getattr(problem, name)[:, : t + 1] for name in ("q", "k", "v", "do")}
+        assert errors(states_out[:, t], solve(replace(problem, **part))["final_state"])[0] < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["fused", "heads_first", "last_strided", "broadcast"])
+def test_inputs_may_have_any_strides(step: Step, layout: str) -> None:
+    problem = make_problem(2, 3, 2, 8, 8)
+    inputs = (problem.q, problem.k, problem.v)
+    if layout == "fused":
+        inputs = torch.cat(inputs, -1).chunk(3, -1)
+    elif layout == "heads_first":
+        inputs = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
+    elif layout == "last_strided":
+        inputs = tuple(x.mT.contiguous().mT for x in inputs)
+    else:
+        inputs = tuple(x[:1, :, :1].expand(2, -1, 2, -1) for x in inputs)
+    assert layout == "fused" or not any(x.is_contiguous() for x in inputs)
+    assert_steps_match(step, replace(problem, **dict(zip("qkv", inputs, strict=True))))
+
+
+def test_out_is_written_and_returned(step: Step) -> None:
+    problem = make_problem(2, 3, 2, 5, 7)
+    out = torch.empty(2, 3, 2, 7)
+    assert step(problem.q, problem.k, problem.v, problem.h0.clone(), out=out) is out
+    assert errors(out, solve(problem)["o"])[0] < 1e-5
+
+
+@pytest.mark.parametrize("BV", [1, 64])
+def test_other_tiles_are_right(step: Step, BV: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("generated.retention.step")
+    monkeypatch.setattr(module, "choose_config", lambda *_: module.StepConfig(BV=BV, num_warps=1))
+    assert_steps_match(step, make_problem(1, 3, 2, 5, 7))
+
+
+def test_wider_heads_than_a_program_can_hold_are_refused(step: Step) -> None:
+    q, v = torch.ones(1, 1, 1, 513), torch.ones(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="retention_step: K is 513 and V is 1; on a GPU both are at most 512"):
+        step(q, q, v, torch.zeros(1, 1, 513, 1))

@@ -1,0 +1,317 @@
+"""The step in place, on the CPU: results, bad input, and its manners as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import errors, make_problem, solve
+from steps import assert_steps_match, run_step
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from generated import arguments, fused_recurrent_retention, retention_step
+
+B, T, H, K, V = 2, 3, 2, 4, 5
+OPERATOR = torch.ops.retgen.retention_step.default
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Start and leave without compiled code."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def good(*, pool: bool = False, kept: bool = False) -> dict[str, Any]:
+    given: dict[str, Any] = {name: torch.randn(B, T, H, D) for name, D in (("q", K), ("k", K), ("v", V))}
+    given["state"] = torch.randn(4 if pool else B, H, K, V)
+    if pool:
+        given["state_indices"] = torch.tensor([3, -1])
+    if kept:
+        given |= {"states_out": torch.zeros(B, T, H, K, V), "out": torch.zeros(B, T, H, V)}
+    return given
+
+
+def copy(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+
+
+# Results
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[1] * 9, [9], [1, 5, 3]])
+def test_steps_are_the_sequence(lengths: list[int], dtype: torch.dtype) -> None:
+    rates = torch.tensor([-0.7, 0.0, -1e-9])
+    assert_steps_match(retention_step, make_problem(2, 9, 3, 5, 7, dtype, g_gamma=rates, scale=-1.5), lengths)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_rows_use_their_slots_alone(index: torch.dtype) -> None:
+    given = good(pool=True, kept=True)
+    before = copy(given)
+    given["state_indices"] = given["state_indices"].to(index)
+    o = retention_step(**given)
+    alone = before["state"][3:].clone()
+    expected = retention_step(*(before[name][:1] for name in "qkv"), alone)
+    torch.testing.assert_close(o[:1], expected)
+    assert o is given["out"]
+    assert o[1].count_nonzero() == given["states_out"][1].count_nonzero() == 0
+    assert torch.equal(given["state"], torch.cat([before["state"][:3], alone]))
+    assert torch.equal(given["states_out"][:1, -1], alone)
+
+
+def test_a_prompts_final_state_goes_on() -> None:
+    problem = make_problem(2, 12, 2, 5, 7)
+    first, rest = zip(*(x.split(8, 1) for x in (problem.q, problem.k, problem.v)), strict=True)
+    _, state = fused_recurrent_retention(*first, initial_state=problem.h0, output_final_state=True)
+    o = retention_step(*rest, state)
+    assert errors(o, solve(problem)["o"][:, 8:])[0] < 1e-5
+    assert errors(state, solve(problem)["final_state"])[0] < 1e-5
+
+
+def test_tokens_are_rolled_back_with_the_states_kept() -> None:
+    problem = make_problem(2, 6, 2, 5, 7)
+    q, k, v = problem.q, problem.k, problem.v
+    state, kept = problem.h0.clone(), torch.empty(2, 4, 2, 5, 7)
+    retention_step(q[:, :4], k[:, :4], v[:, :4].flip(0), state, states_out=kept)  # of four, none was right
+    accepted = torch.tensor([0, 0])
+    state.copy_(torch.where(accepted[:, None, None, None] > 0, kept[:, 0], problem.h0))
+    retention_step(q[:, :4], k[:, :4], v[:, :4], state, states_out=kept)  # and now the first two
+    state.copy_(kept[:, 1])
+    o = retention_step(q[:, 2:], k[:, 2:], v[:, 2:], state)
+    assert errors(o, solve(problem)["o"][:, 2:])[0] < 1e-5
+
+
+# Bad input
+
+
+class NoStep(TorchDispatchMode):
+    """Fail where the operator starts."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "retgen" not in str(func), f"{func} was called"
+        return func(*args, **(kwargs or {}))
+
+
+def put(**values: Any) -> Change:
+    return lambda given: given.update(values)
+
+
+def change(name: str, function: Callable[[Tensor], Any]) -> Change:
+    return lambda given: given.update({name: function(given[name])})
+
+
+def share(name: str, other: str) -> Change:
+    return lambda given: given.update({name: given[other].flatten()[: given[name].numel()].view_as(given[name])})
+
+
+def longer(given: dict[str, Any]) -> None:
+    given.update({name: given[name][:, :1].expand(-1, 17, -1, -1) for name in "qkv"})
+
+
+BAD = {
+    "k_of_another_dtype": (change("k", Tensor.half), TypeError, "k is torch.float16, q is torch.float32"),
+    "scale_is_0": (put(scale=0), ValueError, "scale is 0", "not 0"),
+    "decays_of_more_heads": (put(g_gamma=torch.zeros(3)), ValueError, "g_gamma is [3]", "[H] = [2]"),
+    "17_tokens": (longer, ValueError, "T is 17", "at most 16"),
+    "no_state": (put(state=None), TypeError, "state is a NoneType", "must be a tensor [slots, H, K, V]"),
+    "state_of_two_dimensions": (change("state", lambda x: x[0, 0]), ValueError, "state is [4, 5]", "[slots, H, K, V]"),
+    "state_with_values_first": (change("state", lambda x: x.mT), ValueError, "state is [4, 2, 5, 4]", "[4, 2, 4, 5]"),
+    "state_of_no_dimension": (put(state=torch.zeros(())), ValueError, "state is []", "[slots, H, K, V]"),
+    "state_of_half": (change("state", Tensor.half), TypeError, "state is torch.float16", "must be torch.float32"),
+    "state_elsewhere": (change("state", lambda x: x.to("meta")), ValueError, "state is on meta, q on cpu"),
+    "state_in_another_order": (change("state", lambda x: x.mT.contiguous().mT), ValueError, "state has the strides"),
+    "state_whose_slots_are_one": (change("state", lambda x: x[:1].expand(4, -1, -1, -1)), ValueError, "not overlap"),
+    "indices_in_a_list": (put(state_indices=[0, 1]), TypeError, "state_indices is a list", "tensor [B] or None"),
+    "indices_of_int16": (change("state_indices", Tensor.short), TypeError, "state_indices is torch.int16", "int32"),
+    "indices_of_a_row_more": (put(state_indices=torch.arange(3)), ValueError, "state_indices is [3]", "[B] = [2]"),
+    "indices_elsewhere": (change("state_indices", lambda x: x.to("meta")), ValueError, "state_indices is on meta"),
+    "states_out_of_a_token": (change("states_out", lambda x: x[:, :1]), ValueError, "states_out is [2, 1, 2, 4, 5]"),
+    "states_out_of_half": (change("states_out", Tensor.half), TypeError, "states_out is torch.float16"),
+    "out_is_a_number": (put(out=0.0), TypeError, "out is a float", "must be a tensor [B, T, H, V]"),
+    "out_is_flat": (change("out", lambda x: x.flatten(2)), ValueError, "out is [2, 3, 10]", "[2, 3, 2, 5]"),
+    "out_of_half": (change("out", Tensor.half), TypeError, "out is torch.float16", "must be torch.float32"),
+    "out_elsewhere": (change("out", lambda x: x.to("meta")), ValueError, "out is on meta, q on cpu"),
+    "out_of_strides": (change("out", lambda x: x.mT.contiguous().mT), ValueError, "out has the strides", "contiguous"),
+    "out_is_v": (share("out", "v"), ValueError, "out shares memory with v", "memory of its own"),
+    "out_in_state": (share("out", "state"), ValueError, "out shares memory with state"),
+    "out_in_states_out": (share("out", "states_out"), ValueError, "out shares memory with states_out"),
+    "state_in_states_out": (share("state", "states_out"), ValueError, "states_out shares memory with state"),
+    **{
+        f"{name}_to_train": (
+            change(name, Tensor.requires_grad_),
+            ValueError,
+            f"{name} requires grad",
+            "torch.no_grad()",
+        )
+        for name in ("q", "k", "v", "state", "states_out", "out")
+    },
+}
+WRONG_SLOTS = [([4, 0], r"state_indices\[0\] is 4; it must be from 0 to 3"), ([0, -2], "is -2"), ([2, 2], "is 2 again")]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case: str) -> None:
+    given = good(pool=True, kept=True)
+    spoil, error, *words = BAD[case]
+    spoil(given)
+    with pytest.raises(error) as caught, NoStep():
+        retention_step(**given)
+    for word in ("retention_step: ", *words):
+        assert word in str(caught.value), f"{word!r} is not in {caught.value!s}"
+
+
+def test_a_state_of_more_rows_is_refused_without_indices() -> None:
+    with pytest.raises(ValueError, match=r"state is \[3, 2, 4, 5\]; it must be \[B, H, K, V\] = \[2, 2, 4, 5\]"):
+        retention_step(**{**good(), "state": torch.zeros(3, H, K, V)})
+
+
+@pytest.mark.parametrize(("slots", "message"), WRONG_SLOTS)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_wrong_slots_are_refused_on_the_cpu_before_anything_is_written(
+    slots: list[int], message: str, compiles: bool
+) -> None:
+    given = {**good(pool=True), "state_indices": torch.tensor(slots)}
+    before = given["state"].clone()
+    step = torch.compile(retention_step, backend="eager") if compiles else retention_step
+    with pytest.raises(ValueError, match=message):
+        step(**given)
+    assert torch.equal(given["state"], before)
+
+
+@pytest.mark.parametrize("slots", [[4, 0], [0, -2], [2, 2], [1, -1, -1, 1]])
+def test_the_debug_switch_checks_slots_without_reading_them(slots: list[int]) -> None:
+    """On a GPU these are assertions on the device; on the CPU they raise at once."""
+    with pytest.raises(RuntimeError, match="f: state_indices must"):
+        arguments._check_indices_on_device("f", 4, torch.tensor(slots))
+    for allowed in ([3, -1, 0, -1], [0], [-1]):
+        arguments._check_indices_on_device("f", 4, torch.tensor(allowed, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_good_input_is_taken(pool: bool, kept: bool) -> None:
+    retention_step(**good(pool=pool, kept=kept))
+    with torch.no_grad():
+        retention_step(**{name: x if name in "state_indices" else x.requires_grad_() for name, x in good().items()})
+
+
+def test_a_slot_of_layers_is_taken() -> None:
+    given = good(pool=True)
+    layers = torch.zeros(4, 3, H, K, V)
+    retention_step(**{**given, "state": layers[:, 1]})
+    assert layers[3, 1].count_nonzero() > 0
+    layers[3, 1] = 0
+    assert layers.count_nonzero() == 0
+
+
+# As an operator
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_it_passes_opcheck(pool: bool, kept: bool) -> None:
+    given = good(pool=pool, kept=True)
+    tensors = (given["q"], given["k"], given["v"])
+    last = (given["state"], given.get("state_indices"), given["states_out"] if kept else None, given["out"])
+    torch.library.opcheck(OPERATOR, (*tensors, torch.tensor([-0.1, -0.2]), 0.3, *last))
+    torch.library.opcheck(OPERATOR, (*tensors, None, None, *last))
+
+
+def test_it_tells_what_it_writes() -> None:
+    written = [argument.name for argument in OPERATOR._schema.arguments if argument.is_write]
+    assert written == ["state", "states_out", "o"]
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own use
+def test_compiled_steps_write_what_eager_ones_do(pool: bool, kept: bool, backend: str) -> None:
+    given = good(pool=pool, kept=kept)
+    eager = copy(given)
+
+    def layer(q: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        o = retention_step(q * 2, **options)
+        return o + 1, options["state"] * 2  # after the step
+
+    expected = layer(**eager)
+    got = torch.compile(layer, fullgraph=True, backend=backend)(**given)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(given, eager)
+
+
+def test_steps_with_other_slots_need_no_new_compilation() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(retention_step, fullgraph=True, backend=counter)
+    given = good(pool=True)
+    eager = copy(given)
+    for slots in ([3, -1], [0, 1], [-1, 2]):
+        new = {"state_indices": torch.tensor(slots)}
+        torch.testing.assert_close(step(**{**given, **new}), retention_step(**{**eager, **new}))
+    torch.testing.assert_close(given["state"], eager["state"])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_results_look_like_real_ones(dtype: torch.dtype) -> None:
+    given = good(pool=True, kept=True)
+    given = {name: x.to(dtype) if name in ("q", "k", "v", "out") else x for name, x in given.items()}
+    for options in (given, {name: x for name, x in given.items() if name != "out"}):
+        real = retention_step(**copy(options))
+        with FakeTensorMode() as mode:
+            fake = retention_step(**{name: mode.from_tensor(x) for name, x in options.items()})
+        assert isinstance(fake, FakeTensor)
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_meta_tensors_give_shapes() -> None:
+    o = retention_step(**{name: x.to("meta") for name, x in good(pool=True, kept=True).items()})
+    assert (o.device.type, o.shape) == ("meta", (B, T, H, V))
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    given = good()
+    lowered = copy({name: x.bfloat16() if name in ("q", "k", "v") else x for name, x in given.items()})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = retention_step(**given)
+    assert o.dtype == torch.bfloat16
+    assert torch.equal(o, retention_step(**lowered))
+    assert torch.equal(given["state"], lowered["state"])
+
+
+def test_inference_mode_is_fine() -> None:
+    with torch.inference_mode():
+        assert retention_step(**good(pool=True, kept=True)).is_inference()
+
+
+def test_the_operator_itself_refuses_a_gradient() -> None:
+    given = good(kept=True)
+    tensors = (given["q"].requires_grad_(), given["k"], given["v"], None, None)
+    with pytest.raises(RuntimeError, match=r"retention_step.*no gradients.*torch.no_grad"):
+        OPERATOR(*tensors, given["state"], None, None, given["out"])
+
+
+def test_a_gradient_of_what_was_before_is_refused() -> None:
+    for call in (retention_step, torch.compile(retention_step, backend="aot_eager")):
+        given = good()
+        weight = torch.ones(K, V, requires_grad=True)
+        loss = (given["state"] * weight).sum()  # keeps the state for the gradient
+        call(**given)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_mode_sees_the_operator() -> None:
+    with pytest.raises(AssertionError, match="was called"), NoStep():
+        retention_step(**good())
+    assert run_step(retention_step, make_problem(1, 2, 1, 2, 2))["o"].isfinite().all()
