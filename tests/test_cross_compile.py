@@ -5,6 +5,7 @@ What is compiled, and how, is in cross_compile.py; scripts of other Triton versi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import subprocess
@@ -14,12 +15,14 @@ from typing import Any
 
 import cross_compile
 import pytest
+import torch
 import triton_versions
 import yaml
 from cross_compile import Case, Problem
 
 from generated import configuration
-from tuning.compilation import ARCHS, offline
+from generated.retention import step
+from tuning.compilation import ARCHS, compile_launch, offline
 from tuning.problems import FORM_KERNEL, FORMS, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER
 
 SCRIPT = Path(cross_compile.__file__)
@@ -190,3 +193,18 @@ def test_other_versions_compile_with_their_own_python(monkeypatch: pytest.Monkey
     assert triton_versions.main(["3.6.0", "newest", "--", "--help"]) == 0
     assert triton_versions.main(["3.6.0", "--", "--unknown"]) == 1
     assert asked == ["3.6.0", "newest", "3.6.0"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (80, 80), (128, 128), (256, 512), (512, 512)])
+def test_the_step_compiles_and_fits(arch: str, K: int, V: int) -> None:
+    """No tuner knows it yet, so that it is no case of those above."""
+    for dtype, indices, kept in ((torch.bfloat16, torch.int32, True), (torch.float32, torch.int64, False)):
+        q, v = (torch.empty(4, 1, 8, width, dtype=dtype, device="meta") for width in (K, V))
+        states = torch.empty(4, 1, 8, K, V, device="meta")
+        last = (torch.empty(4, dtype=indices, device="meta"), states if kept else None, torch.empty_like(v))
+        rates, config = torch.empty(8, device="meta"), step.default_config(dtype, K, V, 1024, 1)
+        run = functools.partial(step.step_update, q, q, v, rates, None, states[:, 0], *last, config)
+        (needs,) = compile_launch(run, ARCHS[arch])
+        assert needs.fits(ARCHS[arch])
+        assert needs.spills <= 64

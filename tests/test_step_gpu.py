@@ -1,0 +1,183 @@
+"""The step in place on a GPU, against the float64 oracle, and in CUDA graphs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import errors, make_problem, solve
+from steps import assert_steps_match
+from torch import Tensor
+
+from generated import retention_step
+from generated.retention import step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::generated.ConfigurationWarning"),  # this GPU need not be tuned
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # inductor's own
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
+
+all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+WIDTHS = [(8, 256, 512), (64, 128, 128), (3, 1, 1), (2, 20, 33), (4, 80, 80), (10, 256, 428), (2, 512, 512)]  # H, K, V
+
+
+def serving(B: int = 3, T: int = 2, H: int = 4, K: int = 64, V: int = 64, slots: int = 6) -> dict[str, Tensor]:
+    problem = make_problem(B, T, H, K, V, torch.bfloat16, device="cuda")
+    pool = torch.randn(slots, H, K, V, device="cuda")
+    indices = torch.arange(B, device="cuda") * 2 % (slots - 1)
+    return {"q": problem.q, "k": problem.k, "v": problem.v, "state": pool, "state_indices": indices}
+
+
+def copy(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in given.items()}
+
+
+@all_dtypes
+@pytest.mark.parametrize("T", [1, 3, 16])
+@pytest.mark.parametrize(("H", "K", "V"), WIDTHS)
+@pytest.mark.parametrize("B", [1, 5])
+def test_steps_match_the_oracle(B: int, H: int, K: int, V: int, T: int, dtype: torch.dtype) -> None:
+    problem = make_problem(B, 3 * T, H, K, V, dtype, device="cuda")
+    assert_steps_match(retention_step, problem, lengths=[T] * 3)
+    assert_steps_match(retention_step, problem, lengths=[T] * 3, states_out=problem.h0.new_empty(B, T, H, K, V))
+
+
+@all_dtypes
+def test_decays_are_exact_over_thousands_of_tokens(dtype: torch.dtype) -> None:
+    assert_steps_match(retention_step, make_problem(1, 4800, 8, 16, 16, dtype, device="cuda"), lengths=[16] * 300)
+
+
+def test_the_gpu_does_what_the_cpu_does() -> None:
+    given = serving()
+    given["state_indices"][1] = -1
+    states_out = torch.zeros(3, 2, 4, 64, 64)
+    host = {**{name: x.cpu().clone() for name, x in given.items()}, "states_out": states_out}
+    given["states_out"] = states_out.cuda()
+    o, expected = retention_step(**given), retention_step(**host)
+    assert errors(o.cpu(), expected.double())[0] < 1e-2
+    for name in ("state", "states_out"):
+        assert errors(given[name].cpu(), host[name].double())[0] < 1e-6
+    assert torch.equal(given["state"][[1, 2, 3, 5]].cpu(), host["state"][[1, 2, 3, 5]])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_state_may_lie_anywhere(offset: int) -> None:
+    memory = torch.zeros(6, 3, 4, 64, 64, device="cuda").flatten()
+    layers = torch.cat([memory, memory[:8]])[offset : offset + memory.numel()].view(6, 3, 4, 64, 64)
+    given = serving()
+    layers[:, 1] = given["state"]
+    expected = retention_step(**copy(given))
+    assert torch.equal(retention_step(**{**given, "state": layers[:, 1]}), expected)
+    assert layers[:, 0].count_nonzero() == layers[:, 2].count_nonzero() == 0
+
+
+def test_a_captured_step_goes_on_with_other_slots() -> None:
+    given = serving()
+    retention_step(**copy(given))
+    eager = copy(given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = retention_step(**given)
+    for slots in ([0, 2, 4], [5, -1, 1], [-1, -1, -1], [4, 3, 2]):
+        for name in ("q", "k", "v"):
+            given[name].normal_()
+        given["state_indices"].copy_(torch.tensor(slots))
+        eager |= copy({name: given[name] for name in ("q", "k", "v", "state_indices")})
+        graph.replay()
+        assert torch.equal(o, retention_step(**eager))
+        assert torch.equal(given["state"], eager["state"])
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_steps_write_in_place(mode: str) -> None:
+    given = serving()
+    eager, address = copy(given), given["state"].data_ptr()
+    compiled = torch.compile(retention_step, fullgraph=True, mode=mode)
+    with torch.no_grad():
+        for slots in ([0, 2, 4], [5, -1, 1], [4, 3, 2], [1, 2, 3]):
+            torch.compiler.cudagraph_mark_step_begin()
+            for one in (given, eager):
+                one["state_indices"].copy_(torch.tensor(slots))
+            assert torch.equal(compiled(**given), retention_step(**eager))
+            assert torch.equal(given["state"], eager["state"])
+    assert given["state"].data_ptr() == address
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_is_one_kernel_one_allocation_and_no_wait(fused: bool) -> None:
+    given = serving()
+    if fused:  # as one projection gives them
+        given |= dict(zip("qkv", torch.cat([given[name] for name in "qkv"], -1).chunk(3, -1), strict=True))
+    retention_step(**given)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        retention_step(**given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == 1
+    kernels = kernels_of(lambda: torch.ones(4, device="cuda"))
+    if len(kernels) != 1:
+        pytest.skip("the profiler sees no kernels here")
+    assert kernels_of(lambda: retention_step(**given)) == ["step_kernel"]
+
+
+def kernels_of(call: Callable[[], Any]) -> list[str]:
+    """The names of the kernels that a call launches."""
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in on_device if "sync" not in name.lower()]
+
+
+def test_other_lengths_batches_and_strides_compile_no_new_kernel() -> None:
+    def kernels() -> int:
+        return len(step.step_kernel.device_caches[torch.cuda.current_device()][0])
+
+    config = step.StepConfig(BV=16, num_warps=4)
+
+    def call(B: int, T: int, heads_first: bool) -> None:
+        problem = make_problem(B, T, 4, 64, 64, torch.bfloat16, device="cuda")
+        inputs = (problem.q, problem.k, problem.v)
+        if heads_first:
+            inputs = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
+        o = torch.empty_like(problem.do)
+        step.step_update(*inputs, None, None, problem.h0, None, None, o, config)
+        assert errors(o, solve(problem)["o"])[0] < 1e-2
+
+    call(1, 1, heads_first=False)
+    before = kernels()
+    for B, T in ((1, 2), (2, 1), (3, 16), (16, 16)):
+        for heads_first in (False, True):
+            call(B, T, heads_first)
+    assert kernels() == before
+
+
+@pytest.mark.parametrize("slots", [[6, 0, 1], [0, -2, 1], [2, 1, 2]])
+def test_the_debug_switch_finds_wrong_slots_on_the_device(slots: list[int]) -> None:
+    """In a process of its own: an assertion on the device ends the use of the GPU."""
+    program = f"""
+import torch, generated
+q = torch.ones(3, 1, 2, 16, device="cuda")
+torch.cuda.synchronize()
+generated.arguments._check_indices("f", q, 6, torch.tensor({slots}, device="cuda"))
+torch.cuda.synchronize()
+"""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "RETGEN_CHECK_STATE_INDICES": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr
