@@ -596,7 +596,7 @@ def test_the_decay_kind_none_is_linear_attention(tmp_path: Path, form: str) -> N
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("form", [*FORMS, "step"])
+@pytest.mark.parametrize("form", [*FORMS, "step", "step_kernel"])
 def test_two_decay_kinds_differ_in_the_lines_of_the_decay_alone(form: str) -> None:
     head, none = (
         decay_trace(form, replace(RETENTION, decay=decay)) for decay in (RETENTION.decay, LINEAR_ATTENTION.decay)

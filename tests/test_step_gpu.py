@@ -16,7 +16,7 @@ from steps import assert_steps_match
 from torch import Tensor
 
 from generated import retention_step
-from generated.retention import step
+from generated.retention import step, step_kernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,7 +144,7 @@ def kernels_of(call: Callable[[], Any]) -> list[str]:
 
 def test_other_lengths_batches_and_strides_compile_no_new_kernel() -> None:
     def kernels() -> int:
-        return len(step.step_kernel.device_caches[torch.cuda.current_device()][0])
+        return len(step_kernel.step_kernel.device_caches[torch.cuda.current_device()][0])
 
     config = step.StepConfig(BV=16, num_warps=4)
 
