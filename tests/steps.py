@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,3 +30,75 @@ def assert_steps_match(
     got = run_step(step, problem, lengths, **options)
     assert_matches(got, problem)
     assert errors(got["final_state"], solve(problem)["final_state"])[0] < 1e-5
+
+
+# States of 16 bits
+
+
+def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far apart the dtype's numbers are at x, of float64."""
+    limits = torch.finfo(dtype)
+    exponent = torch.log2(x.abs().clamp(min=limits.tiny)).floor()
+    return limits.eps * torch.exp2(exponent)
+
+
+def assert_rounded_once(
+    step: Callable[..., Tensor], problem: Problem, dtype: torch.dtype, units: float = 0.5, **options: Any
+) -> None:
+    """Fail unless a step from states of the dtype gives the oracle's outputs, and states within such units."""
+    assert problem.h0 is not None
+    problem = replace(problem, h0=problem.h0.to(dtype))
+    kept = torch.empty(*problem.q.shape[:3], *problem.h0.shape[2:], dtype=dtype, device=problem.q.device)
+    got = run_step(step, problem, states_out=kept, **options)
+    assert_matches({"o": got["o"]}, problem)
+    assert torch.equal(kept[:, -1], got["final_state"])
+    for t in range(kept.shape[1]):
+        part = replace(problem, **{name: getattr(problem, name)[:, : t + 1] for name in ("q", "k", "v", "do")})
+        exact = solve(part)["final_state"]
+        distance = (kept[:, t].double() - exact).abs()
+        assert (distance <= units * spacing(exact, dtype) + 1e-5 * exact.abs().max()).all()
+
+
+def store(step: Callable[..., Tensor], x: Tensor, dtype: torch.dtype, seed: int | Tensor | None) -> Tensor:
+    """What a step stores, in states of a dtype, where they are x [B, H, K, V] of float32, whose rows must be equal."""
+    k = torch.ones(len(x), 1, *x.shape[1:3], device=x.device)
+    state = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    step(k * 0, k, x[:, None, :, 0], state, seed=seed)
+    return state
+
+
+def assert_unbiased(step: Callable[..., Tensor], dtype: torch.dtype, device: str = "cpu", seeds: int = 50) -> None:
+    """Fail unless states of any size are rounded to one of the numbers next to them, in the mean to themselves."""
+    limits, generator = torch.finfo(dtype), torch.Generator(device).manual_seed(0)
+    normal = torch.randn(16, generator=generator, device=device)
+    x = torch.cat([normal, normal * limits.tiny, normal * (limits.max / 8), normal * limits.tiny * limits.eps])
+    x = x.expand(1, 1, 64, -1)
+    unit = spacing(x.double(), dtype)
+    errors = torch.stack([(store(step, x, dtype, seed).double() - x.double()) / unit for seed in range(seeds)])
+    assert (errors.abs() < 1).all()
+    assert (errors.mean((0, 1, 2, 3)).abs() < 5 * 0.5 / (seeds * 64) ** 0.5).all()  # of each of the numbers
+    assert errors.mean().abs() < 5 * 0.5 / errors.numel() ** 0.5
+
+
+def assert_independent(step: Callable[..., Tensor], dtype: torch.dtype, device: str = "cpu") -> None:
+    """Fail unless rows, heads, tokens and numbers of a state are rounded by bits of their own, which the seed tells."""
+    halfway = 1 + torch.finfo(dtype).eps / 2  # up or down, one as likely as the other
+    x = torch.full((2, 2, 32, 32), halfway, device=device)
+
+    def ups(seed: int) -> Tensor:
+        zeros, kept = torch.zeros(2, 2, 2, 32, device=device), torch.empty(2, 2, 2, 32, 32, dtype=dtype, device=device)
+        k, v = zeros.clone(), zeros.clone()
+        k[:, 0], v[:, 0] = 1, x[:, :, 0]
+        state = torch.zeros(2, 2, 32, 32, dtype=dtype, device=device)
+        step(k, k, v, state, seed=seed, states_out=kept, g_gamma=torch.zeros(2, device=device))
+        return kept.double() > x[:, None]
+
+    first = ups(7)
+    assert torch.equal(first, ups(7))
+    found = [*first.flatten(0, 2), *ups(8).flatten(0, 2), *ups(7 + 2**32).flatten(0, 2)]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert 0.4 < (one == other).double().mean() < 0.6
+        for shift in range(1, 32):
+            for axis in (0, 1):
+                assert 0.4 < (one == one.roll(shift, axis)).double().mean() < 0.6

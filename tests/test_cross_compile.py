@@ -27,6 +27,7 @@ from tuning.problems import FORM_KERNEL, FORMS, GRADIENTS, GRADIENTS_FORM_KERNEL
 
 SCRIPT = Path(cross_compile.__file__)
 SHIPPED = [path for path in configuration.packaged_directory().glob("*.yaml") if ".modelled" not in path.name]
+HALVES = (torch.float16, torch.bfloat16)
 SMALL = Problem("fused_recurrent", "float16", B=1, T=1, H=1, K=16, V=16)
 
 pytestmark = pytest.mark.skipif(
@@ -199,10 +200,13 @@ def test_other_versions_compile_with_their_own_python(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (80, 80), (128, 128), (256, 512), (512, 512)])
 def test_the_step_compiles_and_fits(arch: str, K: int, V: int) -> None:
     """No tuner knows it yet, so that it is no case of those above."""
-    for dtype, indices, kept in ((torch.bfloat16, torch.int32, True), (torch.float32, torch.int64, False)):
+    cases = [(torch.bfloat16, torch.int32, True, torch.float32), (torch.float32, torch.int64, False, torch.float32)]
+    cases += [(torch.bfloat16, torch.int32, kept, half) for kept in (False, True) for half in HALVES]
+    for dtype, indices, kept, stored in cases:
         q, v = (torch.empty(4, 1, 8, width, dtype=dtype, device="meta") for width in (K, V))
-        states = torch.empty(4, 1, 8, K, V, device="meta")
-        last = (torch.empty(4, dtype=indices, device="meta"), states if kept else None, torch.empty_like(v))
+        states = torch.empty(4, 1, 8, K, V, dtype=stored, device="meta")
+        seed = None if stored == torch.float32 else torch.empty(1, dtype=torch.int64, device="meta")
+        last = (torch.empty(4, dtype=indices, device="meta"), seed, states if kept else None, torch.empty_like(v))
         rates, config = torch.empty(8, device="meta"), step.default_config(dtype, K, V, 1024, 1)
         run = functools.partial(step.step_update, q, q, v, rates, None, states[:, 0], *last, config)
         (needs,) = compile_launch(run, ARCHS[arch])

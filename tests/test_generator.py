@@ -575,7 +575,7 @@ from linear.linear_attention.step import step_update
 q, k, v = (torch.randn(2, 7, 3, width) for width in (16, 16, 8))
 wanted, final = naive_linear_attention(q, k, v, output_final_state=True)
 run = [lambda state, o: linear_attention_step(q, k, v, state, out=o)]
-run.append(lambda state, o: step_update(q, k, v, None, state, None, None, o))
+run.append(lambda state, o: step_update(q, k, v, None, state, None, None, None, o))
 for step in run:
     state, o = torch.zeros(2, 3, 16, 8), torch.empty(2, 7, 3, 8)
     step(state, o)

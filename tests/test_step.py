@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import errors, make_problem, solve
-from steps import assert_steps_match, run_step
+from steps import assert_independent, assert_rounded_once, assert_steps_match, assert_unbiased, run_step
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -41,6 +41,11 @@ def good(*, pool: bool = False, kept: bool = False) -> dict[str, Any]:
 
 def copy(given: dict[str, Any]) -> dict[str, Any]:
     return {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+
+
+def low(**given: Any) -> dict[str, Any]:
+    """The same with states of 16 bits."""
+    return given | {name: given[name].bfloat16() for name in ("state", "states_out") if name in given}
 
 
 # Results
@@ -91,6 +96,44 @@ def test_tokens_are_rolled_back_with_the_states_kept() -> None:
     assert errors(o, solve(problem)["o"][:, 2:])[0] < 1e-5
 
 
+halves = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+
+
+@halves
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_states_of_16_bits_are_rounded_once(half: torch.dtype, dtype: torch.dtype) -> None:
+    assert_rounded_once(retention_step, make_problem(2, 5, 3, 20, 33, dtype), half)
+    assert_rounded_once(retention_step, make_problem(2, 5, 3, 20, 33, dtype), half, 1, seed=5)
+
+
+@halves
+def test_stochastic_rounding_has_no_bias(half: torch.dtype) -> None:
+    assert_unbiased(retention_step, half)
+
+
+@halves
+def test_every_number_has_bits_of_its_own(half: torch.dtype) -> None:
+    assert_independent(retention_step, half)
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_slow_decays_are_kept_in_the_mean_by_stochastic_rounding_alone(seeded: bool) -> None:
+    q, state = torch.zeros(1, 1, 1, 64), torch.ones(1, 1, 64, 64, dtype=torch.bfloat16)
+    rate = torch.tensor([-(2.0**-12)])
+    for step in range(1024):
+        retention_step(q, q, q, state, g_gamma=rate, seed=step if seeded else None)
+    kept = state.double().mean().item()
+    assert kept == (pytest.approx(torch.exp(torch.tensor(-0.25)).item(), rel=1e-2) if seeded else 1)
+
+
+def test_a_seed_may_be_a_tensor() -> None:
+    given = low(**good(pool=True, kept=True))
+    other = copy(given)
+    retention_step(**given, seed=2**40)
+    retention_step(**other, seed=torch.tensor([2**40]))
+    torch.testing.assert_close(given, other, rtol=0, atol=0)
+
+
 # Bad input
 
 
@@ -104,6 +147,10 @@ class NoStep(TorchDispatchMode):
 
 def put(**values: Any) -> Change:
     return lambda given: given.update(values)
+
+
+def put_low(**values: Any) -> Change:
+    return lambda given: given.update(low(**given) | values)
 
 
 def change(name: str, function: Callable[[Tensor], Any]) -> Change:
@@ -127,7 +174,31 @@ BAD = {
     "state_of_two_dimensions": (change("state", lambda x: x[0, 0]), ValueError, "state is [4, 5]", "[slots, H, K, V]"),
     "state_with_values_first": (change("state", lambda x: x.mT), ValueError, "state is [4, 2, 5, 4]", "[4, 2, 4, 5]"),
     "state_of_no_dimension": (put(state=torch.zeros(())), ValueError, "state is []", "[slots, H, K, V]"),
-    "state_of_half": (change("state", Tensor.half), TypeError, "state is torch.float16", "must be torch.float32"),
+    "state_of_int": (
+        change("state", Tensor.int),
+        TypeError,
+        "state is torch.int32",
+        "torch.float32 or torch.float16 or",
+    ),
+    "state_of_double": (change("state", Tensor.double), TypeError, "state is torch.float64; for a q of torch.float32"),
+    "state_alone_of_half": (
+        change("state", Tensor.half),
+        TypeError,
+        "states_out is torch.float32; for a state of torch.f",
+    ),
+    "seed_for_float32": (
+        put(seed=0),
+        ValueError,
+        "seed is given for a state of torch.float32",
+        "only float16 and bfloat16",
+    ),
+    "seed_is_a_float": (put_low(seed=1.0), TypeError, "seed is a float", "int, a tensor [1] of int64 or None"),
+    "seed_is_a_bool": (put_low(seed=True), TypeError, "seed is a bool"),
+    "seed_is_negative": (put_low(seed=-1), ValueError, "seed is -1; it must be from 0 to 2^63 - 1"),
+    "seed_is_too_large": (put_low(seed=2**63), ValueError, f"seed is {2**63}"),
+    "seed_of_int32": (put_low(seed=torch.ones(1).int()), ValueError, "seed is [1] of torch.int32", "[1] of int64"),
+    "seeds_of_rows": (put_low(seed=torch.ones(2).long()), ValueError, "seed is [2] of torch.int64"),
+    "seed_elsewhere": (put_low(seed=torch.ones(1).long().to("meta")), ValueError, "seed is on meta, state on cpu"),
     "state_elsewhere": (change("state", lambda x: x.to("meta")), ValueError, "state is on meta, q on cpu"),
     "state_in_another_order": (change("state", lambda x: x.mT.contiguous().mT), ValueError, "state has the strides"),
     "state_whose_slots_are_one": (change("state", lambda x: x[:1].expand(4, -1, -1, -1)), ValueError, "not overlap"),
@@ -222,8 +293,17 @@ def test_a_slot_of_layers_is_taken() -> None:
 def test_it_passes_opcheck(pool: bool, kept: bool) -> None:
     given = good(pool=pool, kept=True)
     tensors = (given["q"], given["k"], given["v"])
-    last = (given["state"], given.get("state_indices"), given["states_out"] if kept else None, given["out"])
+    last = (given["state"], given.get("state_indices"), None, given["states_out"] if kept else None, given["out"])
     torch.library.opcheck(OPERATOR, (*tensors, torch.tensor([-0.1, -0.2]), 0.3, *last))
+    torch.library.opcheck(OPERATOR, (*tensors, None, None, *last))
+    given = low(**given)
+    last = (
+        given["state"],
+        given.get("state_indices"),
+        torch.tensor([3]),
+        given["states_out"] if kept else None,
+        given["out"],
+    )
     torch.library.opcheck(OPERATOR, (*tensors, None, None, *last))
 
 
@@ -262,6 +342,17 @@ def test_steps_with_other_slots_need_no_new_compilation() -> None:
     assert counter.frame_count == 1
 
 
+def test_compiled_steps_take_seeds() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(retention_step, fullgraph=True, backend=counter)
+    given = low(**good(pool=True))
+    eager = copy(given)
+    for seed in (3, 4, 5, 2**40):
+        torch.testing.assert_close(step(**given, seed=seed), retention_step(**eager, seed=seed))
+        assert torch.equal(given["state"], eager["state"])
+    assert counter.frame_count <= 2  # the second time for any seed
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_results_look_like_real_ones(dtype: torch.dtype) -> None:
     given = good(pool=True, kept=True)
@@ -298,7 +389,7 @@ def test_the_operator_itself_refuses_a_gradient() -> None:
     given = good(kept=True)
     tensors = (given["q"].requires_grad_(), given["k"], given["v"], None, None)
     with pytest.raises(RuntimeError, match=r"retention_step.*no gradients.*torch.no_grad"):
-        OPERATOR(*tensors, given["state"], None, None, given["out"])
+        OPERATOR(*tensors, given["state"], None, None, None, given["out"])
 
 
 def test_a_gradient_of_what_was_before_is_refused() -> None:

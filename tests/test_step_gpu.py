@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import errors, make_problem, solve
-from steps import assert_steps_match
+from steps import assert_independent, assert_rounded_once, assert_steps_match, assert_unbiased
 from torch import Tensor
 
 from generated import retention_step
@@ -53,6 +53,34 @@ def test_steps_match_the_oracle(B: int, H: int, K: int, V: int, T: int, dtype: t
 @all_dtypes
 def test_decays_are_exact_over_thousands_of_tokens(dtype: torch.dtype) -> None:
     assert_steps_match(retention_step, make_problem(1, 4800, 8, 16, 16, dtype, device="cuda"), lengths=[16] * 300)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("H", "K", "V"), WIDTHS)
+def test_states_of_16_bits_are_rounded_once(H: int, K: int, V: int, half: torch.dtype) -> None:
+    problem = make_problem(2, 3, H, K, V, torch.bfloat16, device="cuda")
+    assert_rounded_once(retention_step, problem, half)
+    assert_rounded_once(retention_step, problem, half, 1, seed=5)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_stochastic_rounding_has_no_bias(half: torch.dtype) -> None:
+    assert_unbiased(retention_step, half, device="cuda", seeds=400)
+    assert_independent(retention_step, half, device="cuda")
+
+
+def test_a_captured_step_reads_its_seed_anew() -> None:
+    given = serving()
+    given |= {"state": given["state"].bfloat16(), "seed": torch.tensor([0], device="cuda")}
+    retention_step(**copy(given))
+    eager, graph = copy(given), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        retention_step(**given)
+    for seed in (0, 1, 2**40):
+        given["seed"].fill_(seed)
+        graph.replay()
+        retention_step(**{**eager, "seed": seed})
+        assert torch.equal(given["state"], eager["state"])
 
 
 def test_the_gpu_does_what_the_cpu_does() -> None:
@@ -154,7 +182,7 @@ def test_other_lengths_batches_and_strides_compile_no_new_kernel() -> None:
         if heads_first:
             inputs = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
         o = torch.empty_like(problem.do)
-        step.step_update(*inputs, None, None, problem.h0, None, None, o, config)
+        step.step_update(*inputs, None, None, problem.h0, None, None, None, o, config)
         assert errors(o, solve(problem)["o"])[0] < 1e-2
 
     call(1, 1, heads_first=False)

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import errors, make_problem, solve
-from steps import assert_steps_match, run_step
+from steps import assert_independent, assert_rounded_once, assert_steps_match, assert_unbiased, run_step, store
 from torch import Tensor
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.forms("step")]
 
 Step = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.float16]
+HALVES = [torch.float16, torch.bfloat16]
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_out_is_written_and_returned(step: Step) -> None:
     assert errors(out, solve(problem)["o"])[0] < 1e-5
 
 
-@pytest.mark.parametrize("BV", [1, 64])
+@pytest.mark.parametrize("BV", [8, 64])
 def test_other_tiles_are_right(step: Step, BV: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("generated.retention.step")
     monkeypatch.setattr(module, "choose_config", lambda *_: module.StepConfig(BV=BV, num_warps=1))
@@ -130,3 +131,51 @@ def test_wider_heads_than_a_program_can_hold_are_refused(step: Step) -> None:
     q, v = torch.ones(1, 1, 1, 513), torch.ones(1, 1, 1, 1)
     with pytest.raises(ValueError, match="retention_step: K is 513 and V is 1; on a GPU both are at most 512"):
         step(q, q, v, torch.zeros(1, 1, 513, 1))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("B", "H", "K", "V"), [(1, 3, 1, 1), (2, 2, 20, 33), (1, 1, 130, 40)])
+def test_states_of_16_bits_are_rounded_once(step: Step, B: int, H: int, K: int, V: int, dtype: torch.dtype) -> None:
+    nearest = 0.5 if dtype == torch.float16 else 1  # the interpreter cuts off what bfloat16 has no bits for
+    assert_rounded_once(step, make_problem(B, 3, H, K, V), dtype, nearest)
+    assert_rounded_once(step, make_problem(B, 3, H, K, V), dtype, 1, seed=5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stochastic_rounding_has_no_bias(step: Step, dtype: torch.dtype) -> None:
+    assert_unbiased(step, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_number_has_bits_of_its_own(step: Step, dtype: torch.dtype) -> None:
+    assert_independent(step, dtype)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning"
+)  # of infinite states there are no outputs
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stochastic_rounding_leaves_alone_what_needs_none(step: Step, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    least = limits.tiny * limits.eps
+    values = [0.0, 1.0, -3.0, limits.max, -limits.max, limits.tiny, -least, torch.inf, -torch.inf, torch.nan]
+    x = torch.tensor(values).expand(1, 1, 16, -1)
+    for seed in range(3):
+        assert torch.equal(store(step, x, dtype, seed).float().nan_to_num(7), x.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_bits_go_with_the_slot_and_not_with_row_or_tiles(
+    step: Step, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make_problem(3, 2, 2, 20, 33)
+    slots = torch.tensor([3, 0, 2])
+    expected = torch.zeros(4, 2, 20, 33, dtype=dtype)
+    step(problem.q, problem.k, problem.v, expected, state_indices=slots, seed=1)
+    module = importlib.import_module("generated.retention.step")
+    for BV in (8, 16, 64):
+        monkeypatch.setattr(module, "default_config", lambda *_, BV=BV: module.StepConfig(BV=BV, num_warps=1))
+        importlib.import_module("generated.configuration").clear_caches()
+        pool = torch.zeros_like(expected)
+        step(*(x.flip(0) for x in (problem.q, problem.k, problem.v)), pool, state_indices=slots.flip(0), seed=1)
+        assert torch.equal(pool, expected)
