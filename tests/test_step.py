@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from generated import arguments, fused_recurrent_retention, retention_step
+from generated.launch import blocks, padded
+from generated.retention.step import default_config
 
 B, T, H, K, V = 2, 3, 2, 4, 5
 OPERATOR = torch.ops.retgen.retention_step.default
@@ -132,6 +135,28 @@ def test_a_seed_may_be_a_tensor() -> None:
     retention_step(**given, seed=2**40)
     retention_step(**other, seed=torch.tensor([2**40]))
     torch.testing.assert_close(given, other, rtol=0, atol=0)
+
+
+# Tiles
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_default_tiles_are_of_whole_sectors_and_fit_the_registers(size: int) -> None:
+    sizes = ((1, 64, 80, 128, 256, 512), (1, 16, 64, 256, 428, 512), (1, 8, 64, 4096))
+    for K, V, BH in itertools.product(*sizes):
+        config = default_config(torch.bfloat16, K, V, BH, 1, size)
+        assert 8 <= config.BV <= padded(V)
+        assert 32 <= config.BV * size <= 128
+        assert config.num_warps in (1, 2, 4, 8)
+        assert padded(K) * config.BV <= 32 * 32 * config.num_warps
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("H", "K", "V"), [(8, 256, 512), (16, 128, 128), (8, 128, 256), (5, 512, 512), (64, 64, 64)])
+def test_one_sequence_fills_a_large_gpu(H: int, K: int, V: int, size: int) -> None:
+    """132 multiprocessors, if sectors allow it: without the parts of a sum in programs apart."""
+    config = default_config(torch.bfloat16, K, V, H, 1, size)
+    assert blocks(V, config.BV) * H >= min(132, V * size // 32 * H)
 
 
 # Bad input
