@@ -21,8 +21,9 @@ import yaml
 from cross_compile import Case, Problem
 
 from generated import configuration
+from generated.launch import padded
 from generated.retention import step
-from tuning.compilation import ARCHS, compile_launch, offline
+from tuning.compilation import ARCHS, offline, resources
 from tuning.problems import FORM_KERNEL, FORMS, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER
 
 SCRIPT = Path(cross_compile.__file__)
@@ -196,19 +197,49 @@ def test_other_versions_compile_with_their_own_python(monkeypatch: pytest.Monkey
     assert asked == ["3.6.0", "newest", "3.6.0"]
 
 
+# The step: no tuner knows it yet, so that it is no case of those above
+
+STEPS = [  # dtypes of inputs, indices and states, and whether states are kept after each token
+    (torch.bfloat16, torch.int32, torch.float32, True),
+    (torch.float32, torch.int64, torch.float32, False),
+    *((torch.bfloat16, torch.int32, half, kept) for half in HALVES for kept in (False, True)),
+]
+
+
+def compile_step(arch: str, B: int, K: int, V: int, *kind: Any) -> tuple[Any, step.StepConfig]:
+    """The kernel for 8 heads with its default configuration; states of 16 bits are rounded stochastically."""
+    dtype, indices, stored, kept = kind
+    empty = functools.partial(torch.empty, device="meta")
+    q, v = (empty(B, 1, 8, width, dtype=dtype) for width in (K, V))
+    states = empty(B, 1, 8, K, V, dtype=stored)
+    seed = empty(1, dtype=torch.int64) if stored in HALVES else None
+    last = (empty(B, dtype=indices), seed, states if kept else None, torch.empty_like(v))
+    config = step.default_config(dtype, K, V, 8 * B, 1, stored.itemsize)
+    with offline(ARCHS[arch].target) as compiled:
+        step.step_update(q, q, v, empty(8), None, states[:, 0], *last, config)
+    (kernel,) = compiled
+    return kernel, config
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (80, 80), (128, 128), (256, 512), (512, 512)])
 def test_the_step_compiles_and_fits(arch: str, K: int, V: int) -> None:
-    """No tuner knows it yet, so that it is no case of those above."""
-    cases = [(torch.bfloat16, torch.int32, True, torch.float32), (torch.float32, torch.int64, False, torch.float32)]
-    cases += [(torch.bfloat16, torch.int32, kept, half) for kept in (False, True) for half in HALVES]
-    for dtype, indices, kept, stored in cases:
-        q, v = (torch.empty(4, 1, 8, width, dtype=dtype, device="meta") for width in (K, V))
-        states = torch.empty(4, 1, 8, K, V, dtype=stored, device="meta")
-        seed = None if stored == torch.float32 else torch.empty(1, dtype=torch.int64, device="meta")
-        last = (torch.empty(4, dtype=indices, device="meta"), seed, states if kept else None, torch.empty_like(v))
-        rates, config = torch.empty(8, device="meta"), step.default_config(dtype, K, V, 1024, 1)
-        run = functools.partial(step.step_update, q, q, v, rates, None, states[:, 0], *last, config)
-        (needs,) = compile_launch(run, ARCHS[arch])
+    for kind in STEPS:
+        kernel, _ = compile_step(arch, 128, K, V, *kind)
+        needs = resources(kernel)
         assert needs.fits(ARCHS[arch])
         assert needs.spills <= 64
+
+
+@pytest.mark.parametrize("B", [1, 128])
+@pytest.mark.parametrize(("K", "V"), [(80, 80), (128, 128), (256, 512), (512, 512)])
+def test_on_hopper_the_steps_state_goes_from_memory_to_registers_and_back(B: int, K: int, V: int) -> None:
+    """By 16 bytes, without spills, not through shared memory, also with random bits; and two programs have room."""
+    for *kind, kept in STEPS:
+        kernel, config = compile_step("sm90", B, K, V, *kind, kept)
+        needs, tile = resources(kernel), padded(K) * config.BV * kind[2].itemsize
+        assert needs.spills == 0
+        assert needs.shared <= tile // 8
+        assert needs.registers * 32 * config.num_warps <= (65536 if kept else 65536 // 2)
+        for access in ("ld.global.v4.b32", "st.global.v4.b32"):
+            assert kernel.asm["ptx"].count(access) >= tile // 16 // (32 * config.num_warps)
