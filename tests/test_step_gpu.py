@@ -113,7 +113,7 @@ def test_results_are_the_same_bits_each_time(half: torch.dtype) -> None:
     seed = None if half == torch.float32 else 3
     found = []
     for _ in range(20):
-        state = problem.h0.to(half)
+        state = problem.h0.to(half, copy=True)
         found.append((retention_step(problem.q, problem.k, problem.v, state, seed=seed), state))
     assert all(torch.equal(o, found[0][0]) and torch.equal(state, found[0][1]) for o, state in found)
 
@@ -135,6 +135,7 @@ def test_a_captured_step_goes_on_with_other_slots() -> None:
         assert torch.equal(given["state"], eager["state"])
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # the one that inductor makes to begin with
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_steps_write_in_place(mode: str) -> None:
     given = serving()
@@ -150,6 +151,7 @@ def test_compiled_steps_write_in_place(mode: str) -> None:
     assert given["state"].data_ptr() == address
 
 
+@pytest.mark.filterwarnings("ignore")  # the profiler's own
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_is_one_kernel_one_allocation_and_no_wait(fused: bool) -> None:
     given = serving()
@@ -193,8 +195,9 @@ def test_other_lengths_batches_and_strides_compile_no_new_kernel() -> None:
         if heads_first:
             inputs = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
         o = torch.empty_like(problem.do)
+        expected = solve(problem)["o"]  # from the state that is about to be overwritten
         step.step_update(*inputs, None, None, problem.h0, None, None, None, o, config)
-        assert errors(o, solve(problem)["o"])[0] < 1e-2
+        assert errors(o, expected)[0] < 1e-2
 
     call(1, 1, heads_first=False)
     before = kernels()
