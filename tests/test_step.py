@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,12 +14,13 @@ from oracle import errors, make_problem, solve
 from steps import assert_independent, assert_rounded_once, assert_steps_match, assert_unbiased, run_step
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from generated import arguments, fused_recurrent_retention, retention_step
 from generated.launch import blocks, padded
-from generated.retention.step import default_config
+from generated.retention.step import StepConfig, default_config
 
 B, T, H, K, V = 2, 3, 2, 4, 5
 OPERATOR = torch.ops.retgen.retention_step.default
@@ -137,7 +140,23 @@ def test_a_seed_may_be_a_tensor() -> None:
     torch.testing.assert_close(given, other, rtol=0, atol=0)
 
 
+def test_a_state_of_inference_mode_is_written_there_alone() -> None:
+    given = good()
+    with torch.inference_mode():
+        given["state"] = given["state"].clone()
+    before = given["state"].clone()
+    with torch.no_grad(), pytest.raises(ValueError, match="state was made in inference mode"):
+        retention_step(**given)
+    assert torch.equal(given["state"], before)
+
+
 # Tiles
+
+
+@pytest.mark.parametrize("BV", [0, 4, 24])
+def test_tiles_are_powers_of_two_from_8(BV: int) -> None:
+    with pytest.raises(ValueError, match="power of two of at least 8"):
+        StepConfig(BV=BV, num_warps=4)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -239,7 +258,7 @@ BAD = {
     "out_of_half": (change("out", Tensor.half), TypeError, "out is torch.float16", "must be torch.float32"),
     "out_elsewhere": (change("out", lambda x: x.to("meta")), ValueError, "out is on meta, q on cpu"),
     "out_of_strides": (change("out", lambda x: x.mT.contiguous().mT), ValueError, "out has the strides", "contiguous"),
-    "out_is_v": (share("out", "v"), ValueError, "out shares memory with v", "memory of its own"),
+    "out_is_v": (share("out", "v"), ValueError, "out shares memory with v", "shares memory"),
     "out_in_state": (share("out", "state"), ValueError, "out shares memory with state"),
     "out_in_states_out": (share("out", "states_out"), ValueError, "out shares memory with states_out"),
     "state_in_states_out": (share("state", "states_out"), ValueError, "states_out shares memory with state"),
@@ -336,6 +355,24 @@ def test_it_passes_opcheck(pool: bool, kept: bool) -> None:
 def test_it_tells_what_it_writes() -> None:
     written = [argument.name for argument in OPERATOR._schema.arguments if argument.is_write]
     assert written == ["state", "states_out", "o"]
+
+
+@pytest.mark.parametrize("where", ["pool", "layer_of_slots", "layer"])
+def test_compiled_steps_neither_copy_the_pool_nor_write_it_back(where: str) -> None:
+    given, pool = good(pool=True), torch.randn(2, 7, H, K, V)
+    views = {"pool": lambda x: x[0], "layer_of_slots": lambda x: x.transpose(0, 1)[:, 1], "layer": lambda x: x[1]}
+    pools = pool if where != "layer_of_slots" else pool.transpose(0, 1).contiguous().transpose(0, 1)
+    del given["state"]
+
+    def layer(x: Tensor, **given: Any) -> Tensor:
+        return retention_step(state=views[where](x), **given)
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # inductor's own
+        _, codes = run_and_get_code(torch.compile(layer, fullgraph=True), pools, **given)
+    (call,) = ["".join(code.partition("def call")[1:]) for code in codes]
+    assert "retention_step" in call
+    assert not re.search(r"copy_|clone|empty_strided_cpu\(\(7,", call)
 
 
 @pytest.mark.parametrize("pool", [False, True])

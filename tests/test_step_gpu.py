@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import errors, make_problem, solve
+from oracle import errors, make_problem, retnet_rates, solve
 from steps import assert_independent, assert_rounded_once, assert_steps_match, assert_unbiased
 from torch import Tensor
 
@@ -53,6 +54,47 @@ def test_steps_match_the_oracle(B: int, H: int, K: int, V: int, T: int, dtype: t
 @all_dtypes
 def test_decays_are_exact_over_thousands_of_tokens(dtype: torch.dtype) -> None:
     assert_steps_match(retention_step, make_problem(1, 4800, 8, 16, 16, dtype, device="cuda"), lengths=[16] * 300)
+
+
+def test_a_million_steps_stay_as_exact_as_one() -> None:
+    """A thousand tokens, a step each, a thousand times over: of a round float64 needs the decay and the sum alone."""
+    problem = make_problem(1, 1000, 8, 32, 32, device="cuda")
+    tokens = [x.split(1, 1) for x in (problem.q, problem.k, problem.v)]
+    state, graph = problem.h0.clone(), torch.cuda.CUDAGraph()
+    retention_step(*(x[0] for x in tokens), state.clone())
+    with torch.cuda.graph(graph):
+        for token in zip(*tokens, strict=True):
+            retention_step(*token, state)
+    added = solve(replace(problem, h0=torch.zeros_like(problem.h0)))["final_state"]
+    decay = (1000 * retnet_rates(8)).exp().to(added)[:, None, None]
+    expected = problem.h0.to(added)
+    for _ in range(1000):
+        graph.replay()
+        expected = decay * expected + added
+    assert errors(state, expected)[0] < 1e-5
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_indices_and_seeds_may_lie_anywhere(offset: int) -> None:
+    """Not a multiple of 16 bytes: no other kernel is compiled for it."""
+    given = serving()
+    given["state"] = given["state"].bfloat16()
+    expected = copy(given)
+    o = retention_step(**expected, seed=7)
+    before = kernels_compiled()
+    memory, seeds = torch.empty(8, dtype=torch.int64, device="cuda"), torch.full((3,), 7, device="cuda")
+    indices = memory[offset : offset + 3].copy_(given["state_indices"])
+    assert torch.equal(retention_step(**given | {"state_indices": indices}, seed=seeds[offset : offset + 1]), o)
+    assert torch.equal(given["state"], expected["state"])
+    assert kernels_compiled() == before
+
+
+def test_a_seed_that_a_graph_would_keep_is_refused() -> None:
+    given = serving()
+    given["state"] = given["state"].bfloat16()
+    retention_step(**copy(given), seed=1)
+    with pytest.raises(ValueError, match="a CUDA graph would keep"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        retention_step(**given, seed=1)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
@@ -183,10 +225,11 @@ def kernels_of(call: Callable[[], Any]) -> list[str]:
     return [name for name in on_device if "sync" not in name.lower()]
 
 
-def test_other_lengths_batches_and_strides_compile_no_new_kernel() -> None:
-    def kernels() -> int:
-        return len(step_kernel.step_kernel.device_caches[torch.cuda.current_device()][0])
+def kernels_compiled() -> int:
+    return len(step_kernel.step_kernel.device_caches[torch.cuda.current_device()][0])
 
+
+def test_other_lengths_batches_and_strides_compile_no_new_kernel() -> None:
     config = step.StepConfig(BV=16, num_warps=4)
 
     def call(B: int, T: int, heads_first: bool) -> None:
@@ -200,11 +243,11 @@ def test_other_lengths_batches_and_strides_compile_no_new_kernel() -> None:
         assert errors(o, expected)[0] < 1e-2
 
     call(1, 1, heads_first=False)
-    before = kernels()
+    before = kernels_compiled()
     for B, T in ((1, 2), (2, 1), (3, 16), (16, 16)):
         for heads_first in (False, True):
             call(B, T, heads_first)
-    assert kernels() == before
+    assert kernels_compiled() == before
 
 
 @pytest.mark.parametrize("slots", [[6, 0, 1], [0, -2, 1], [2, 1, 2]])

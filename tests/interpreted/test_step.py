@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from oracle import errors, make_problem, solve
@@ -179,3 +180,55 @@ def test_bits_go_with_the_slot_and_not_with_row_or_tiles(
         pool = torch.zeros_like(expected)
         step(*(x.flip(0) for x in (problem.q, problem.k, problem.v)), pool, state_indices=slots.flip(0), seed=1)
         assert torch.equal(pool, expected)
+
+
+def test_a_slow_decay_is_not_lost_beside_a_state_that_grows(step: Step) -> None:
+    """Where the decay's part is under half a unit of the state, and alone would be rounded away."""
+    problem = make_problem(1, 4000, 1, 1, 24, g_gamma=torch.tensor([-(2.0**-23)]))
+    problem = replace(problem, h0=problem.h0 * 4096)
+    state = run_step(step, problem, lengths=[16] * 250)["final_state"]
+    assert errors(state, solve(problem)["final_state"])[0] < 2e-6
+
+
+@pytest.mark.parametrize("rate", [-0.2, -0.3, -3.0, -8.0, -17.0])
+def test_a_fast_decay_is_as_exact_as_a_slow_one(step: Step, rate: float) -> None:
+    problem = make_problem(1, 1, 1, 3, 5, g_gamma=torch.tensor([rate]))
+    problem = replace(problem, k=problem.k * 0)
+    state = run_step(step, problem)["final_state"]
+    assert errors(state, solve(problem)["final_state"])[0] < 1e-6
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_has_a_finite_number_nearest_to_it_never_becomes_infinite(step: Step, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    half = limits.max * limits.eps / 5  # of the distance to what would be the next number
+    x = torch.tensor([limits.max + half, -limits.max - half], dtype=torch.float64).float().expand(1, 1, 16, -1)
+    assert x.isfinite().all()
+    for seed in range(8):
+        assert torch.equal(store(step, x, dtype, seed).double(), x.sign() * limits.max)
+
+
+def test_heads_may_lie_as_far_apart_as_there_is_memory(step: Step) -> None:
+    """Their places are numbers of 64 bits: the third head's here is beyond 2^31."""
+    module = importlib.import_module("generated.retention.step")
+    far, k = 2**30, torch.ones(1, 1, 3, 16, dtype=torch.float16)
+    memory = torch.from_numpy(np.zeros(2 * far + 64, dtype=np.float16))  # of which the system gives what is written to
+    q = memory.as_strided((1, 1, 3, 16), (16, 16, far, 1))
+    q.fill_(1.0)
+    o, state = torch.empty_like(k), torch.zeros(1, 3, 16, 16)
+    module.step_update(q, k, k, torch.zeros(3), 1.0, state, None, None, None, o)
+    assert torch.equal(o, torch.full_like(o, 16.0))
+
+
+@pytest.mark.parametrize("slot", [2, 7, -3])
+def test_a_slot_that_there_is_not_is_neither_read_nor_written(step: Step, slot: int) -> None:
+    """As on a GPU, where nobody looks at the values."""
+    module = importlib.import_module("generated.retention.step")
+    memory, x = torch.ones(9, 1, 16, 16), torch.ones(2, 1, 1, 16)
+    o, kept = torch.full_like(x, torch.nan), torch.zeros(2, 1, 1, 16, 16)
+    indices = torch.tensor([slot, 1])
+    module.step_update(x, x, x, torch.zeros(1), 1.0, memory[3:5], indices, None, kept, o)
+    assert o[0].count_nonzero() == kept[0].count_nonzero() == 0
+    assert torch.equal(o[1], torch.full_like(o[1], 32.0))
+    assert torch.equal(memory[4], torch.full_like(memory[4], 2.0))
+    assert torch.equal(memory[[0, 1, 2, 3, 5, 6, 7, 8]], torch.ones(8, 1, 16, 16))
