@@ -158,10 +158,12 @@ def test_auto_prepares_the_gradients_that_its_rules_choose(
 @pytest.mark.parametrize(
     ("sequences", "mean", "K", "L"),
     [
-        (8, 2048, 256, 4096),
-        (11, 1489, 128, 4096),
+        (8, 2048, 256, 2048),
+        (11, 1489, 128, 2048),
+        (11, 1489, 512, 4096),
         (64, 400, 128, 1024),
-        (64, 300, 128, chunk.WHOLE),
+        (64, 300, 128, 2048),
+        (64, 250, 128, chunk.WHOLE),
         (4096, 16, 128, chunk.WHOLE),
         (1024, 64, 512, chunk.WHOLE),
         (1, 131072, 128, 4096),
