@@ -106,7 +106,7 @@ def _rule_case(arch: str, form: str, rule: Rule) -> Case:
     config = FORMS[form].config_type(**rule.use)
     shape = {axis: getattr(rule.when, axis)[1] for axis in ("K", "V", "T")}
     shape |= {axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", str(rule.figures.get("point", "")))}
-    problem = Problem(form, rule.when.dtype, B=1, T=TOKENS, H=1, K=shape["K"], V=shape["V"])
+    problem = Problem(form, rule.when.dtype, B=1, T=TOKENS, H=2, K=shape["K"], V=shape["V"])
     if form == "chunk":  # all that the number of tokens decides is whether there are states to store
         problem = replace(problem, T=config.L + (shape["T"] > config.L))
     return Case(arch, problem, config)
@@ -130,6 +130,7 @@ def variant_cases() -> list[Case]:
     wholes = [Problem(HOPPER, *of, 512) for of in (("bfloat16", 1, TOKENS, 1, 256), ("float16", 1, TOKENS, 1, 512))]
     hopper = [(problem, variant) for problem in wholes for variant in ((), ("reverse",), *PACKED)]
     hopper += [(replace(problem, T=TOKENS + 1), ()) for problem in wholes]
+    hopper += [(Problem(HOPPER, "float16", 1, TOKENS, 2, 428, 260), variant) for variant in ((), PACKED[1])]
     cases = [Case("sm90", problem, problem.default(), variant) for problem, variant in hopper]
     in_segments = [(problem, replace(problem.default(), L=256)) for problem in wholes]
     cases += [Case("sm90", *one, variant) for one in in_segments for variant in ((), PACKED[0])]
