@@ -106,9 +106,8 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         if problem.form == HOPPER and tokens == TOKENS:  # uneven ones are cut all the same
             found.append(Draw("packed, cut", packed, L=LONGEST))
             found.append(Draw("packed, cut, from the last token", packed, reverse=True, L=LONGEST))
-    if (
-        problem.form == HOPPER and problem.narrower() != problem
-    ):  # heads that don't fill their tiles have kernels of their own
+    # Heads that don't fill HOPPER's tiles have kernels of their own.
+    if problem.form == HOPPER and problem.narrower() != problem:
         alike = [draw for draw in found if draw.name in ("whole chunks", "packed", "packed, cut", "scores turned")]
         found += [replace(draw, name=f"narrower heads, {draw.name}", narrower=True) for draw in alike]
     return found
