@@ -590,7 +590,7 @@ def test_vmap_sees_the_operator(form: str, called: list[str]) -> None:
 
 
 def test_lazy_tensors_are_not_plain() -> None:
-    is_plain = operators._is_plain
+    is_plain = operators.is_plain
     x = torch.randn(3)
     assert is_plain((x, None, 0.5, torch.nn.Parameter(x)))
     assert not is_plain((x, torch._neg_view(x)))

@@ -18,8 +18,9 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generated import arguments, fused_recurrent_retention, retention_step
+from generated import arguments, configuration, fused_recurrent_retention, retention_step
 from generated.launch import blocks, padded
+from generated.retention import step
 from generated.retention.step import StepConfig, default_config
 
 B, T, H, K, V = 2, 3, 2, 4, 5
@@ -126,8 +127,8 @@ def test_every_number_has_bits_of_its_own(half: torch.dtype) -> None:
 def test_slow_decays_are_kept_in_the_mean_by_stochastic_rounding_alone(seeded: bool) -> None:
     q, state = torch.zeros(1, 1, 1, 64), torch.ones(1, 1, 64, 64, dtype=torch.bfloat16)
     rate = torch.tensor([-(2.0**-12)])
-    for step in range(1024):
-        retention_step(q, q, q, state, g_gamma=rate, seed=step if seeded else None)
+    for i in range(1024):
+        retention_step(q, q, q, state, g_gamma=rate, seed=i if seeded else None)
     kept = state.double().mean().item()
     assert kept == (pytest.approx(torch.exp(torch.tensor(-0.25)).item(), rel=1e-2) if seeded else 1)
 
@@ -275,10 +276,14 @@ BAD = {
 WRONG_SLOTS = [([4, 0], r"state_indices\[0\] is 4; it must be from 0 to 3"), ([0, -2], "is -2"), ([2, 2], "is 2 again")]
 
 
+@pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused(case: str) -> None:
+def test_bad_input_is_refused(case: str, is_known: bool) -> None:
     given = good(pool=True, kept=True)
     spoil, error, *words = BAD[case]
+    if is_known:
+        for before in (given, low(**given)):
+            retention_step(**copy(before))
     spoil(given)
     with pytest.raises(error) as caught, NoStep():
         retention_step(**given)
@@ -328,6 +333,109 @@ def test_a_slot_of_layers_is_taken() -> None:
     assert layers[3, 1].count_nonzero() > 0
     layers[3, 1] = 0
     assert layers.count_nonzero() == 0
+
+
+# Calls like one before, which are not checked again
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of functions whose arguments were checked since; nothing is known of any call to begin with."""
+    configuration.clear_caches()
+    names: list[str] = []
+    monkeypatch.setattr(step, "check_step", lambda name, *rest: names.append(name) or arguments.check_step(name, *rest))
+    return names
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_call_like_one_before_is_not_checked_again(pool: bool, kept: bool, checked: list[str]) -> None:
+    given = good(pool=pool, kept=kept)
+    others = [copy(given) for _ in range(3)]
+    results = [(retention_step(**other).clone(), other) for other in others]
+    assert len(checked) == 1
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+    assert others[0]["state"]._version == others[1]["state"]._version > 0
+    configuration.clear_caches()  # as where rules change
+    retention_step(**given)
+    assert len(checked) == 2
+
+
+OTHER = {
+    "another_scale": put(scale=2.0),
+    "another_batch": lambda given: given.update({name: given[name][:1].clone() for name in (*"qkv", "state_indices")}),
+    "another_dtype": lambda given: given.update({name: given[name].half() for name in "qkv"}),
+    "another_pool": change("state", lambda x: torch.cat([x, x])),
+    "other_strides": change("q", lambda x: x.mT.contiguous().mT),
+    "another_index": change("state_indices", Tensor.int),
+    "a_parameter": change("k", lambda x: torch.nn.Parameter(x, requires_grad=False)),
+    "negated": change("q", Tensor._neg_view),
+    "zeros_of_none": change("v", lambda x: torch._efficientzerotensor(x.shape)),
+    "kept": put(states_out=torch.zeros(B, T, H, K, V)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_call_unlike_those_before_is_checked(name: str, checked: list[str]) -> None:
+    before, given = good(pool=True), good(pool=True)
+    OTHER[name](given)
+    first = {**given, "state": given["state"].clone()}
+    expected = retention_step(**first)
+    configuration.clear_caches()
+    checked.clear()
+    for _ in range(2):
+        retention_step(**before)
+    torch.testing.assert_close(retention_step(**given), expected, rtol=0, atol=0)
+    assert torch.equal(given["state"], first["state"])
+    assert len(checked) == 2
+
+
+def test_modes_are_looked_at_anew(checked: list[str]) -> None:
+    given = good(pool=True)
+    with torch.no_grad():
+        o = retention_step(**copy(given))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert retention_step(**copy(given)).dtype == retention_step(**copy(given)).dtype == torch.bfloat16
+        assert torch.equal(retention_step(**copy(given)), o)
+        with pytest.raises(AssertionError, match="was called"), NoStep():
+            retention_step(**given)
+        given["q"].requires_grad_()
+        for _ in range(2):
+            retention_step(**given)
+    with pytest.raises(ValueError, match="q requires grad"):
+        retention_step(**given)
+    with torch.inference_mode():
+        state = torch.zeros(4, H, K, V)
+        for _ in range(2):
+            retention_step(**given | {"state": state})
+    with torch.no_grad(), pytest.raises(ValueError, match="state was made in inference mode"):
+        retention_step(**given | {"state": state})
+
+
+def test_decays_on_the_cpu_are_looked_at_each_time() -> None:
+    rates = torch.tensor([-0.1, -0.2])
+    for _ in range(2):
+        retention_step(**good(), g_gamma=rates)
+    rates[1] = 0.1
+    with pytest.raises(ValueError, match=r"g_gamma holds 0\.1"):
+        retention_step(**good(), g_gamma=rates)
+
+
+def test_the_debug_switch_may_be_set_at_any_time(checked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = good(pool=True)
+    retention_step(**given)
+    monkeypatch.setenv("RETGEN_CHECK_STATE_INDICES", "1")
+    retention_step(**given)
+    assert len(checked) == 2
+
+
+def test_without_pytorchs_guard_all_calls_are_checked(checked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    given = good()
+    for _ in range(3):
+        retention_step(**given)
+    assert len(checked) == 3
 
 
 # As an operator
