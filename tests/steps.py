@@ -7,8 +7,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from oracle import Problem, assert_matches, errors, solve
+from oracle import Problem, assert_matches, errors, retnet_rates, solve
 from torch import Tensor
+
+
+def group_heads(problem: Problem, heads: int) -> tuple[Problem, dict[str, Tensor]]:
+    """The problem with k, v and h0 of its first heads, repeated, and the arguments of a step whose queries share."""
+    few = {name: getattr(problem, name)[:, :, :heads] for name in ("k", "v")}
+    assert problem.h0 is not None
+    repeats = problem.q.shape[2] // heads
+    rates = retnet_rates(heads).to(few["k"].device, torch.float32) if problem.g_gamma is None else problem.g_gamma
+    repeated = {name: x.repeat_interleave(repeats, 2) for name, x in few.items()}
+    h0 = problem.h0[:, :heads].contiguous()
+    whole = replace(problem, **repeated, h0=h0.repeat_interleave(repeats, 1), g_gamma=rates.repeat_interleave(repeats))
+    return whole, {"q": problem.q, **few, "state": h0.clone(), "g_gamma": problem.g_gamma, "scale": problem.scale}
+
+
+def assert_grouped_steps_match(step: Callable[..., Tensor], problem: Problem, heads: int, **options: Any) -> None:
+    """Fail unless a step whose query heads share the states of fewer heads gives what it does with those repeated."""
+    whole, grouped = group_heads(problem, heads)
+    o = step(**grouped, **options)
+    assert_matches({"o": o}, whole)
+    repeats = problem.q.shape[2] // heads
+    assert errors(grouped["state"].repeat_interleave(repeats, 1), solve(whole)["final_state"])[0] < 1e-5
 
 
 def run_step(

@@ -206,17 +206,18 @@ STEPS = [  # dtypes of inputs, indices and states, and whether states are kept a
 ]
 
 
-def compile_step(arch: str, B: int, K: int, V: int, *kind: Any) -> tuple[Any, step.StepConfig]:
-    """The kernel for 8 heads with its default configuration; states of 16 bits are rounded stochastically."""
+def compile_step(arch: str, B: int, K: int, V: int, *kind: Any, G: int = 1) -> tuple[Any, step.StepConfig]:
+    """The kernel for 8 heads, each of G queries, with its default; states of 16 bits are rounded stochastically."""
     dtype, indices, stored, kept = kind
     empty = functools.partial(torch.empty, device="meta")
-    q, v = (empty(B, 1, 8, width, dtype=dtype) for width in (K, V))
+    k, v = (empty(B, 1, 8, width, dtype=dtype) for width in (K, V))
+    q, o = (empty(B, 1, 8 * G, width, dtype=dtype) for width in (K, V))
     states = empty(B, 1, 8, K, V, dtype=stored)
     seed = empty(1, dtype=torch.int64) if stored in HALVES else None
-    last = (empty(B, dtype=indices), seed, states if kept else None, torch.empty_like(v))
+    last = (empty(B, dtype=indices), seed, states if kept else None, o)
     config = step.default_config(dtype, K, V, 8 * B, 1, stored.itemsize)
     with offline(ARCHS[arch].target) as compiled:
-        step.step_update(q, q, v, empty(8), None, states[:, 0], *last, config)
+        step.step_update(q, k, v, empty(8), None, states[:, 0], *last, config)
     (kernel,) = compiled
     return kernel, config
 
@@ -243,3 +244,14 @@ def test_on_hopper_the_steps_state_goes_from_memory_to_registers_and_back(B: int
         assert needs.registers * 32 * config.num_warps <= (65536 if kept else 65536 // 2)
         for access in ("ld.global.v4.b32", "st.global.v4.b32"):
             assert kernel.asm["ptx"].count(access) >= tile // 16 // (32 * config.num_warps)
+
+
+@pytest.mark.parametrize("G", [2, 8, 32])
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (256, 512)])
+def test_on_hopper_a_groups_queries_are_served_without_spills(K: int, V: int, G: int) -> None:
+    kernel, _ = compile_step("sm90", 64, K, V, torch.bfloat16, torch.int32, torch.float32, False, G=G)
+    assert resources(kernel).spills == 0
+    alone, config = compile_step("sm90", 64, K, V, torch.bfloat16, torch.int32, torch.float32, False)
+    for access in ("ld.global.v4.b32", "st.global.v4.b32"):  # the state's: once for all
+        assert kernel.asm["ptx"].count(access) >= padded(K) * config.BV // 4 // (32 * config.num_warps)
+        assert kernel.asm["ptx"].count(access) <= alone.asm["ptx"].count(access) + 4 * G

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 from oracle import errors, make_problem, solve
-from steps import assert_independent, assert_rounded_once, assert_steps_match, assert_unbiased, run_step
+from steps import (
+    assert_grouped_steps_match,
+    assert_independent,
+    assert_rounded_once,
+    assert_steps_match,
+    assert_unbiased,
+    group_heads,
+    run_step,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -151,6 +159,16 @@ def test_a_state_of_inference_mode_is_written_there_alone() -> None:
     assert torch.equal(given["state"], before)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("HQ", "H"), [(6, 1), (6, 2), (6, 6)])
+def test_query_heads_share_the_state_of_their_group(HQ: int, H: int, dtype: torch.dtype) -> None:
+    rates = None if dtype == torch.bfloat16 else -torch.arange(H) / 3
+    problem = make_problem(2, 4, HQ, 5, 7, dtype, g_gamma=rates)
+    assert_grouped_steps_match(retention_step, problem, H)
+    assert_grouped_steps_match(retention_step, problem, H, out=torch.empty(2, 4, HQ, 7, dtype=dtype))
+
+
 # Tiles
 
 
@@ -207,6 +225,20 @@ def share(name: str, other: str) -> Change:
     return lambda given: given.update({name: given[other].flatten()[: given[name].numel()].view_as(given[name])})
 
 
+def group(heads: int, parts: str = "kvs", **values: Any) -> Change:
+    """Four query heads, and so many others in parts of the rest."""
+
+    def change(given: dict[str, Any]) -> None:
+        sizes = {"q": 4, "k": heads if "k" in parts else 4, "v": heads if "v" in parts else 4}
+        given.update({name: torch.randn(B, T, size, given[name].shape[3]) for name, size in sizes.items()})
+        states = heads if "s" in parts else 4
+        given["state"], given["states_out"] = torch.zeros(4, states, K, V), torch.zeros(B, T, states, K, V)
+        given["out"] = torch.zeros(B, T, 4 if "o" in parts else heads, V)
+        given.update(values)
+
+    return change
+
+
 def longer(given: dict[str, Any]) -> None:
     given.update({name: given[name][:, :1].expand(-1, 17, -1, -1) for name in "qkv"})
 
@@ -215,6 +247,34 @@ BAD = {
     "k_of_another_dtype": (change("k", Tensor.half), TypeError, "k is torch.float16, q is torch.float32"),
     "scale_is_0": (put(scale=0), ValueError, "scale is 0", "not 0"),
     "decays_of_more_heads": (put(g_gamma=torch.zeros(3)), ValueError, "g_gamma is [3]", "[H] = [2]"),
+    "k_of_3_heads": (
+        group(3),
+        ValueError,
+        "q has 4 heads, k has 3",
+        "a multiple of the heads of k and v",
+        "[2, 3, 4, 4]",
+    ),
+    "k_of_more_heads": (group(8), ValueError, "q has 4 heads, k has 8"),
+    "v_of_the_queries_heads": (group(2, "k"), ValueError, "v has 4 heads, k has 2; k and v must share B, T and H"),
+    "k_of_fewer_tokens": (
+        change("k", lambda x: x[:, :2]),
+        ValueError,
+        "k is [2, 2, 2, 4], q is [2, 3, 2, 4]",
+        "same B, T",
+    ),
+    "state_of_the_queries_heads": (
+        group(2, "kv"),
+        ValueError,
+        "state is [4, 4, 4, 5]",
+        "[slots, H, K, V] = [4, 2, 4, 5]",
+    ),
+    "decays_of_the_queries_heads": (
+        group(2, "kvso", g_gamma=torch.zeros(4)),
+        ValueError,
+        "g_gamma is [4]",
+        "[H] = [2]",
+    ),
+    "out_of_the_states_heads": (group(2, "kvs"), ValueError, "out is [2, 3, 2, 5]", "[B, T, HQ, V] = [2, 3, 4, 5]"),
     "17_tokens": (longer, ValueError, "T is 17", "at most 16"),
     "no_state": (put(state=None), TypeError, "state is a NoneType", "must be a tensor [slots, H, K, V]"),
     "state_of_two_dimensions": (change("state", lambda x: x[0, 0]), ValueError, "state is [4, 5]", "[slots, H, K, V]"),
@@ -254,7 +314,7 @@ BAD = {
     "indices_elsewhere": (change("state_indices", lambda x: x.to("meta")), ValueError, "state_indices is on meta"),
     "states_out_of_a_token": (change("states_out", lambda x: x[:, :1]), ValueError, "states_out is [2, 1, 2, 4, 5]"),
     "states_out_of_half": (change("states_out", Tensor.half), TypeError, "states_out is torch.float16"),
-    "out_is_a_number": (put(out=0.0), TypeError, "out is a float", "must be a tensor [B, T, H, V]"),
+    "out_is_a_number": (put(out=0.0), TypeError, "out is a float", "must be a tensor [B, T, HQ, V]"),
     "out_is_flat": (change("out", lambda x: x.flatten(2)), ValueError, "out is [2, 3, 10]", "[2, 3, 2, 5]"),
     "out_of_half": (change("out", Tensor.half), TypeError, "out is torch.float16", "must be torch.float32"),
     "out_elsewhere": (change("out", lambda x: x.to("meta")), ValueError, "out is on meta, q on cpu"),
@@ -481,6 +541,14 @@ def test_compiled_steps_neither_copy_the_pool_nor_write_it_back(where: str) -> N
     (call,) = ["".join(code.partition("def call")[1:]) for code in codes]
     assert "retention_step" in call
     assert not re.search(r"copy_|clone|empty_strided_cpu\(\(7,", call)
+
+
+def test_compiled_steps_group_heads() -> None:
+    _, given = group_heads(make_problem(2, 3, 6, 4, 5), 2)
+    eager = copy(given)
+    o = torch.compile(retention_step, fullgraph=True, backend="aot_eager")(**given)
+    torch.testing.assert_close(o, retention_step(**eager))
+    torch.testing.assert_close(given["state"], eager["state"])
 
 
 @pytest.mark.parametrize("pool", [False, True])

@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 from oracle import errors, make_problem, retnet_rates, solve
-from steps import assert_independent, assert_rounded_once, assert_steps_match, assert_unbiased
+from steps import (
+    assert_grouped_steps_match,
+    assert_independent,
+    assert_rounded_once,
+    assert_steps_match,
+    assert_unbiased,
+)
 from torch import Tensor
 
 from generated import retention_step
@@ -50,6 +56,16 @@ def test_steps_match_the_oracle(B: int, H: int, K: int, V: int, T: int, dtype: t
     problem = make_problem(B, 3 * T, H, K, V, dtype, device="cuda")
     assert_steps_match(retention_step, problem, lengths=[T] * 3)
     assert_steps_match(retention_step, problem, lengths=[T] * 3, states_out=problem.h0.new_empty(B, T, H, K, V))
+
+
+@all_dtypes
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize(("HQ", "H", "K", "V"), [(64, 8, 256, 512), (8, 1, 128, 128), (6, 2, 20, 33), (32, 1, 64, 64)])
+def test_query_heads_share_the_state_of_their_group(
+    HQ: int, H: int, K: int, V: int, T: int, dtype: torch.dtype
+) -> None:
+    problem = make_problem(3, T, HQ, K, V, dtype, device="cuda")
+    assert_grouped_steps_match(retention_step, problem, H)
 
 
 @all_dtypes

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from oracle import errors, make_problem, solve
-from steps import assert_independent, assert_rounded_once, assert_steps_match, assert_unbiased, run_step, store
+from steps import (
+    assert_grouped_steps_match,
+    assert_independent,
+    assert_rounded_once,
+    assert_steps_match,
+    assert_unbiased,
+    group_heads,
+    run_step,
+    store,
+)
 from torch import Tensor
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.forms("step")]
@@ -132,6 +141,31 @@ def test_wider_heads_than_a_program_can_hold_are_refused(step: Step) -> None:
     q, v = torch.ones(1, 1, 1, 513), torch.ones(1, 1, 1, 1)
     with pytest.raises(ValueError, match="retention_step: K is 513 and V is 1; on a GPU both are at most 512"):
         step(q, q, v, torch.zeros(1, 1, 513, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("HQ", "H"), [(3, 1), (4, 2), (8, 8)])
+@pytest.mark.parametrize("T", [1, 5])
+def test_query_heads_share_the_state_of_their_group(step: Step, T: int, HQ: int, H: int, dtype: torch.dtype) -> None:
+    problem = make_problem(2, T, HQ, 20, 33, dtype)
+    assert_grouped_steps_match(step, problem, H)
+    assert_grouped_steps_match(step, replace(problem, q=problem.q.transpose(1, 2).contiguous().transpose(1, 2)), H)
+
+
+def test_grouped_heads_use_their_slots_alone(step: Step) -> None:
+    _, given = group_heads(make_problem(3, 2, 6, 5, 8), 2)
+    pool = torch.randn(5, 2, 5, 8)
+    slots = torch.tensor([4, -1, 0])
+    pool[slots[::2]] = given["state"][::2]
+    kept, out, before = torch.zeros(3, 2, 2, 5, 8), torch.empty(3, 2, 6, 8), pool.clone()
+    o = step(**given | {"state": pool}, state_indices=slots, states_out=kept, out=out)
+    expected = step(**given)
+    assert o is out
+    assert torch.equal(o[::2], expected[::2])
+    assert o[1].count_nonzero() == kept[1].count_nonzero() == 0
+    assert torch.equal(pool[slots[::2]], given["state"][::2])
+    assert torch.equal(kept[::2, -1], given["state"][::2])
+    assert torch.equal(pool[1:4], before[1:4])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
