@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import errors, make_problem, solve
+from serving import assert_served_as_alone
 from steps import (
     assert_grouped_steps_match,
     assert_independent,
@@ -109,6 +110,11 @@ def test_tokens_are_rolled_back_with_the_states_kept() -> None:
     state.copy_(kept[:, 1])
     o = retention_step(q[:, 2:], k[:, 2:], v[:, 2:], state)
     assert errors(o, solve(problem)["o"][:, 2:])[0] < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32])
+def test_sequences_in_a_pool_are_as_if_each_were_alone(rows: int) -> None:
+    assert_served_as_alone(retention_step, count=200, rows=rows, seed=rows)
 
 
 halves = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import errors, make_problem, retnet_rates, solve
+from serving import assert_served_as_alone
 from steps import (
     assert_grouped_steps_match,
     assert_independent,
@@ -89,6 +90,11 @@ def test_a_million_steps_stay_as_exact_as_one() -> None:
         graph.replay()
         expected = decay * expected + added
     assert errors(state, expected)[0] < 1e-5
+
+
+@pytest.mark.timeout(60)
+def test_ten_thousand_sequences_in_a_pool_are_as_if_each_were_alone() -> None:
+    assert_served_as_alone(retention_step, count=10_000, rows=64, device="cuda")
 
 
 @pytest.mark.parametrize("offset", [0, 1])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import errors, make_problem, solve
+from serving import assert_served_as_alone
 from steps import (
     assert_grouped_steps_match,
     assert_independent,
@@ -88,6 +89,10 @@ def test_rows_use_their_slots_alone(step: Step, indices: torch.dtype, stride: st
     assert (states_out[1] == 7).all()
     pool[slots[used]] = problem.h0[used]
     assert torch.equal(memory, before)  # nothing else was written
+
+
+def test_sequences_in_a_pool_are_as_if_each_were_alone(step: Step) -> None:
+    assert_served_as_alone(step, count=20, rows=4)
 
 
 def test_a_skipped_row_may_hold_anything(step: Step) -> None:
