@@ -95,6 +95,32 @@ def test_sequences_in_a_pool_are_as_if_each_were_alone(step: Step) -> None:
     assert_served_as_alone(step, count=20, rows=4)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_launch_that_is_known_is_the_same(step: Step, kept: bool, grouped: bool) -> None:
+    """As it is kept on a GPU from the first call of its kind on."""
+    module = importlib.import_module("generated.retention.step")
+    whole = make_problem(3, 2, 4, 5, 8)
+    _, given = group_heads(whole, 2 if grouped else 4)
+    del given["g_gamma"]
+    given["state_indices"] = torch.tensor([2, -1, 0])
+    if kept:
+        given |= {"states_out": torch.zeros(3, 2, given["k"].shape[2], 5, 8), "out": torch.empty(3, 2, 4, 8)}
+    first, second = ({name: None if x is None else x.clone() for name, x in given.items()} for _ in range(2))
+    expected = step(**first)
+    (known,) = module._known.values()
+    tensors = (*(second[name] for name in "qkv"), None, second["state"], second["state_indices"], None)
+    known.launch = module.prepare_step(*tensors, given.get("states_out"), module.StepConfig(BV=8, num_warps=1))
+    launches, launch = [], known.launch
+    known.launch = lambda *inputs: launches.append(launch(*inputs))
+    version = second["state"]._version
+    assert torch.equal(step(**second), expected)
+    assert len(launches) == 1
+    assert second["state"]._version > version
+    for name in ("state", "states_out"):
+        assert name not in second or torch.equal(second[name], first[name])
+
+
 def test_a_skipped_row_may_hold_anything(step: Step) -> None:
     q, state = torch.full((2, 2, 1, 4), float("nan")), torch.full((1, 1, 4, 4), float("inf"))
     o = step(q, q, q, state, state_indices=torch.tensor([-1, -1]))
