@@ -25,6 +25,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from generated import arguments, configuration, fused_recurrent_retention, retention_step
@@ -608,6 +610,29 @@ def test_fake_results_look_like_real_ones(dtype: torch.dtype) -> None:
             fake = retention_step(**{name: mode.from_tensor(x) for name, x in options.items()})
         assert isinstance(fake, FakeTensor)
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_fake_tensors_may_have_symbols_for_sizes() -> None:
+    given = good(pool=True, kept=True)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fakes = {name: mode.from_tensor(x) for name, x in given.items()}
+        for options in (fakes, {name: x for name, x in fakes.items() if name != "out"}):
+            assert tuple(retention_step(**options).shape) == (B, T, H, V)
+    assert isinstance(fakes["q"].shape[0], torch.SymInt)
+    assert tuple(retention_step(**fakes).shape) == (B, T, H, V)  # where there is no mode
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_a_traced_step_is_the_step(tracing_mode: str) -> None:
+    given = good(pool=True)
+    eager = copy(given)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor, state: Tensor, state_indices: Tensor) -> Tensor:
+        return retention_step(q, k, v, state, state_indices=state_indices)
+
+    traced = make_fx(layer, tracing_mode=tracing_mode)(*copy(given).values())
+    torch.testing.assert_close(traced(*given.values()), retention_step(**eager))
+    torch.testing.assert_close(given["state"], eager["state"])
 
 
 def test_meta_tensors_give_shapes() -> None:
