@@ -459,6 +459,54 @@ def test_a_call_unlike_those_before_is_checked(name: str, checked: list[str]) ->
     assert len(checked) == 2
 
 
+IN_TURN = {
+    "values_of_another_width": lambda: {
+        **good(pool=True),
+        "v": torch.ones(B, T, H, 9),
+        "state": torch.ones(4, H, K, 9),
+    },
+    "another_dtype": lambda: {**good(pool=True), **{name: good()[name].half() for name in "qkv"}},
+    "a_state_of_16_bits": lambda: low(**good(pool=True)),
+    "another_pool": lambda: {**good(pool=True), "state": torch.ones(7, H, K, V)},
+    "fewer_heads": lambda: (
+        {**good(pool=True), "k": torch.ones(B, T, 1, K), "v": torch.ones(B, T, 1, V)}
+        | {"state": torch.ones(4, 1, K, V)}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_two_kinds_in_turn_are_checked_once_each(name: str, checked: list[str]) -> None:
+    for _ in range(3):
+        retention_step(**good(pool=True))
+        retention_step(**IN_TURN[name]())
+    assert len(checked) == 2
+
+
+def test_one_tensor_given_twice_is_checked_and_not_remembered(checked: list[str]) -> None:
+    for _ in range(2):
+        shared = good()
+        for _ in range(2):
+            retention_step(**shared | {"k": shared["q"]})
+        retention_step(**good())
+    assert len(checked) == 5  # what is no kind leaves that alone which is one
+
+
+@pytest.mark.parametrize("case", ["autocast", "negated", "one_twice"])
+def test_no_guard_is_built_where_nothing_is_remembered(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    monkeypatch.setattr(step, "guard_of", lambda tensors: built.append(len(tensors)))
+    given = good()
+    if case == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            retention_step(**given)
+    elif case == "negated":
+        retention_step(**given | {"q": given["q"]._neg_view()})
+    else:
+        retention_step(**given | {"k": given["q"]})
+    assert built == []
+
+
 def test_modes_are_looked_at_anew(checked: list[str]) -> None:
     given = good(pool=True)
     with torch.no_grad():
