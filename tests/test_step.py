@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from generated import arguments, configuration, fused_recurrent_retention, retention_step
 from generated.launch import blocks, padded
-from generated.retention import step
+from generated.retention import operators, step
 from generated.retention.step import StepConfig, default_config
 
 B, T, H, K, V = 2, 3, 2, 4, 5
@@ -552,6 +552,73 @@ def test_without_pytorchs_guard_all_calls_are_checked(checked: list[str], monkey
     for _ in range(3):
         retention_step(**given)
     assert len(checked) == 3
+
+
+class Careless:
+    """A guard that goes by nothing but one thing."""
+
+    looks_at: Callable[[Tensor], Any]
+
+    def __init__(self, *tensors: Tensor, dynamic_dims_sizes: Any, dynamic_dims_strides: Any) -> None:
+        self.seen = [type(self).looks_at(x) for x in tensors]
+
+    def check(self, *tensors: Tensor) -> bool:
+        return [type(self).looks_at(x) for x in tensors] == self.seen
+
+
+class Raising(Careless):
+    """A guard that fails once it is asked."""
+
+    def check(self, *tensors: Tensor) -> bool:
+        raise NotImplementedError
+
+
+def without_keywords(*tensors: Tensor) -> Careless:
+    raise AssertionError(f"{len(tensors)} tensors came without sizes")
+
+
+def careless(looks_at: Callable[[Tensor], Any], base: type[Careless] = Careless) -> type[Careless]:
+    return type("TensorGuards", (base,), {"looks_at": staticmethod(looks_at)})
+
+
+BROKEN = {
+    "sizes": careless(lambda x: (x.stride(), x.dtype, x.requires_grad)),
+    "strides": careless(lambda x: (x.shape, x.dtype, x.requires_grad)),
+    "dtypes": careless(lambda x: (x.shape, x.stride(), x.requires_grad)),
+    "gradients": careless(lambda x: (x.shape, x.stride(), x.dtype)),
+    "clones": careless(id),
+    "anything": careless(lambda _: None, Raising),
+    "arguments": without_keywords,
+    "being": property,
+}
+
+
+@pytest.fixture
+def probed_anew() -> Iterator[None]:
+    """What is known of PyTorch's guards is found out in a test, and forgotten with it."""
+    operators._guards_are_right.cache_clear()
+    yield
+    operators._guards_are_right.cache_clear()
+
+
+@pytest.mark.usefixtures("probed_anew")
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_guard_that_is_wrong_is_not_trusted(name: str, checked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C._dynamo.guards, "TensorGuards", BROKEN[name])
+        for _ in range(2):
+            retention_step(**good())
+    retention_step(**good())  # what was found out holds for the process
+    assert len(checked) == 3
+
+
+@pytest.mark.usefixtures("probed_anew")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_guard_is_found_right_in_any_mode(mode: Callable[[], Any], checked: list[str]) -> None:
+    with mode():
+        for _ in range(2):
+            retention_step(**good())
+    assert len(checked) == 1
 
 
 # As an operator
