@@ -6,7 +6,8 @@
 
 A pool has a slot for each request that runs, with its state in every layer. Prompts that join are packed into one row
 and read at once by the chunk form; then each step writes a byte of every request with `retention_step`, which updates
-the slots where they lie. A request's text depends on its prompt, temperature and seed, not on the rest of the batch.
+the slots where they lie. A request's text depends on its prompt, temperature and seed, not on the rest of the batch, up
+to the rounding of matrix products, which depends on their size.
 """
 
 import argparse
@@ -14,9 +15,9 @@ import math
 import random
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -42,6 +43,10 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}; a request is for one or more bytes")
+
 
 @dataclass
 class Running:
@@ -65,10 +70,10 @@ class Server:
         self.free, self.running = list(range(slots)), list[Running]()
 
     def serve(self, requests: Iterable[Request]) -> Iterator[tuple[Request, bytes]]:
-        """Each request with its text, as soon as it is written."""
-        waiting = deque(requests)
-        while waiting or self.running:
-            self.join([waiting.popleft() for _ in range(min(len(waiting), len(self.free)))])
+        """Each request with its text, as soon as it is written; requests are asked for as slots become free."""
+        coming = iter(requests)
+        while (joining := list(islice(coming, len(self.free)))) or self.running:
+            self.join(joining)
             yield from self.leave()
             self.step()
 
@@ -78,7 +83,8 @@ class Server:
         if not requests:
             return
         prompts = [as_tokens(request.prompt or SEPARATOR).long() for request in requests]
-        slots = torch.tensor([self.free.pop() for _ in requests], device=self.device)
+        numbers = [self.free.pop() for _ in requests]
+        slots = torch.tensor(numbers, device=self.device)
         ends = torch.tensor([0, *map(len, prompts)], device=self.device).cumsum(0)
         positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
 
@@ -90,7 +96,7 @@ class Server:
         x = self.read(torch.cat(prompts)[None], positions[None], retain)
         joined = [
             Running(request, slot, len(prompt) - 1, torch.Generator(self.device).manual_seed(request.seed), [])
-            for request, prompt, slot in zip(requests, prompts, slots.tolist(), strict=True)
+            for request, prompt, slot in zip(requests, prompts, numbers, strict=True)
         ]
         self.write(joined, x[0, ends[1:] - 1, None])
         self.running += joined
@@ -148,7 +154,10 @@ def check_text(model: RetNet, request: Request, text: bytes) -> None:
     """End the program with an error unless the request alone, byte by byte, gives the same text."""
     alone = generate(model, request.prompt, request.count, request.temperature, request.seed)
     if text != alone:
-        raise SystemExit(f"error: {request} got {text!r} in the batch, but alone {alone!r}")
+        i = next(i for i, (one, other) in enumerate(zip_longest(text, alone)) if one != other)
+        raise SystemExit(
+            f"error: {request} got {text!r} in the batch, but alone {alone!r}; byte {i} is the first to differ"
+        )
 
 
 def draw_requests(args: argparse.Namespace) -> list[Request]:
@@ -181,6 +190,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if not 0 <= args.temperature < math.inf:
         parser.error(f"--temperature is {args.temperature}; it must be at least 0")
+    if args.check and args.dtype != "float32":
+        parser.error(f"--check compares texts of float32; --dtype is {args.dtype}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device is {args.device}, but this PyTorch finds no GPU; use --device cpu")
     return args

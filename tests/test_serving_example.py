@@ -1,9 +1,11 @@
-"""What examples/serve_retnet.py promises: a request's text is the same in any batch as alone."""
+"""What examples/serve_retnet.py promises: a request's text is the same in any batch as alone, but for rounding."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -79,8 +81,34 @@ def test_the_program_prints_texts_and_checks_them(tmp_path: Path, capsys: pytest
 
 
 def test_a_text_that_is_another_is_told() -> None:
-    with pytest.raises(SystemExit, match=r"got b'abc' in the batch, but alone"):
-        program.check_text(make_model(), program.Request(b"x", 3), b"abc")
+    model, request = make_model(), program.Request(b"x", 3)
+    (text,) = alone(model, [request]).values()
+    for i in range(3):
+        other = text[:i] + bytes([text[i] ^ 1]) + text[i + 1 :]
+        with pytest.raises(SystemExit, match=rf"in the batch, but alone .*; byte {i} is the first to differ"):
+            program.check_text(model, request, other)
+    with pytest.raises(SystemExit, match="byte 2 is the first to differ"):
+        program.check_text(model, request, text[:2])
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_request_for_no_bytes_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"count is {count}; a request is for one or more bytes"):
+        program.Request(b"x", count)
+
+
+def test_requests_are_asked_for_as_slots_become_free() -> None:
+    """So that there may be no end of them."""
+    asked: list[int] = []
+
+    def endless() -> Iterator[object]:
+        for seed in itertools.count():
+            asked.append(seed)
+            yield program.Request(b"a", 2, seed=seed)
+
+    served = program.Server(make_model(), 3).serve(endless())
+    assert [request.seed for request, _ in itertools.islice(served, 4)] == [0, 1, 2, 3]
+    assert len(asked) == 6
 
 
 @pytest.mark.parametrize(
@@ -88,6 +116,7 @@ def test_a_text_that_is_another_is_told() -> None:
     [
         (["--slots", "0"], "--slots is 0; it must be at least 1"),
         (["--requests", "-1"], "--requests is -1"),
+        (["--dtype", "bfloat16", "--check"], "--check compares texts of float32; --dtype is bfloat16"),
         (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
     ],
 )
