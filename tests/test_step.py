@@ -114,9 +114,9 @@ def test_tokens_are_rolled_back_with_the_states_kept() -> None:
     assert errors(o, solve(problem)["o"][:, 2:])[0] < 1e-5
 
 
-@pytest.mark.parametrize("rows", [1, 7, 32])
-def test_sequences_in_a_pool_are_as_if_each_were_alone(rows: int) -> None:
-    assert_served_as_alone(retention_step, count=200, rows=rows, seed=rows)
+@pytest.mark.parametrize(("rows", "V"), [(1, 6), (7, 40), (32, 6)])
+def test_sequences_in_a_pool_are_as_if_each_were_alone(rows: int, V: int) -> None:
+    assert_served_as_alone(retention_step, count=200, rows=rows, V=V, seed=rows)
 
 
 halves = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)

@@ -93,8 +93,9 @@ def test_a_million_steps_stay_as_exact_as_one() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_ten_thousand_sequences_in_a_pool_are_as_if_each_were_alone() -> None:
-    assert_served_as_alone(retention_step, count=10_000, rows=64, device="cuda")
+@pytest.mark.parametrize("V", [6, 40])  # columns of one program, and of more
+def test_ten_thousand_sequences_in_a_pool_are_as_if_each_were_alone(V: int) -> None:
+    assert_served_as_alone(retention_step, count=10_000, rows=64, device="cuda", V=V)
 
 
 @pytest.mark.parametrize("offset", [0, 1])

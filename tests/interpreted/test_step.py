@@ -91,8 +91,9 @@ def test_rows_use_their_slots_alone(step: Step, indices: torch.dtype, stride: st
     assert torch.equal(memory, before)  # nothing else was written
 
 
-def test_sequences_in_a_pool_are_as_if_each_were_alone(step: Step) -> None:
-    assert_served_as_alone(step, count=20, rows=4)
+@pytest.mark.parametrize("V", [6, 40])
+def test_sequences_in_a_pool_are_as_if_each_were_alone(step: Step, V: int) -> None:
+    assert_served_as_alone(step, count=20, rows=4, V=V)
 
 
 @pytest.mark.parametrize("kept", [False, True])
