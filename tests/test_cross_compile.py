@@ -246,12 +246,18 @@ def test_on_hopper_the_steps_state_goes_from_memory_to_registers_and_back(B: int
             assert kernel.asm["ptx"].count(access) >= tile // 16 // (32 * config.num_warps)
 
 
-@pytest.mark.parametrize("G", [2, 8, 32])
-@pytest.mark.parametrize(("K", "V"), [(128, 128), (256, 512)])
+@pytest.mark.parametrize("G", [8, 64])
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (256, 512), (512, 512)])
 def test_on_hopper_a_groups_queries_are_served_without_spills(K: int, V: int, G: int) -> None:
-    kernel, _ = compile_step("sm90", 64, K, V, torch.bfloat16, torch.int32, torch.float32, False, G=G)
-    assert resources(kernel).spills == 0
-    alone, config = compile_step("sm90", 64, K, V, torch.bfloat16, torch.int32, torch.float32, False)
-    for access in ("ld.global.v4.b32", "st.global.v4.b32"):  # the state's: once for all
-        assert kernel.asm["ptx"].count(access) >= padded(K) * config.BV // 4 // (32 * config.num_warps)
-        assert kernel.asm["ptx"].count(access) <= alone.asm["ptx"].count(access) + 4 * G
+    """However many there are, one row is under way: two programs have room, and the state is read and written once."""
+    for *kind, kept in STEPS:
+        kernel, config = compile_step("sm90", 64, K, V, *kind, kept, G=G)
+        alone, _ = compile_step("sm90", 64, K, V, *kind, kept)
+        needs = resources(kernel)
+        assert needs.spills == 0
+        assert needs.registers * 32 * config.num_warps <= (65536 if kept else 65536 // 2)
+        assert (
+            needs.registers <= 2 * resources(alone).registers
+        )  # 1.3 times or fewer but for the widest states kept in float32
+        for access in ("ld.global.v4.b32", "st.global.v4.b32"):
+            assert kernel.asm["ptx"].count(access) == alone.asm["ptx"].count(access)
