@@ -117,7 +117,7 @@ def test_float32_is_multiplied_as_pytorch_was_told_by_either_of_its_switches(mat
 def test_prepared_calls_of_ever_new_shapes_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration, "CACHE_LIMIT", 4)
     prepared: list[int] = []
-    calls = operators._PreparedCalls(lambda q, *_: prepared.append(q.shape[1]), lambda q, *_: q.shape[1], None)
+    calls = operators._PreparedCalls(lambda q, *_: prepared.append(q.shape[1]), lambda q, *_: q.shape[1], None, operators.KnownCalls())
     for T in (1, 2, 3, 3, 4, 5, 5, 6):
         x = torch.randn(1, T, 1, 2)
         assert calls(x, x, x, None, None, None, False, None, False, False, None) == T
@@ -191,6 +191,7 @@ class Device:
         self.kernel: Any = Compiled(self)
         active = SimpleNamespace(get_current_stream=lambda index: f"stream {index}")
         monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
+        monkeypatch.setattr(launching, "current_device", lambda: 1)
         monkeypatch.setattr(launching, "_compiled", {})
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -284,7 +285,7 @@ def test_a_kind_is_compiled_side_by_side_at_its_first_call_with_gradients(monkey
     compiled: list[Any] = []
     monkeypatch.setattr(operators, "_compile_all", lambda ready, *_: compiled.append(ready))
     monkeypatch.setattr(operators._PreparedCalls, "_prepared", lambda _, ready: lambda *inputs: ready)
-    calls = operators._PreparedCalls(lambda *_: "ready", lambda *_: "not ready", None)  # type: ignore[arg-type,return-value]
+    calls = operators._PreparedCalls(lambda *_: "ready", lambda *_: "not ready", None, None)  # type: ignore[arg-type,return-value]
     x = torch.empty(1, 64, 2, 16, device="meta")
     on_gpu: Any = type("OnGpu", (Tensor,), {"is_cuda": True})
     q, leaf = x.as_subclass(on_gpu), x.clone().requires_grad_().as_subclass(on_gpu)
