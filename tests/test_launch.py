@@ -117,7 +117,9 @@ def test_float32_is_multiplied_as_pytorch_was_told_by_either_of_its_switches(mat
 def test_prepared_calls_of_ever_new_shapes_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration, "CACHE_LIMIT", 4)
     prepared: list[int] = []
-    calls = operators._PreparedCalls(lambda q, *_: prepared.append(q.shape[1]), lambda q, *_: q.shape[1], None, operators.KnownCalls())
+    calls = operators._PreparedCalls(
+        lambda q, *_: prepared.append(q.shape[1]), lambda q, *_: q.shape[1], None, operators.KnownCalls()
+    )
     for T in (1, 2, 3, 3, 4, 5, 5, 6):
         x = torch.randn(1, T, 1, 2)
         assert calls(x, x, x, None, None, None, False, None, False, False, None) == T

@@ -1,0 +1,285 @@
+"""Calls like one before run straight what that came to; who looks on, or passes other tensors, sees no difference."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_same
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import generated
+from generated import configuration
+from generated.retention import operators
+from generated.retention.host import host_sweep
+
+FORWARD, BACKWARD = (getattr(torch.ops.retgen, f"auto_retention{suffix}").default for suffix in ("", "_backward"))
+
+
+class Calls:
+    """What ran straight, by `retention` on the CPU as if that were a GPU: which sizes are launched is known before."""
+
+    def __init__(self) -> None:
+        self.straight: list[str] = []
+        self.known = operators.KnownCalls()
+        run = functools.partial(operators._differentiable, functools.partial(operators._forward, host_sweep), BACKWARD)
+        prepared = operators._PreparedCalls(self.prepare, run, BACKWARD, self.known)
+        self.operator = operators._shortcut(FORWARD, {"cpu": prepared})
+        self.operator.again = self.again  # type: ignore[attr-defined]
+
+    def prepare(self, q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, *_: Any) -> operators.Ready:
+        order: dict[str, Any] = {"reverse": False, "chunk_size": None}
+
+        def output(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+            assert all(x.is_contiguous() for x in (q, k, v))
+            states = {"initial_state": None, "final_state": None, "adjoint": False}
+            return host_sweep(q, k, v, rates, scale, **states, **order, cu_seqlens=cu_seqlens)
+
+        def gradients(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+            *tensors, cu_seqlens = tensors  # type: ignore[assignment]
+            assert all(x.is_contiguous() for x in tensors)
+            self.straight.append("backward")
+            states = {"h0": None, "dht": None, "dh0": None}
+            return operators.sweep_gradients(host_sweep, *tensors, scale, **states, **order, cu_seqlens=cu_seqlens)
+
+        return operators.Ready(output, gradients)
+
+    def again(self, *arguments: Any) -> Tensor | None:
+        o = self.known.again(*arguments)
+        self.straight += [] if o is None else ["forward"]
+        return o
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    found = Calls()
+    monkeypatch.setattr(importlib.import_module("generated.retention"), "OPERATOR", found.operator)
+    long_way = operators._ready_backward
+
+    def not_straight(*arguments: Any) -> Any:
+        gradients = long_way(*arguments)
+        found.straight.pop()
+        return gradients
+
+    monkeypatch.setattr(operators, "_ready_backward", not_straight)
+    return found
+
+
+def inputs(dtype: torch.dtype = torch.float32, *, gradient: bool = True, T: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(2, T, 3, 8, dtype=dtype, requires_grad=gradient) for _ in range(3))
+    return q, k, v
+
+
+def results(call: Callable[..., Any], tensors: tuple[Tensor, ...], do: Tensor, **options: Any) -> dict[str, Tensor]:
+    o, _ = call(*tensors, **options)
+    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *torch.autograd.grad(o, tensors, do)), strict=True))
+
+
+def through_the_operator(*tensors: Tensor, scale: float | None = None) -> Any:
+    return FORWARD(*tensors, None, scale, None, False, None, False, False, None)
+
+
+def make_known(calls: Calls, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """Two calls with gradients: what the first was checked for, the second has a backward to be known by."""
+    for _ in range(2):
+        tensors = inputs(dtype)
+        results(generated.retention, tensors, torch.randn_like(tensors[2]), **options)
+    calls.straight.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_a_call_like_one_before_runs_straight_and_gives_the_operators_bits(
+    calls: Calls, dtype: torch.dtype, scale: float | None
+) -> None:
+    make_known(calls, dtype, scale=scale)
+    tensors = inputs(dtype)
+    do = torch.randn_like(tensors[2])
+    got = results(generated.retention, tensors, do, scale=scale)
+    assert calls.straight == ["forward", "backward"]
+    assert_same(got, results(through_the_operator, tensors, do, scale=scale))
+
+
+def test_a_call_without_gradients_records_nothing(calls: Calls) -> None:
+    for tensors, mode in ((inputs(gradient=False), torch.enable_grad), (inputs(), torch.no_grad)):
+        with mode():
+            first, second = (generated.retention(*tensors)[0] for _ in range(2))
+        assert calls.straight.pop() == "forward"
+        assert not second.requires_grad
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_gradients_are_told_apart_by_who_wants_them(calls: Calls, at: int) -> None:
+    make_known(calls)
+    tensors = inputs(gradient=False)
+    tensors[at].requires_grad_()
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(generated.retention(*tensors)[0].sum(), tensors[at])
+    (expected,) = torch.autograd.grad(through_the_operator(*tensors)[0].sum(), tensors[at])
+    assert torch.equal(gradient, expected)
+    assert "forward" in calls.straight
+
+
+def bad_inputs() -> dict[str, tuple[Callable[..., Any], type[Exception], str]]:
+    return {
+        "no tensor": (lambda q, k, v: ((q, 5, v), {}), TypeError, "k is a int"),
+        "none": (lambda q, k, v: ((q, k, None), {}), TypeError, "v is a NoneType"),
+        "heads": (lambda q, k, v: ((q, k, v[:, :, :2]), {}), ValueError, "v has 2 heads"),
+        "dtype": (lambda q, k, v: ((q, k.half(), v), {}), TypeError, "k is torch.float16"),
+        "scale": (lambda q, k, v: ((q, k, v, float("nan")), {}), ValueError, "scale is nan"),
+        "scale's class": (lambda q, k, v: ((q, k, v, [1]), {}), TypeError, "scale is a list"),
+        "decay": (lambda q, k, v: ((q, k, v), {"g_gamma": torch.tensor([-0.1, -0.1, 0.5])}), ValueError, "holds 0.5"),
+        "decay's shape": (lambda q, k, v: ((q, k, v), {"g_gamma": torch.zeros(2)}), ValueError, "g_gamma is"),
+        "form": (lambda q, k, v: ((q, k, v), {"form": "other"}), ValueError, "form is 'other'"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_inputs())
+def test_bad_input_is_refused_after_good_input_too(calls: Calls, name: str) -> None:
+    make_known(calls)
+    make_known(calls, g_gamma=torch.tensor([-0.1, -0.1, -0.5]))
+    change, error, message = bad_inputs()[name]
+    arguments, options = change(*inputs())
+    with pytest.raises(error, match=message):
+        generated.retention(*arguments, **options)
+    assert not calls.straight
+
+
+class Watch(TorchDispatchMode):
+    """Lets operators through."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class FunctionWatch(TorchFunctionMode):
+    """Lets functions through."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+ONLOOKERS: list[Callable[[], AbstractContextManager[Any]]] = [Watch, FunctionWatch, torch.profiler.profile]
+
+
+@pytest.mark.parametrize("onlooker", ONLOOKERS)
+def test_whoever_looks_on_sees_the_operators(calls: Calls, onlooker: Callable[[], AbstractContextManager[Any]]) -> None:
+    make_known(calls)
+    tensors = inputs()
+    with onlooker():
+        o, _ = generated.retention(*tensors)
+    assert not calls.straight
+    o, _ = generated.retention(*tensors)
+    with onlooker():
+        o.backward(torch.ones_like(o))
+    expected = (
+        ["forward", "backward"] if onlooker is FunctionWatch else ["forward"]
+    )  # which sees no more than backward()
+    assert calls.straight == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
+def test_transforms_and_tangents_are_not_run_straight(calls: Calls) -> None:
+    make_known(calls)
+    q, k, v = inputs()
+    torch.func.vmap(lambda x: generated.retention(x, k, v)[0])(torch.stack([q, q]))
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        generated.retention(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+    assert not calls.straight
+
+
+def test_tensors_that_are_not_dense_are_copied(calls: Calls) -> None:
+    make_known(calls)
+    q, k, v = inputs()
+    strided = k.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    moved = torch.empty(q.numel() + 1).as_strided(q.shape, q.stride(), 1).copy_(q.detach()).requires_grad_()
+    for tensors in ((q, strided, v), (moved, k, v)):
+        got = results(generated.retention, tensors, torch.ones_like(v))
+        assert_same(got, results(through_the_operator, tensors, torch.ones_like(v)))
+    assert not calls.straight
+    o, _ = generated.retention(q, k, v)
+    o.sum().backward()  # whose gradient is one number
+    assert calls.straight == ["forward"]
+    assert q.grad is not None
+    assert torch.equal(q.grad, torch.autograd.grad(through_the_operator(q, k, v)[0].sum(), q)[0])
+
+
+def test_a_second_derivative_is_refused(calls: Calls) -> None:
+    make_known(calls)
+    q, k, v = inputs()
+    (gradient,) = torch.autograd.grad(generated.retention(q, k, v)[0].square().sum(), q, create_graph=True)
+    assert calls.straight == ["forward"]
+    with pytest.raises(NotImplementedError, match=r"auto_retention.*first derivatives only"):
+        gradient.sum().backward()
+
+
+def test_an_input_changed_after_the_call_is_noticed(calls: Calls) -> None:
+    make_known(calls)
+    q, k, v = inputs()
+    o, _ = generated.retention(q, k2 := k * 1.0, v)
+    assert calls.straight == ["forward"]
+    k2.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+def test_checkpoints_and_hooks_of_saved_tensors_give_the_same_gradients(calls: Calls) -> None:
+    make_known(calls)
+    tensors = inputs()
+    do = torch.randn_like(tensors[2])
+    expected = results(through_the_operator, tensors, do)
+    assert_same(results(functools.partial(checkpoint, generated.retention, use_reentrant=False), tensors, do), expected)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.mT.contiguous(), lambda x: x.mT):
+        assert_same(results(generated.retention, tensors, do), expected)
+    assert calls.straight.count("forward") >= 2
+
+
+def test_autocast_is_asked_each_time(calls: Calls) -> None:
+    tensors = inputs(torch.bfloat16)
+    dtypes = []
+    for dtype in (torch.bfloat16, torch.bfloat16, torch.float16, torch.float16, torch.bfloat16, None, None):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            dtypes.append(generated.retention(*tensors)[0].dtype)
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float16, torch.float16, *[torch.bfloat16] * 3]
+    assert len(calls.straight) == 3  # of those whose dtype is autocast's, and of that without it
+
+
+def test_decays_are_those_of_the_call(calls: Calls) -> None:
+    tensors, rates = inputs(), [None, torch.tensor([-0.1, -0.2, -0.3]), None, torch.tensor([-0.5] * 3)]
+    for rate in rates:
+        expected = FORWARD(*tensors, rate, None, None, False, None, False, False, None)[0]
+        assert torch.equal(generated.retention(*tensors, g_gamma=rate)[0], expected)
+    assert calls.straight == ["forward"]  # values on the CPU are looked at each time
+
+
+def test_what_is_known_is_forgotten_with_the_rules_and_not_kept_for_ever(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configuration, "CACHE_LIMIT", 4)
+    for T in range(1, 10):
+        generated.retention(*inputs(T=T))
+    assert 0 < len(calls.known._kinds) <= 4
+    for _ in range(2 * operators.MOST_ALIKE):
+        strided = [x.transpose(0, 1).contiguous().transpose(0, 1)[:1] for x in inputs()]
+        generated.retention(*strided)
+        generated.retention(*inputs(torch.float16))
+        generated.retention(*inputs(torch.bfloat16))
+    assert all(len(alike) <= operators.MOST_ALIKE for alike in calls.known._kinds.values())
+    configuration.clear_caches()
+    assert not calls.known._kinds
+
+
+def test_without_pytorchs_guard_nothing_is_known(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "guard_of", lambda _: None)
+    make_known(calls)
+    assert not calls.known._kinds
