@@ -276,10 +276,26 @@ def test_what_is_known_is_forgotten_with_the_rules_and_not_kept_for_ever(
         generated.retention(*inputs(torch.bfloat16))
     assert all(len(alike) <= operators.MOST_ALIKE for alike in calls.known._kinds.values())
     configuration.clear_caches()
-    assert not calls.known._kinds
+    assert not any(calls.known._kinds.values())
 
 
 def test_without_pytorchs_guard_nothing_is_known(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "guard_of", lambda _: None)
     make_known(calls)
-    assert not calls.known._kinds
+    assert not any(calls.known._kinds.values())
+
+
+def test_calls_that_are_never_run_straight_are_not_remembered_each_time(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    guard_of = operators.guard_of
+    monkeypatch.setattr(operators, "guard_of", lambda tensors: (made.append(len(tensors)), guard_of(tensors))[1])
+    q, k, v = inputs(gradient=False)
+    moved = torch.empty(q.numel() + 1).as_strided(q.shape, q.stride(), 1)
+    for _ in range(3):
+        generated.retention(q, q, v)
+        generated.retention(q, k, v, scale=1)
+        generated.retention(moved, k, v)
+        generated.retention(torch.nn.Parameter(q, requires_grad=False), k, v)
+    assert len(made) == 3
