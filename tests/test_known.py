@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import generated
-from generated import configuration
+from generated import configuration, known
 from generated.retention import operators
 from generated.retention.host import host_sweep
 
@@ -299,3 +299,82 @@ def test_calls_that_are_never_run_straight_are_not_remembered_each_time(
         generated.retention(moved, k, v)
         generated.retention(torch.nn.Parameter(q, requires_grad=False), k, v)
     assert len(made) == 3
+
+
+@pytest.fixture
+def probed_anew() -> Iterator[None]:
+    """What is known of PyTorch's guards is found out in a test, and forgotten with it."""
+    known._guards_are_right.cache_clear()
+    yield
+    known._guards_are_right.cache_clear()
+
+
+def careless(ignores: str) -> type:
+    """A guard like PyTorch's own but for one thing that it takes though it should not."""
+    autocast = torch.is_autocast_enabled
+
+    class Careless:
+        def __init__(self, *tensors: Tensor, dynamic_dims_sizes: Any, dynamic_dims_strides: Any) -> None:
+            self.seen = self.of(tensors)
+
+        def of(self, tensors: tuple[Tensor, ...]) -> list[Any]:
+            asked = {
+                "a tensor given twice": len({id(x) for x in tensors}) == len(tensors),
+                "autocast": autocast("cpu"),
+                "a mode": torch.is_inference_mode_enabled(),
+            }
+            for i, x in enumerate(tensors):
+                asked |= {f"sizes {i}": x.shape, f"strides {i}": x.stride(), f"dtype {i}": x.dtype}
+                asked |= {f"gradient {i}": x.requires_grad, f"class {i}": type(x), f"device {i}": x.device}
+                asked |= {f"dispatch keys {i}": (x.is_inference(), x.is_neg())}
+            return [value for name, value in asked.items() if not name.startswith(ignores)]
+
+        def check(self, *tensors: Tensor) -> bool:
+            return self.of(tensors) == self.seen
+
+    return type("TensorGuards", (Careless,), {})
+
+
+IGNORED = [
+    "a tensor",
+    "autocast",
+    "a mode",
+    "sizes 1",
+    "strides 0",
+    "dtype 1",
+    "gradient",
+    "class",
+    "device",
+    "dispatch",
+]
+
+
+@pytest.mark.usefixtures("probed_anew")
+@pytest.mark.parametrize("ignores", ["nothing", *IGNORED])
+def test_a_guard_that_takes_what_it_should_not_is_not_trusted(ignores: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", careless(ignores))
+    assert (known.guard_of([torch.zeros(2)]) is None) == (ignores != "nothing")
+
+
+@pytest.mark.usefixtures("probed_anew")
+@pytest.mark.parametrize("is_right_at_first", [False, True])
+def test_a_guard_that_fails_leaves_calls_as_they_were(
+    is_right_at_first: bool, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def __init__(self, *_: Tensor, **__: Any) -> None:
+            raise SystemError("guards are another thing now")
+
+    if is_right_at_first:
+        assert known.guard_of([torch.zeros(2)]) is not None
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", Failing)
+    make_known(calls)
+    results(generated.retention, inputs(), torch.ones(2, 20, 3, 8))
+    assert not calls.straight
+
+
+@pytest.mark.usefixtures("probed_anew")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_guards_are_found_right_in_any_mode(mode: Callable[[], AbstractContextManager[Any]]) -> None:
+    with mode():
+        assert known.guard_of([torch.zeros(2)]) is not None

@@ -29,9 +29,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generated import arguments, configuration, fused_recurrent_retention, retention_step
+from generated import arguments, configuration, fused_recurrent_retention, known, retention_step
 from generated.launch import blocks, padded
-from generated.retention import operators, step
+from generated.retention import step
 from generated.retention.step import StepConfig, default_config
 
 B, T, H, K, V = 2, 3, 2, 4, 5
@@ -596,9 +596,9 @@ BROKEN = {
 @pytest.fixture
 def probed_anew() -> Iterator[None]:
     """What is known of PyTorch's guards is found out in a test, and forgotten with it."""
-    operators._guards_are_right.cache_clear()
+    known._guards_are_right.cache_clear()
     yield
-    operators._guards_are_right.cache_clear()
+    known._guards_are_right.cache_clear()
 
 
 @pytest.mark.usefixtures("probed_anew")
