@@ -6,13 +6,16 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from oracle import assert_same
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -32,12 +35,14 @@ class Calls:
         self.straight: list[str] = []
         self.known = operators.KnownCalls()
         run = functools.partial(operators._differentiable, functools.partial(operators._forward, host_sweep), BACKWARD)
-        prepared = operators._PreparedCalls(self.prepare, run, BACKWARD, self.known)
-        self.operator = operators._shortcut(FORWARD, {"cpu": prepared})
+        self.prepared = operators._PreparedCalls(self.prepare, run, BACKWARD, self.known)
+        self.operator = operators._shortcut(FORWARD, {"cpu": self.prepared})
         self.operator.again = self.again  # type: ignore[attr-defined]
 
-    def prepare(self, q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, *_: Any) -> operators.Ready:
-        order: dict[str, Any] = {"reverse": False, "chunk_size": None}
+    def prepare(
+        self, q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, reverse: bool, chunk_size: int | None
+    ) -> operators.Ready:
+        order: dict[str, Any] = {"reverse": reverse, "chunk_size": chunk_size}
 
         def output(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, cu_seqlens: Tensor | None) -> Tensor:
             assert all(x.is_contiguous() for x in (q, k, v))
@@ -301,12 +306,148 @@ def test_calls_that_are_never_run_straight_are_not_remembered_each_time(
     assert len(made) == 3
 
 
+def test_sizes_that_are_symbols_are_no_keys(calls: Calls) -> None:
+    make_known(calls)
+    tensors = [x.detach().expand(4, *x.shape) for x in inputs()]
+    rows = torch.func.vmap(lambda *x: generated.retention(*x)[0])
+    graph = make_fx(rows, tracing_mode="symbolic")(*tensors)
+    assert not calls.straight
+    assert_same({"o": graph(*tensors)}, {"o": rows(*tensors)})
+
+
+def test_compiled_autograd_takes_a_known_calls_backward_as_a_whole(calls: Calls) -> None:
+    make_known(calls)
+    tensors = inputs()
+    do = torch.randn_like(tensors[2])
+    o, _ = generated.retention(*tensors)
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        o.backward(do)
+    assert calls.straight == ["forward"]
+    expected = results(through_the_operator, tensors, do)
+    assert_same(
+        {f"d{name}": x.grad for name, x in zip("qkv", tensors, strict=True)},
+        {n: expected[n] for n in ("dq", "dk", "dv")},
+    )
+
+
+def test_precisions_in_turn_are_each_known(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    precision = ["A"]
+    monkeypatch.setattr(operators, "dot_precision", lambda _: precision[0])
+    straight = []
+    for precision[0] in "ABAAB":
+        generated.retention(*inputs())
+        straight.append(bool(calls.straight))
+        calls.straight.clear()
+    assert straight == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("options", [(None, True, False, None), (None, False, False, 16)])
+def test_what_the_operator_alone_can_be_told_is_not_run_by_the_public_function(
+    calls: Calls, options: tuple[Any, ...]
+) -> None:
+    q, k, v = inputs(gradient=False)
+    for _ in range(2):
+        calls.operator(q, k, v, None, None, None, False, *options)
+    o, _ = generated.retention(q, k, v)
+    assert not calls.straight
+    assert torch.equal(o, through_the_operator(q, k, v)[0])
+
+
+def test_what_was_made_ready_by_rules_that_changed_meanwhile_is_not_kept(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_ready: list[int] = []
+
+    def prepare(*arguments: Any) -> operators.Ready:
+        made_ready.append(len(made_ready))
+        if len(made_ready) == 1:
+            configuration.clear_caches()
+        return calls.prepare(*arguments)
+
+    monkeypatch.setattr(calls.prepared, "_prepare", prepare)
+    for _ in range(4):
+        generated.retention(*inputs())
+    assert len(made_ready) == 2
+    assert calls.straight == ["forward"] * 2
+
+
+def test_rules_that_change_while_a_call_runs_leave_it_unknown(calls: Calls) -> None:
+    run = calls.prepared._prepared(calls.prepare(*inputs()[::2], 1.0, None, False, None), configuration.generation())
+    configuration.clear_caches()
+    run(*inputs(), None, None, None, False, None, False, False, None)
+    assert not calls.known._kinds
+
+
+def test_a_full_memory_keeps_what_a_call_of_a_known_kind_adds_to(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "CACHE_LIMIT", 2)
+    for T in (4, 5):
+        generated.retention(*inputs(T=T, gradient=False))
+    generated.retention(*inputs(T=5))
+    assert [len(alike) for alike in calls.known._kinds.values()] == [1, 2]
+    generated.retention(*inputs(T=5, dtype=torch.float16))
+    assert [kind[1] for kind in calls.known._kinds] == [torch.float16]
+
+
+def test_gradients_at_odd_addresses_teach_nothing_and_are_asked_for_nothing(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_known(calls)
+    made: list[int] = []
+    guard_of = operators.guard_of
+    monkeypatch.setattr(operators, "guard_of", lambda tensors: (made.append(len(tensors)), guard_of(tensors))[1])
+    tensors = inputs()
+    do = torch.randn_like(tensors[2])
+    moved = torch.empty(do.numel() + 1).as_strided(do.shape, do.stride(), 1).copy_(do)
+    expected = results(through_the_operator, tensors, do)
+    for gradient in (moved, moved, do, torch.ones(()).expand(do.shape), moved, do):
+        got = results(generated.retention, tensors, gradient)
+    assert_same(got, expected)
+    assert not made
+    assert calls.straight.count("backward") == 2
+
+
 @pytest.fixture
 def probed_anew() -> Iterator[None]:
-    """What is known of PyTorch's guards is found out in a test, and forgotten with it."""
-    known._guards_are_right.cache_clear()
+    """What is known of PyTorch is found out in a test, and forgotten with it."""
+    probes = (known._guards_are_right, operators._known_gradient)
+    for probe in probes:
+        probe.cache_clear()
     yield
-    known._guards_are_right.cache_clear()
+    for probe in probes:
+        probe.cache_clear()
+
+
+def fails(*_: Any) -> Any:
+    raise TypeError("apply is another thing now")
+
+
+WRONG_APPLIES: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "raises": lambda _: fails,
+    "records nothing": lambda function: lambda *x: function.forward(SimpleNamespace(save_for_backward=id), *x),
+    "another's gradient": lambda _: lambda _, x: x * 2,
+}
+
+
+@pytest.mark.usefixtures("probed_anew")
+@pytest.mark.parametrize("name", WRONG_APPLIES)
+def test_functions_are_applied_as_pytorch_has_it_where_the_short_way_is_wrong(
+    name: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "_past_functorch", WRONG_APPLIES[name])
+    make_known(calls)
+    tensors = inputs()
+    do = torch.randn_like(tensors[2])
+    assert_same(results(generated.retention, tensors, do), results(through_the_operator, tensors, do))
+    assert calls.straight == ["forward", "backward"]
+    assert operators._known_gradient() == operators._KnownGradient.apply
+
+
+@pytest.mark.usefixtures("probed_anew")
+def test_the_short_way_to_apply_functions_is_taken_and_asked_for_once(calls: Calls) -> None:
+    make_known(calls)
+    make_known(calls, torch.float16)
+    assert operators._known_gradient.cache_info().misses == 1
+    assert operators._known_gradient() != operators._KnownGradient.apply
 
 
 def careless(ignores: str) -> type:
