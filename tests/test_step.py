@@ -475,6 +475,18 @@ IN_TURN = {
 }
 
 
+def test_what_was_found_by_rules_that_changed_meanwhile_is_not_kept(
+    checked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "_known_launch", lambda *_: configuration.clear_caches())
+        retention_step(**good())
+    assert not step._known
+    for _ in range(3):
+        retention_step(**good())
+    assert len(checked) == 2
+
+
 @pytest.mark.parametrize("name", IN_TURN)
 def test_two_kinds_in_turn_are_checked_once_each(name: str, checked: list[str]) -> None:
     for _ in range(3):
