@@ -2,6 +2,8 @@
 
     S_t = gamma S_{t-1} + k_t v_t^T      o_t = scale * q_t S_t      (with `reverse` from the last token to the first)
 
+Where q has more heads than k and v, each of these is repeated for its group.
+
 `recurrence` is that, token by token; `by_blocks` is the same sum a block of tokens at a time, for long sequences. Both
 are differentiable, so autograd supplies every gradient. A result in a low precision may have twice the error of
 `by_blocks` with its operands rounded to that precision, and the rounding of the result itself: no hand-picked bound.
@@ -39,10 +41,13 @@ class Problem:
     reverse: bool = False
 
     def part(self, rows: list[int], heads: list[int]) -> Problem:
-        """The same for some rows of the batch and some heads, which know nothing of the others."""
-        rates = retnet_rates(self.q.shape[2]).to(self.q.device) if self.g_gamma is None else self.g_gamma
+        """The same for some rows of the batch and some heads of k and v, which know nothing of the others."""
+        rates = retnet_rates(self.k.shape[2]).to(self.q.device) if self.g_gamma is None else self.g_gamma
         sequences = rows if self.cu_seqlens is None else slice(None)
-        q, k, v, do = (x[rows][:, :, heads] for x in (self.q, self.k, self.v, self.do))
+        k, v = (x[rows][:, :, heads] for x in (self.k, self.v))
+        group = range(self.q.shape[2] // self.k.shape[2])
+        query_heads = [head * len(group) + i for head in heads for i in group]
+        q, do = (x[rows][:, :, query_heads] for x in (self.q, self.do))
         h0, dht = (None if x is None else x[sequences][:, heads] for x in (self.h0, self.dht))
         return replace(self, q=q, k=k, v=v, do=do, h0=h0, dht=dht, g_gamma=rates[heads])
 
@@ -61,16 +66,21 @@ def make_problem(
     dtype: torch.dtype = torch.float32,
     *,
     device: str = "cpu",
+    group: int = 1,
     lengths: list[int] | None = None,
     states: bool = True,
     seed: int = 0,
     **options: Any,
 ) -> Problem:
-    """Normally distributed inputs; with `lengths` (which add up to T, and B is 1) of packed sequences."""
+    """Normally distributed inputs; with `lengths` (which add up to T, and B is 1) of packed sequences.
+
+    A `group` of query heads shares each of the H heads of k and v.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     normal: Callable[..., Tensor] = lambda *shape: torch.randn(shape, generator=generator, device=device)  # noqa: E731
     N = B if lengths is None else len(lengths)
-    q, k, v, do = (normal(B, T, H, D).to(dtype) for D in (K, K, V, V))
+    shapes = ((H * group, K), (H, K), (H, V), (H * group, V))
+    q, k, v, do = (normal(B, T, *shape).to(dtype) for shape in shapes)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     h0, dht = (normal(N, H, K, V).to(wide) if states else None for _ in range(2))
     cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], device=device).cumsum(0)
@@ -130,17 +140,19 @@ def solve(problem: Problem, *, formula: Formula = recurrence, operand: torch.dty
     leaf: Callable[[Tensor], Tensor] = lambda x: x.detach().to(wide).clone().requires_grad_()  # noqa: E731
     q, k, v = leaf(problem.q), leaf(problem.k), leaf(problem.v)
     h0 = None if problem.h0 is None else leaf(problem.h0)
-    K, V, H = q.shape[3], v.shape[3], q.shape[2]
+    K, V, H = q.shape[3], v.shape[3], k.shape[2]
+    group = q.shape[2] // H
     rates = (retnet_rates(H) if problem.g_gamma is None else problem.g_gamma).to(q.device, torch.float64)
     scale = K**-0.5 if problem.scale is None else problem.scale
     outputs, finals = [], []
     with full_precision():
         for i, (row, tokens) in enumerate(_sequences(problem)):
             start = q.new_zeros(len(q[row]), H, K, V) if h0 is None else h0[row if problem.cu_seqlens is None else [i]]
-            parts = (x[row, tokens] for x in (q, k, v))
-            o, final = formula(*parts, rates, scale, start, reverse=problem.reverse, operand=operand)
+            parts = q[row, tokens], *(x[row, tokens].repeat_interleave(group, 2) for x in (k, v))
+            given = (rates.repeat_interleave(group), scale, start.repeat_interleave(group, 1))
+            o, final = formula(*parts, *given, reverse=problem.reverse, operand=operand)
             outputs.append(o)
-            finals.append(final)
+            finals.append(final[:, ::group])
         results = {"o": torch.cat(outputs, 1), "final_state": torch.cat(finals)}
         gradients = _gradients(results, {"q": q, "k": k, "v": v, "h0": h0}, problem)
     return {name: x.detach() for name, x in {**results, **gradients}.items()}

@@ -58,11 +58,35 @@ INPUTS = {
     "v_is_a_list": (put(v=[1.0]), TypeError, "v is a list", "must be a tensor"),
     "q_without_heads": (change("q", lambda x: x[0]), ValueError, "q has 3 dimensions", "[6, 3, 4]", "[B, T, H, K]"),
     "v_of_five_dimensions": (change("v", lambda x: x[None]), ValueError, "v has 5 dimensions", "[B, T, H, V]"),
-    "k_is_wider": (put(k=torch.randn(B, T, H, 7)), ValueError, "k is [2, 6, 3, 7]", "q is [2, 6, 3, 4]", "same shape"),
-    "k_is_shorter": (change("k", lambda x: x[:, :5]), ValueError, "k is [2, 5, 3, 4]", "same shape"),
-    "v_of_fewer_heads": (change("v", lambda x: x[:, :, :2]), ValueError, "v has 2 heads, q has 3", "[2, 6, 2, 5]"),
-    "v_of_fewer_tokens": (change("v", lambda x: x[:, :4]), ValueError, "v has 4 tokens, q has 6", "must share B, T"),
-    "v_of_fewer_rows": (change("v", lambda x: x[:1]), ValueError, "v has 1 rows, q has 2", "must share B, T and H"),
+    "k_is_wider": (
+        put(k=torch.randn(B, T, H, 7)),
+        ValueError,
+        "k is [2, 6, 3, 7]",
+        "q is [2, 6, 3, 4]",
+        "same B, T and K",
+    ),
+    "k_is_shorter": (change("k", lambda x: x[:, :5]), ValueError, "k is [2, 5, 3, 4]", "same B, T and K"),
+    "k_of_more_heads": (
+        put(k=torch.randn(B, T, 6, K)),
+        ValueError,
+        "q has 3 heads, k has 6",
+        "q must have a multiple of",
+    ),
+    "k_of_heads_that_make_no_groups": (
+        change("k", lambda x: x[:, :, :2]),
+        ValueError,
+        "q has 3 heads, k has 2; q must have a multiple of the heads of k and v",
+        "(q: [2, 6, 3, 4], k: [2, 6, 2, 4])",
+    ),
+    "k_of_one_head_and_v_of_three": (
+        change("k", lambda x: x[:, :, :1]),
+        ValueError,
+        "v has 3 heads, k has 1",
+        "k and v must share",
+    ),
+    "v_of_fewer_heads": (change("v", lambda x: x[:, :, :2]), ValueError, "v has 2 heads, k has 3", "[2, 6, 2, 5]"),
+    "v_of_fewer_tokens": (change("v", lambda x: x[:, :4]), ValueError, "v has 4 tokens, k has 6", "must share B, T"),
+    "v_of_fewer_rows": (change("v", lambda x: x[:1]), ValueError, "v has 1 rows, k has 2", "must share B, T and H"),
     "k_of_another_dtype": (change("k", Tensor.half), TypeError, "k is torch.float16, q is torch.float32", "one dtype"),
     "v_of_another_dtype": (change("v", Tensor.double), TypeError, "v is torch.float64, q is torch.float32"),
     "k_elsewhere": (change("k", lambda x: x.to("meta")), ValueError, "k is on meta, q on cpu", "one device"),
@@ -156,6 +180,19 @@ def test_bad_offsets_are_refused(form: str, case: str, offsets: torch.dtype) -> 
 def test_bad_states_are_refused(form: str, case: str) -> None:
     state, error, *words = STATES[case]
     assert_refused(form, {**good(), "initial_state": state}, error, *words)
+
+
+GROUPED = {
+    "decays_of_query_heads": ({"g_gamma": torch.zeros(2 * H)}, "g_gamma is [6]", "[H] = [3]"),
+    "states_of_query_heads": ({"initial_state": torch.zeros(B, 2 * H, K, V)}, "is [2, 6, 4, 5]", "= [2, 3, 4, 5]"),
+}
+
+
+@pytest.mark.parametrize("form", WITH_STATES)
+@pytest.mark.parametrize("case", GROUPED)
+def test_what_groups_share_is_of_the_heads_of_k_and_v(form: str, case: str) -> None:
+    given, *words = GROUPED[case]
+    assert_refused(form, {**good(), "q": torch.randn(B, T, 2 * H, K), **given}, ValueError, *words)
 
 
 @pytest.mark.parametrize("form", WITH_STATES)

@@ -101,6 +101,68 @@ def test_packed_sequences_equal_the_same_sequences_in_a_batch(form: str) -> None
         torch.testing.assert_close(got[name].reshape(value.shape), value, rtol=1e-5, atol=1e-5)
 
 
+GROUPS = [(2, 2), (3, 4), (1, 8)]  # heads of k and v, and the query heads of each
+
+
+@all_forms
+@all_dtypes
+@pytest.mark.parametrize(("H", "group"), GROUPS)
+@pytest.mark.parametrize("shape", [(2, 15, 20, 33), (1, 64, 3, 17), (2, 130, 16, 16)], ids=str)
+def test_query_heads_in_groups_share_keys_and_values(
+    form: str, shape: tuple[int, ...], H: int, group: int, dtype: torch.dtype
+) -> None:
+    B, T, K, V = shape
+    check(public(form), make_problem(B, T, H, K, V, dtype, group=group, states=has_states(form)))
+    check(public(form), make_problem(B, T, H, K, V, dtype, group=group, states=False))
+
+
+@all_forms
+@all_dtypes
+@pytest.mark.parametrize(("H", "group"), GROUPS)
+def test_packed_sequences_may_have_groups(form: str, H: int, group: int, dtype: torch.dtype) -> None:
+    lengths = [1, 15, 64, 1, 19]
+    states = has_states(form)
+    check(public(form), make_problem(1, sum(lengths), H, 12, 7, dtype, group=group, lengths=lengths, states=states))
+
+
+@all_forms
+@pytest.mark.parametrize(("H", "group"), GROUPS)
+def test_groups_equal_keys_and_values_that_are_repeated(form: str, H: int, group: int) -> None:
+    problem = make_problem(2, 70, H, 6, 5, group=group, states=has_states(form))
+
+    def repeated(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        options["g_gamma"] = retnet_rates(H).float().repeat_interleave(group)
+        if "initial_state" in options:
+            options["initial_state"] = options["initial_state"].repeat_interleave(group, 1)
+        o, final = public(form)(q, k, v, **options)
+        return o, None if final is None else final[:, ::group]
+
+    got, expected = run(public(form), problem), run(repeated, problem)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5)
+
+
+@forms_with_states
+@pytest.mark.parametrize("given", ["nothing", "initial", "final"])
+@pytest.mark.parametrize("lengths", [None, [69, 1]])
+def test_states_of_groups_are_optional(form: str, given: str, lengths: list[int] | None) -> None:
+    problem = make_problem(1, 70, 2, 6, 5, group=3, lengths=lengths)
+    h0, dht = (problem.h0 if given == "initial" else None), (problem.dht if given == "final" else None)
+    check(public(form), replace(problem, h0=h0, dht=dht))
+
+
+@pytest.mark.parametrize("lengths", [None, [1, 65, 8]])
+def test_groups_may_run_from_the_end(lengths: list[int] | None) -> None:
+    check(public("fused_recurrent"), make_problem(1, 74, 2, 5, 7, group=2, lengths=lengths, reverse=True))
+
+
+@all_forms
+def test_groups_have_gradients_in_float64(form: str) -> None:
+    problem = make_problem(1, 100, 2, 4, 4, torch.float64, group=2, states=has_states(form))
+    assert_matches(run(public(form), replace(problem, g_gamma=retnet_rates(2))), problem, exact=1e-13)
+
+
 @forms_with_states
 @pytest.mark.parametrize("given", ["nothing", "initial", "final"])
 def test_states_are_optional(form: str, given: str) -> None:
@@ -238,6 +300,18 @@ def test_every_element_is_written(form: str, poisoned_memory: None) -> None:
 
 
 @all_forms
+def test_a_rank_with_its_own_groups_gets_its_part_of_the_whole(form: str) -> None:
+    whole = make_problem(2, 40, 6, 4, 4, group=2, states=has_states(form))
+    rank = [3, 4, 5]
+    part = replace(whole.part([0, 1], rank), g_gamma=retnet_rates(6)[rank].float())
+    got, expected = run(public(form), part), run(public(form), whole)
+    for name, value in expected.items():
+        axis = 1 if name in ("final_state", "dh0") else 2
+        heads = value.unflatten(axis, (6, -1)).index_select(axis, torch.tensor(rank)).flatten(axis, axis + 1)
+        torch.testing.assert_close(got[name], heads, rtol=1e-6, atol=1e-6)
+
+
+@all_forms
 def test_a_rank_with_its_own_heads_gets_its_part_of_the_whole(form: str) -> None:
     whole = make_problem(2, 40, 6, 4, 4, states=has_states(form))
     rank = [3, 4, 5]
@@ -347,15 +421,16 @@ def test_an_initial_state_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("lengths", [None, [1, 20, 9]])
 @all_dtypes
-def test_attentions_are_the_weights_of_the_values(lengths: list[int] | None, dtype: torch.dtype) -> None:
-    problem = make_problem(1 if lengths else 2, 30, 3, 8, 8, dtype, lengths=lengths, states=False)
+@pytest.mark.parametrize("group", [1, 2])
+def test_attentions_are_the_weights_of_the_values(lengths: list[int] | None, group: int, dtype: torch.dtype) -> None:
+    problem = make_problem(1 if lengths else 2, 30, 3, 8, 8, dtype, group=group, lengths=lengths, states=False)
     o, attentions = generated.parallel_retention(
         problem.q, problem.k, problem.v, output_attentions=True, cu_seqlens=problem.cu_seqlens
     )
-    assert attentions.shape == (problem.q.shape[0], 3, 30, 30)
+    assert attentions.shape == (problem.q.shape[0], 3 * group, 30, 30)
     assert attentions.dtype == dtype
     assert attentions.triu(1).count_nonzero() == 0
-    sums = torch.einsum("bhij,bjhv->bihv", attentions.double(), problem.v.double())
+    sums = torch.einsum("bhij,bjhv->bihv", attentions.double(), problem.v.double().repeat_interleave(group, 2))
     assert_matches({"o": sums.to(dtype)}, problem)
     assert_matches({"o": o}, problem)
 

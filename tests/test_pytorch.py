@@ -37,18 +37,20 @@ def nothing_compiled() -> Iterator[None]:
 
 # opcheck
 
-CASES = ["bare", "packed", "states", "packed_states", "strided", "everything"]
+CASES = ["bare", "packed", "states", "packed_states", "strided", "everything", "grouped", "grouped_everything"]
 
 
 def make_case(case: str, *, states: bool = True) -> Problem:
     """Inputs with some of the optional tensors."""
-    lengths = [3, 1, 8] if case in ("packed", "packed_states", "everything") else None
-    with_states = states and case in ("states", "packed_states", "everything")
-    problem = make_problem(1 if lengths else 2, 12, 3, 4, 6, lengths=lengths, states=with_states)
+    is_full = case.endswith("everything")
+    lengths = [3, 1, 8] if is_full or case in ("packed", "packed_states") else None
+    with_states = states and (is_full or case in ("states", "packed_states"))
+    group = 2 if case.startswith("grouped") else 1
+    problem = make_problem(1 if lengths else 2, 12, 3, 4, 6, group=group, lengths=lengths, states=with_states)
     if case == "strided":
         swapped = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (problem.q, problem.k, problem.v))
         problem = replace(problem, **dict(zip("qkv", swapped, strict=True)))
-    if case == "everything":
+    if is_full:
         problem = replace(problem, g_gamma=torch.tensor([-0.1, -0.2, -0.3]), scale=0.3)
     return problem
 
@@ -89,7 +91,7 @@ def test_operators_with_values_first_pass_opcheck(reverse: bool) -> None:
     torch.library.opcheck(operator("fused_recurrent", "_backward"), (*inputs, h0.detach(), problem.do, dht, *last))
 
 
-@pytest.mark.parametrize("case", ["bare", "packed", "everything"])
+@pytest.mark.parametrize("case", ["bare", "packed", "everything", "grouped", "grouped_everything"])
 def test_the_attentions_operator_passes_opcheck(case: str) -> None:
     problem = make_case(case, states=False)
     arguments = (problem.q, problem.k, problem.g_gamma, problem.scale, problem.cu_seqlens)
@@ -124,7 +126,7 @@ def test_fake_results_look_like_real_ones(form: str, case: str, dtype: torch.dty
 
 
 def test_fake_attentions_look_like_real_ones() -> None:
-    q, k, v = (torch.randn(2, 7, 3, 4, dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(2, 7, H, 4, dtype=torch.bfloat16) for H in (6, 3, 3))
     real = generated.parallel_retention(q, k, v, output_attentions=True)[1]
     with FakeTensorMode() as mode:
         fake = generated.parallel_retention(*map(mode.from_tensor, (q, k, v)), output_attentions=True)[1]
@@ -133,9 +135,9 @@ def test_fake_attentions_look_like_real_ones() -> None:
 
 @all_forms
 def test_meta_tensors_give_shapes(form: str) -> None:
-    problem = make_problem(2, 10, 3, 4, 6, device="cpu", states=False)
+    problem = make_problem(2, 10, 3, 4, 6, group=2, device="cpu", states=False)
     o, _ = public(form)(*(x.to("meta") for x in (problem.q, problem.k, problem.v)))
-    assert (o.device.type, o.shape) == ("meta", (2, 10, 3, 6))
+    assert (o.device.type, o.shape) == ("meta", (2, 10, 6, 6))
 
 
 # torch.compile
@@ -146,7 +148,7 @@ def compiled(function: Function, backend: str = "aot_eager", **options: Any) -> 
 
 
 @all_forms
-@pytest.mark.parametrize("case", ["bare", "everything"])
+@pytest.mark.parametrize("case", ["bare", "everything", "grouped", "grouped_everything"])
 def test_compiled_forms_equal_eager_ones(form: str, case: str) -> None:
     problem = make_case(case, states=has_states(form))
     function = public(form)
@@ -195,6 +197,16 @@ def test_a_new_number_of_packed_sequences_needs_no_new_compilation(form: str) ->
 
 
 @all_forms
+def test_groups_of_another_length_need_no_new_compilation(form: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(public(form), counter)
+    for T in (24, 100, 65, 64, 33):
+        problem = make_problem(1, T, 2, 4, 4, group=3, states=False)
+        assert_matches(run(function, problem), problem)
+    assert counter.frame_count == 2  # static first, then dynamic for good
+
+
+@all_forms
 def test_a_new_scale_compiles(form: str) -> None:
     function = compiled(public(form))
     q, k, v = (torch.randn(1, 5, 2, 4) for _ in range(3))
@@ -232,9 +244,10 @@ def test_a_form_can_be_exported(form: str) -> None:
 
 
 @all_forms
+@pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("inputs", ["float32", "mixed"])
-def test_autocast_computes_in_its_dtype(form: str, inputs: str) -> None:
-    problem = make_problem(2, 70, 2, 8, 8, states=has_states(form))
+def test_autocast_computes_in_its_dtype(form: str, inputs: str, group: int) -> None:
+    problem = make_problem(2, 70, 2, 8, 8, group=group, states=has_states(form))
     if inputs == "mixed":
         problem = replace(problem, q=problem.q.bfloat16(), k=problem.k.half())
     lowered = {name: getattr(problem, name).bfloat16() for name in ("q", "k", "v", "do")}
@@ -315,8 +328,9 @@ def test_results_that_are_not_used_get_no_gradient(form: str, case: str) -> None
 
 
 @all_forms
-def test_activation_checkpoints_give_the_same_gradients(form: str) -> None:
-    problem = make_problem(1, 20, 2, 4, 6, states=has_states(form))
+@pytest.mark.parametrize("group", [1, 2])
+def test_activation_checkpoints_give_the_same_gradients(form: str, group: int) -> None:
+    problem = make_problem(1, 20, 2, 4, 6, group=group, states=has_states(form))
 
     def checkpointed(*args: Tensor, **options: Any) -> Any:
         return checkpoint(public(form), *args, **options, use_reentrant=False)

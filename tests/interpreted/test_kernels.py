@@ -54,6 +54,55 @@ def test_packed_sequences_do_not_see_each_other(
     check(function, make_problem(1, sum(lengths), 2, 20, 16, dtype, lengths=lengths, states=form in STATES))
 
 
+GROUPS = [  # H, K, V, and the query heads of each
+    pytest.param((2, 20, 12), 2, id="two_of_two"),
+    pytest.param((2, 16, 16), 3, id="two_of_three"),
+    pytest.param((1, 8, 16), 4, id="one_of_four"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "group"), GROUPS)
+def test_query_heads_in_groups_share_keys_and_values(
+    function: Function, form: str, sizes: tuple[int, int, int], group: int, dtype: torch.dtype
+) -> None:
+    states = form in STATES
+    check(function, make_problem(2, 35, *sizes, dtype, group=group, states=states))
+    check(function, make_problem(1, 32, *sizes, dtype, group=group, states=False))
+    check(function, make_problem(1, 30, *sizes, dtype, group=group, lengths=[1, 25, 4], states=states))
+
+
+@pytest.mark.forms(*STATES)
+def test_states_of_groups_are_optional(function: Function) -> None:
+    rates = torch.tensor([-0.3, -0.01])
+    whole = make_problem(1, 34, 2, 16, 5, group=2, g_gamma=rates)
+    check(function, replace(whole, h0=None, dht=None))
+    check(function, replace(whole, h0=None))
+    check(function, replace(whole, dht=None))
+
+
+@pytest.mark.forms("chunk", "auto")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [None, [1, 50, 16, 33]])
+@pytest.mark.parametrize("states", [False, True])
+def test_groups_may_be_taken_in_segments(
+    function: Function, states: bool, lengths: list[int] | None, dtype: torch.dtype
+) -> None:
+    check(function, make_problem(1, 100, 2, 16, 20, dtype, group=2, lengths=lengths, states=states), chunk_size=32)
+
+
+@pytest.mark.forms("fused_recurrent")
+@pytest.mark.parametrize("lengths", [None, [1, 15, 8]])
+def test_groups_may_run_from_the_end_with_values_first(function: Function, lengths: list[int] | None) -> None:
+    def values_first(*args: Any, initial_state: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        o, final = function(*args, initial_state=initial_state.mT, state_v_first=True, **options)
+        return o, final.mT
+
+    problem = make_problem(1, 24, 2, 5, 7, group=2, lengths=lengths, reverse=True)
+    check(function, problem)
+    check(values_first, problem)
+
+
 @pytest.mark.forms(*STATES)
 def test_states_are_optional(function: Function) -> None:
     whole = make_problem(1, 34, 2, 16, 5)
@@ -189,7 +238,7 @@ def saving(configs: dict[tuple[int, int], Any]) -> None:
 
 @pytest.mark.forms("chunk", "auto")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize(("saves", "group"), [(False, 1), (True, 1), (True, 2)])
 @pytest.mark.parametrize(
     ("V", "lengths", "without", "options"),
     [
@@ -211,12 +260,13 @@ def test_dk_reads_the_states_of_dv_and_dq_those_that_the_outputs_saved(
     without: list[str],
     options: dict[str, int],
     saves: bool,
+    group: int,
     dtype: torch.dtype,
 ) -> None:
     configs, made = segments
     if saves:
         saving(configs)
-    problem = replace(make_problem(1, 100, 2, 16, V, dtype, lengths=lengths), **dict.fromkeys(without))
+    problem = replace(make_problem(1, 100, 2, 16, V, dtype, group=group, lengths=lengths), **dict.fromkeys(without))
     got = run(function, problem, **options)
     assert_matches(got, problem)
     assert made == [options.get("chunk_size", 32)] * (2 if saves else 3)  # outputs', dq's, dv's
@@ -382,8 +432,17 @@ def test_other_tiles_of_fused_chunk_are_right(
 @pytest.mark.parametrize(
     ("T", "K", "V", "lengths"), [(48, 24, 40, None), (44, 24, 40, None), (48, 24, 24, None), (40, 24, 40, [17, 1, 22])]
 )
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("states", [False, True])
 def test_scores_may_be_read_and_a_wide_k_taken_in_parts(
-    function: Function, T: int, K: int, V: int, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+    function: Function,
+    T: int,
+    K: int,
+    V: int,
+    lengths: list[int] | None,
+    group: int,
+    states: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fused_chunk = importlib.import_module("generated.retention.fused_chunk")
     chunk = importlib.import_module("generated.retention.chunk")
@@ -399,7 +458,7 @@ def test_scores_may_be_read_and_a_wide_k_taken_in_parts(
         monkeypatch.setattr(
             importlib.import_module(f"generated.retention.{name}"), "default_config", lambda *_, c=config: c
         )
-    check(function, make_problem(1, T, 2, K, V, lengths=lengths))
+    check(function, make_problem(1, T, 2, K, V, group=group, lengths=lengths, states=states))
     assert len(made) == 3  # the outputs', one for dq and dk, and dv's
 
 
