@@ -167,6 +167,42 @@ def test_a_launch_of_tensors_uses_what_a_launch_of_shapes_compiled(form: str) ->
     assert len(first) == {"chunk": 3, "chunk_states": 2}.get(form, 1)
 
 
+def compile_groups(form: str, *heads: tuple[int, int], variant: tuple[str, ...] = ()) -> list[Any]:
+    """The kernels of a form's sweeps with these heads of q, and of k and v."""
+    with offline(ARCHS["sm90"].target) as compiled:
+        for of_q, of_k in heads:
+            problem = Problem(form, "bfloat16", 1, 2048, min(of_q, of_k), 64, 64)
+            *_, rates = problem.inputs("meta")
+            q, k = (torch.empty(1, 2048, H, 64, device="meta", dtype=torch.bfloat16) for H in (of_q, of_k))
+            given = cross_compile.launch_options(Case("sm90", problem, None, variant))
+            problem.run((q, k, k, rates), problem.default(), **given)
+    return compiled
+
+
+@pytest.mark.parametrize("form", ["chunk", "fused_chunk", "fused_recurrent", "parallel"])
+def test_groups_of_any_size_have_one_kernel_for_each_side(form: str) -> None:
+    kernels = [kernel.hash for kernel in compile_groups(form, (2, 1), (6, 2), (32, 4), (1, 2), (2, 6), (4, 32))]
+    count = len(kernels) // 6
+    assert kernels[:count] == kernels[count : 2 * count] == kernels[2 * count : 3 * count]
+    assert kernels[3 * count : 4 * count] == kernels[4 * count : 5 * count] == kernels[5 * count :]
+
+
+@pytest.mark.parametrize("form", ["chunk", "fused_chunk", "fused_recurrent", "parallel"])
+@pytest.mark.parametrize("states", [False, True])
+def test_groups_need_no_more_than_single_heads(form: str, states: bool) -> None:
+    if states and form == "parallel":
+        pytest.skip("it has no states")
+    variant = ("initial_state", "final_state", "adjoint") if states else ()
+    single, shared, summed = (
+        [resources(kernel) for kernel in compile_groups(form, heads, variant=variant)]
+        for heads in ((3, 3), (6, 3), (3, 6))
+    )
+    for grouped in (shared, summed):
+        for one, other in zip(single, grouped, strict=True):
+            assert (other.spills, other.shared) == (one.spills, one.shared)
+            assert 2 * other.registers * 32 * other.warps <= 65536  # two programs have room
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_scan_of_states_reads_a_segment_before_it_writes_there(arch: str) -> None:
     problem = Problem("chunk_states", "bfloat16", 1, 2048, 2, 128, 128)

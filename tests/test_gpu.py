@@ -58,6 +58,8 @@ WORKLOADS = {  # B, T, H, K, V
     "retnet_3b": (4, 2048, 10, 256, 428),
     "retnet_7b_32k": (1, 32768, 16, 256, 512),
 }
+KINDS = ["plain", "packed", "grouped"]
+GROUPS = [(2, 2), (3, 4), (1, 8)]  # heads of k and v, and the query heads of each
 GEOMETRIC = [1024, 512, 256, 128, 64, 37, 11, 1]
 
 
@@ -73,6 +75,11 @@ def plain(T: int = 300, **options: Any) -> Problem:
 def packed(form: str, lengths: list[int] = GEOMETRIC) -> Problem:
     """Packed sequences with states; likewise shared."""
     return on_gpu(1, sum(lengths), 4, 128, 128, lengths=lengths, states=has_states(form))
+
+
+def of_kind(kind: str, form: str, **options: Any) -> Problem:
+    """One of KINDS; `options` are of those that are not packed."""
+    return packed(form) if kind == "packed" else plain(**options, group=4 if kind == "grouped" else 1)
 
 
 def check(function: Function, problem: Problem, **options: Any) -> None:
@@ -125,6 +132,48 @@ def test_packed_sequences_do_not_see_each_other(form: str, dtype: torch.dtype, l
     check(public(form), problem)
     assert problem.cu_seqlens is not None
     assert_same(run(public(form), replace(problem, cu_seqlens=problem.cu_seqlens.int())), run(public(form), problem))
+
+
+@all_kernels
+@all_dtypes
+@pytest.mark.parametrize(("H", "group"), GROUPS)
+def test_query_heads_in_groups_share_keys_and_values(form: str, H: int, group: int, dtype: torch.dtype) -> None:
+    for T, K, V in ((1, 64, 64), (65, 64, 64), (300, 33, 20), (257, 256, 128)):
+        check(public(form), on_gpu(2, T, H, K, V, dtype=dtype, group=group, states=has_states(form)))
+        check(public(form), on_gpu(2, T, H, K, V, dtype=dtype, group=group, states=False))
+
+
+@all_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("H", "group"), [*GROUPS, (2, 16)])
+def test_packed_sequences_may_have_groups(form: str, H: int, group: int, dtype: torch.dtype) -> None:
+    sizes, states = (1, sum(GEOMETRIC), H, 64, 128), has_states(form)
+    check(public(form), on_gpu(*sizes, dtype=dtype, group=group, lengths=GEOMETRIC, states=states))
+
+
+@forms_with_kernels
+@pytest.mark.parametrize("group", [2, 8])
+@pytest.mark.parametrize("name", ["retnet_1.3b", "lightning_128"])
+def test_training_workloads_in_groups_give_the_oracles_results(form: str, name: str, group: int) -> None:
+    B, T, HQ, K, V = WORKLOADS[name]
+    problem, H = on_gpu(B, T, HQ // group, K, V, group=group, states=False), HQ // group
+    rows, heads = [0, B - 1], sorted({0, H - 1})
+    got = {
+        name: x[rows].unflatten(2, (H, -1))[:, :, heads].flatten(2, 3) for name, x in run(public(form), problem).items()
+    }
+    assert_matches(got, problem.part(rows, heads), formula=by_blocks)
+
+
+@pytest.mark.parametrize("form", ["parallel", "fused_recurrent"])
+def test_keys_and_values_are_not_repeated_in_memory(form: str) -> None:
+    problem = on_gpu(2, 1024, 2, 64, 64, group=16, states=False)
+    with torch.no_grad():
+        public(form)(problem.q, problem.k, problem.v)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        o, _ = public(form)(problem.q, problem.k, problem.v)
+        assert torch.cuda.max_memory_allocated() - before < o.nbytes + problem.k.nbytes
 
 
 @pytest.fixture
@@ -322,10 +371,10 @@ def test_attentions_are_the_weights_of_the_values(lengths: list[int] | None) -> 
 
 
 @all_forms
-@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning")  # naive's matrix products
 def test_every_element_is_written(form: str, kind: str) -> None:
-    problem = plain() if kind == "plain" else packed(form)
+    problem = of_kind(kind, form)
     with poisoned_memory():
         assert torch.empty(2, device="cuda").isnan().all()
         got = run(public(form), problem)
@@ -333,9 +382,9 @@ def test_every_element_is_written(form: str, kind: str) -> None:
 
 
 @all_forms
-@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_second_run_gives_the_same_bits(form: str, kind: str) -> None:
-    problem = plain(2000) if kind == "plain" else packed(form)
+    problem = of_kind(kind, form, T=2000)
     assert_same(run(public(form), problem), run(public(form), problem))
 
 
@@ -343,9 +392,9 @@ def test_a_second_run_gives_the_same_bits(form: str, kind: str) -> None:
 
 
 @all_forms
-@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_warm_call_waits_for_nothing(form: str, kind: str) -> None:
-    problem = plain() if kind == "plain" else packed(form)
+    problem = of_kind(kind, form)
     run(public(form), problem)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -369,12 +418,12 @@ def captured(call: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGrap
 
 
 @all_forms
-@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_captured_call_gives_what_an_eager_call_gives(form: str, kind: str, backward: bool) -> None:
     """Also for inputs and offsets that are put into the captured tensors later."""
     lengths = GEOMETRIC[::-1]
-    first, second = (plain(), plain(seed=1)) if kind == "plain" else (packed(form), packed(form, lengths))
+    first, second = of_kind(kind, form), packed(form, lengths) if kind == "packed" else of_kind(kind, form, seed=1)
     held = replace(first, **{name: x.clone() for name, x in vars(first).items() if isinstance(x, Tensor)})
 
     def call() -> dict[str, Tensor]:
@@ -466,9 +515,9 @@ def nothing_compiled() -> Iterator[None]:
 
 
 @all_forms
-@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiled_forms_equal_eager_ones(form: str, kind: str, nothing_compiled: None) -> None:
-    problem = plain() if kind == "plain" else packed(form)
+    problem = of_kind(kind, form)
     function = torch.compile(public(form), fullgraph=True, backend="aot_eager")
     assert_same(run(function, problem), run(public(form), problem))
 
@@ -504,7 +553,7 @@ def test_autocast_computes_in_its_dtype(form: str) -> None:
     assert_same({name: x.float() for name, x in got.items()}, {name: x.float() for name, x in expected.items()})
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
 @all_forms
 def test_every_operator_passes_opcheck(form: str, kind: str) -> None:
     problem = on_gpu(2, 40, 4, 64, 64, states=False) if kind == "plain" else packed(form, [30, 1, 9])
