@@ -139,7 +139,7 @@ def mutant_module(path: str) -> Any:
     return module_at(Path(path), "generated.retention.mutant")
 
 
-OUTPUT, MASK = "o + i_r * H * V + p_v", "mask=m_t[:, None] & m_v[None, :]"
+OUTPUT, MASK = "o + i_r * H * V + p_o", "mask=m_t[:, None] & m_v[None, :]"
 UPDATE = "b_h = product(tl.trans(b_k), b_v, b_h, TRANSPOSED, PRECISION)"
 ADDED = ("(b_o * scale)", f"(b_o * scale + tl.load({OUTPUT}, {MASK}, other=0.0).to(tl.float32))")
 # What is wrong: what stands in the text and what instead, as often as needed, and what the proof says.
@@ -151,7 +151,7 @@ MUTANTS: dict[str, tuple[list[tuple[str, str]], str]] = {
             ("m_k = o_k < K", "m_k = (o_k < K) & (o_k % 2 == tl.program_id(0) % 2)"),
             ADDED,
             ("        blocks(V, config.BV) * sequences * H,", "        2 * blocks(V, config.BV) * sequences * H,"),
-            ("o = torch.empty_like(v)", "o = torch.zeros_like(v)"),
+            ("o = empty_output(q, v)", "o = torch.zeros_like(v)"),
         ],
         "wrong result|two runs",
     ),

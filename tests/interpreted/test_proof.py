@@ -47,7 +47,8 @@ MASKED = "b_o, mask=m_t[:, None] & m_v[None, :])"
 OUTPUTS_MASK = "m_o = m_t[:, None] & m_v[None, :]"
 UPDATE = "b_h = product(tl.trans(b_k), b_v, b_h, TRANSPOSED, PRECISION)"
 START = "b_h = tl.zeros([BK, BV], dtype=tl.float32)"
-LOADED = "b_h += tl.load(p_h0, mask=m_h, other=0.0).to(tl.float32)"
+LOADED = "b_h += tl.load(p_h0, mask=m_h & (i_h % G_q == 0), other=0.0).to(tl.float32)"
+STORED = "tl.store(p_ht, b_h, mask=m_h & (i_h % G_kv == 0))"
 OUTPUT = "o += (bos * H + i_h) * V + i_v * BV"
 # The last tile ends where the columns do, as is done to save a mask; each program rounds in its own way.
 OVERLAP = f"""{OUTPUT}
@@ -75,7 +76,7 @@ FAULTS = {
         WRONG,
     ),
     "store before the output": (UPDATE, f"{UPDATE}\n        tl.store(o - 1, 0.0, mask=i_p == 0)", "beside a tensor"),
-    "store behind the state": ("tl.store(p_ht, b_h, mask=m_h)", "tl.store(p_ht, b_h, mask=m_h | (o_v >= V))", ""),
+    "store behind the state": (STORED, "tl.store(p_ht, b_h, mask=m_h | (o_v >= V))", ""),
     "read beyond the sequence": ("(i_r + o_r < T)", "(i_r + o_r < T + 1)", ""),
     "last chunk never written": ("range(tl.cdiv(T, BT))", "range(T // BT)", WRONG),
     "stale state": ("b_h *= b_dh", "b_h *= 1.0", WRONG),
@@ -89,7 +90,7 @@ FAULTS = {
     "input written to": (UPDATE, f"{UPDATE}\n        tl.store(q, 1.0, mask=i_p == 0)", "an input was written to"),
     "sum added to what nobody cleared": (
         "(b_o * scale)",
-        "(b_o * scale + tl.load(o + i_r.to(tl.int64) * (H * V) + p_v))",
+        "(b_o * scale + tl.load(o + i_r.to(tl.int64) * (H * V) + p_o))",
         WRONG,
     ),
     "race of two programs": (OUTPUT, OVERLAP, "two runs"),
