@@ -91,6 +91,13 @@ def test_it_runs_packed_sequences_and_no_states(given: str) -> None:
     assert not hopper.runs_here(*(torch.empty(2, 128, 3, width, dtype=q.dtype) for width in (256, 128)), **PLAIN)
 
 
+def test_it_runs_no_groups() -> None:
+    (q, v), (more_q, more_v) = inputs(), inputs(H=6)
+    assert hopper.runs_here(more_q, more_v, **PLAIN)
+    assert not hopper.runs_here(more_q, v, **PLAIN)
+    assert not hopper.runs_here(q, more_v, **PLAIN)
+
+
 @pytest.fixture
 def rule(only_this_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule of the form's for whatever is on the meta device, which passes for a Hopper GPU."""

@@ -404,6 +404,7 @@ def test_other_tiles_of_chunk_are_right(
     monkeypatch.setattr(chunk, "choose_config", lambda kernel, *_: states if kernel.endswith("_states") else config)
     check(function, make_problem(1, 100, 1, 40, 36))
     check(function, make_problem(1, 100, 1, 40, 36, lengths=[33, 1, 66]))
+    check(function, make_problem(1, 70, 2, 40, 36, group=2))
 
 
 @pytest.mark.forms("fused_chunk")
@@ -426,6 +427,7 @@ def test_other_tiles_of_fused_chunk_are_right(
     monkeypatch.setattr(fused_chunk, "choose_config", lambda *_: config)
     check(function, make_problem(1, 100, 1, 40, 36))
     check(function, make_problem(1, 100, 2, 36, 36, lengths=[33, 1, 66], states=False))
+    check(function, make_problem(1, 70, 2, 40, 36, group=2))
 
 
 @pytest.mark.forms("chunk", "fused_chunk", "auto")
@@ -484,6 +486,7 @@ def test_other_tiles_of_parallel_are_right(
     monkeypatch.setattr(parallel, "choose_config", lambda *_: config)
     check(function, make_problem(1, 100, 2, 40, 36, states=False))
     check(function, make_problem(1, 100, 1, 40, 36, lengths=[33, 1, 66], states=False))
+    check(function, make_problem(1, 70, 2, 40, 36, group=2, states=False))
 
 
 @pytest.mark.forms("parallel")
