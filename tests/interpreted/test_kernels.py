@@ -131,6 +131,26 @@ def test_a_segments_last_token_is_in_its_state_however_fast_the_decay(function: 
     check(function, make_problem(1, 96, 3, 8, 8, lengths=[32, 64], g_gamma=rates), chunk_size=32)
 
 
+@pytest.mark.forms("chunk")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_decay_hides_from_a_segments_end_is_not_read(function: Function, reverse: bool) -> None:
+    chunk = importlib.import_module("generated.retention.chunk")
+    rates = torch.tensor([-3.0, 0.0])  # 2^-32 lies 7 tokens back
+    k, v = (torch.randn(1, 128, 2, width) for width in (16, 32))
+    config = chunk.ChunkStatesConfig(BT=16, BK=16, BV=32, num_warps=4, num_stages=1)
+
+    def states(v: torch.Tensor) -> torch.Tensor:
+        hs = chunk.segment_states(k, v, None, 64)
+        chunk.launch_chunk_states(k, v, hs, rates, 1.0, 64, config, reverse=reverse)
+        return hs[1]
+
+    hidden, poisoned = states(v), v.clone()
+    poisoned[:, 80:] = poisoned[:, :48] = torch.nan  # all but the last 16 tokens of the first segment, from either end
+    seen = states(poisoned)
+    assert torch.equal(seen[0], hidden[0])
+    assert seen[1].isnan().any()
+
+
 def test_offsets_may_be_int32_and_have_any_stride(function: Function, form: str) -> None:
     problem = make_problem(1, 20, 1, 8, 8, lengths=[3, 17], states=form in STATES)
     check(function, replace(problem, cu_seqlens=problem.cu_seqlens.int()))
