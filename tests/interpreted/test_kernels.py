@@ -131,6 +131,15 @@ def test_a_segments_last_token_is_in_its_state_however_fast_the_decay(function: 
     check(function, make_problem(1, 96, 3, 8, 8, lengths=[32, 64], g_gamma=rates), chunk_size=32)
 
 
+@pytest.mark.forms("fused_recurrent")
+def test_a_slow_decay_is_not_lost_beside_a_state_that_grows(function: Function) -> None:
+    """Where the decay's part is under half a unit of the state, and alone would be rounded away."""
+    problem = make_problem(1, 1000, 1, 1, 24, g_gamma=torch.tensor([-(2.0**-23)]))
+    problem = replace(problem, h0=problem.h0 * 4096, dht=problem.dht * 4096)
+    got, expected = run(function, problem), solve(problem)
+    assert max(errors(got[name], expected[name])[0] for name in ("final_state", "dh0")) < 2e-6
+
+
 @pytest.mark.forms("chunk")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_what_decay_hides_from_a_segments_end_is_not_read(function: Function, reverse: bool) -> None:
