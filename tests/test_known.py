@@ -123,6 +123,16 @@ def test_a_call_without_gradients_records_nothing(calls: Calls) -> None:
         assert torch.equal(first, second)
 
 
+def test_calls_of_grouped_heads_are_known_by_the_heads_of_k(calls: Calls) -> None:
+    for heads in (4, 2, 1) * 4:
+        calls.straight.clear()
+        q, k, v = (torch.randn(1, 40, H, 8, requires_grad=True) for H in (4, heads, heads))
+        do = torch.randn_like(q)
+        got = results(generated.retention, (q, k, v), do)
+        assert_same(got, results(through_the_operator, (q, k, v), do))
+    assert calls.straight == ["forward", "backward"]
+
+
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_gradients_are_told_apart_by_who_wants_them(calls: Calls, at: int) -> None:
     make_known(calls)
