@@ -357,6 +357,20 @@ def test_a_backward_can_run_twice(form: str) -> None:
 
 
 @all_forms
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_in_batches_are_those_of_each(form: str, case: str) -> None:
+    problem = make_case(case, states=has_states(form))
+    states = {} if problem.h0 is None else {"initial_state": problem.h0, "output_final_state": True}
+    leaves = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    o, _ = public(form)(*leaves, cu_seqlens=problem.cu_seqlens, **states)
+    do = torch.stack([problem.do, -2 * problem.do])
+    got = torch.autograd.grad(o, leaves, do, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(o, leaves, x, retain_graph=True) for x in do]
+    for x, expected in zip(got, zip(*each, strict=True), strict=True):
+        assert torch.equal(x, torch.stack(expected))
+
+
+@all_forms
 def test_an_input_changed_after_the_call_is_noticed(form: str) -> None:
     q, k, v = (torch.randn(1, 5, 2, 4, requires_grad=True) for _ in range(3))
     k2 = k * 1.0
