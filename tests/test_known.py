@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -36,8 +38,7 @@ class Calls:
         self.known = operators.KnownCalls()
         run = functools.partial(operators._differentiable, functools.partial(operators._forward, host_sweep), BACKWARD)
         self.prepared = operators._PreparedCalls(self.prepare, run, BACKWARD, self.known)
-        self.operator = operators._shortcut(FORWARD, {"cpu": self.prepared})
-        self.operator.again = self.again  # type: ignore[attr-defined]
+        self.operator = operators.Operator(FORWARD, {"cpu": self.prepared}, self.again)
 
     def prepare(
         self, q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, reverse: bool, chunk_size: int | None
@@ -382,9 +383,11 @@ def test_what_was_made_ready_by_rules_that_changed_meanwhile_is_not_kept(
 
 
 def test_rules_that_change_while_a_call_runs_leave_it_unknown(calls: Calls) -> None:
-    run = calls.prepared._prepared(calls.prepare(*inputs()[::2], 1.0, None, False, None), configuration.generation())
+    given = (*inputs(), None, None, None, False, None, False, False, None)
+    ready = calls.prepare(given[0], given[2], 1.0, None, False, None)
+    run = calls.prepared._prepared(ready, configuration.generation(), given)
     configuration.clear_caches()
-    run(*inputs(), None, None, None, False, None, False, False, None)
+    run(*given)
     assert not calls.known._kinds
 
 
@@ -414,6 +417,132 @@ def test_gradients_at_odd_addresses_teach_nothing_and_are_asked_for_nothing(
     assert_same(got, expected)
     assert not made
     assert calls.straight.count("backward") == 2
+
+
+def test_inference_mode_is_told_apart_from_other_modes_without_gradients(calls: Calls) -> None:
+    q, k, v = inputs(gradient=False)
+    expected = through_the_operator(q, k, v)[0]
+    for is_inference in (False, True, False, True):
+        with torch.inference_mode() if is_inference else torch.no_grad():
+            o, _ = generated.retention(q, k, v)
+            made_there, _ = generated.retention(*(x.clone() for x in (q, k, v)))
+        assert o.is_inference() == made_there.is_inference() == is_inference
+        assert torch.equal(o, expected)
+        assert torch.equal(made_there, expected)
+    assert len(calls.straight) == 5  # all but the first of no_grad, and in inference mode of either kind of tensor
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_keys_or_values_may_be_parameters(calls: Calls, at: int) -> None:
+    make_known(calls)
+    for times in range(3):
+        tensors = [*inputs()]
+        tensors[at] = torch.nn.Parameter(tensors[at].detach())
+        do = torch.randn_like(tensors[2])
+        got = results(generated.retention, tuple(tensors), do)
+        assert calls.straight == [[], ["forward"], ["forward", "backward"]][times]
+        assert_same(got, results(through_the_operator, tuple(tensors), do))
+        calls.straight.clear()
+
+
+def test_hooks_see_and_change_the_gradients(calls: Calls) -> None:
+    make_known(calls)
+
+    def hooked(call: Callable[..., Any]) -> tuple[list[Tensor], list[Tensor]]:
+        tensors = [x.detach().requires_grad_() for x in given]
+        seen: list[Tensor] = []
+        tensors[0].register_hook(lambda x: x * 2)
+        tensors[1].register_post_accumulate_grad_hook(lambda x: seen.append(x.grad))
+        o = call(*tensors)[0]
+        o.register_hook(lambda x: x * 3)
+        o.grad_fn.register_prehook(lambda grads: seen.append(grads[0]))
+        o.backward(do)
+        return [x.grad for x in tensors], seen  # type: ignore[misc]
+
+    given = inputs()
+    do = torch.randn_like(given[2])
+    expected = hooked(through_the_operator)
+    got = hooked(generated.retention)
+    assert calls.straight == ["forward", "backward"]
+    for pair in zip(expected, got, strict=True):
+        assert [torch.equal(*both) for both in zip(*pair, strict=True)] == [True] * len(pair[0])
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")
+def test_anomalies_are_detected(calls: Calls) -> None:
+    make_known(calls)
+    tensors = inputs()
+    do = torch.randn_like(tensors[2])
+    with torch.autograd.detect_anomaly():
+        assert_same(results(generated.retention, tensors, do), results(through_the_operator, tensors, do))
+        assert calls.straight == ["forward", "backward"]
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            results(generated.retention, tensors, torch.full_like(do, torch.nan))
+
+
+def test_rules_may_be_read_again_between_forward_and_backward(calls: Calls) -> None:
+    make_known(calls)
+    tensors = inputs()
+    do = torch.randn_like(tensors[2])
+    o, _ = generated.retention(*tensors)
+    configuration.reload()
+    got = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, tensors, do), strict=True))
+    expected = results(through_the_operator, tensors, do)
+    assert_same({"o": o.detach(), **got}, expected)
+    assert not any(calls.known._kinds.values())
+    assert_same(results(generated.retention, tensors, do), expected)
+
+
+def test_threads_may_call_at_once_while_rules_change(calls: Calls) -> None:
+    def run(thread: int) -> None:
+        for i in range(20):
+            tensors = inputs(torch.float32 if i % 2 else torch.float16, T=4 + (i + thread) % 3)
+            do = torch.randn_like(tensors[2])
+            assert_same(results(generated.retention, tensors, do), results(through_the_operator, tensors, do))
+            if i == thread:
+                configuration.clear_caches()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len([*threads.map(run, range(8))]) == 8
+    assert "forward" in calls.straight
+
+
+def test_gradients_in_batches_are_those_of_each(calls: Calls) -> None:
+    make_known(calls)
+    tensors = inputs()
+    do = torch.randn(3, *tensors[2].shape)
+    o, _ = generated.retention(*tensors)
+    got = torch.autograd.grad(o, tensors, do, retain_graph=True, is_grads_batched=True)
+    assert calls.straight == ["forward"]
+    each = [torch.autograd.grad(o, tensors, x, retain_graph=True) for x in do]
+    assert calls.straight == ["forward", *["backward"] * 3]
+    assert all(torch.equal(x, torch.stack(y)) for x, y in zip(got, zip(*each, strict=True), strict=True))
+
+
+OTHER_THAN_DEFAULT = {
+    "initial_state": torch.zeros(1, 3, 8, 8),
+    "output_final_state": True,
+    "cu_seqlens": torch.tensor([0, 5, 20]),
+    "chunk_size": 16,
+    "form": "naive",
+    "output_attentions": True,
+}
+
+
+@pytest.mark.parametrize("module", ["", ".parallel", ".chunk", ".fused_chunk"])
+def test_a_call_with_any_option_is_not_looked_up(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = importlib.import_module(f"generated.retention{module}")
+    function = getattr(owner, f"{module[1:]}_retention".lstrip("_"))
+    looked_up: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(owner.OPERATOR, "again", lambda *arguments: looked_up.append(arguments))
+    tensors = [x[:1] for x in inputs()]
+    known_by = {"q": tensors[0], "k": tensors[1], "v": tensors[2], "scale": 0.3, "g_gamma": torch.full((3,), -0.1)}
+    for name in inspect.signature(function).parameters.keys() - known_by:
+        function(**known_by, **{name: OTHER_THAN_DEFAULT[name]})
+    assert not looked_up
+    function(**known_by)
+    assert looked_up == [tuple(known_by.values())]
 
 
 @pytest.fixture

@@ -286,7 +286,7 @@ def test_what_is_compiled_side_by_side_is_what_is_launched(monkeypatch: pytest.M
 def test_a_kind_is_compiled_side_by_side_at_its_first_call_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(operators, "_compile_all", lambda ready, *_: compiled.append(ready))
-    monkeypatch.setattr(operators._PreparedCalls, "_prepared", lambda _, ready, __: lambda *inputs: ready)
+    monkeypatch.setattr(operators._PreparedCalls, "_prepared", lambda _, ready, *__: lambda *inputs: ready)
     calls = operators._PreparedCalls(lambda *_: "ready", lambda *_: "not ready", None, None)  # type: ignore[arg-type,return-value]
     x = torch.empty(1, 64, 2, 16, device="meta")
     on_gpu: Any = type("OnGpu", (Tensor,), {"is_cuda": True})
