@@ -33,6 +33,7 @@ from oracle import (
 from torch import Tensor
 
 from generated import configuration
+from generated.retention import operators
 
 pytestmark = [
     pytest.mark.gpu,
@@ -502,6 +503,141 @@ def test_a_call_on_another_stream_is_ordered_there(form: str) -> None:
         got = run(public(form), problem)
     stream.synchronize()
     assert_same(got, expected)
+
+
+# Known calls
+
+
+forms_with_known_calls = pytest.mark.parametrize("form", ["parallel", "chunk", "fused_chunk", "auto"])
+
+
+def through_the_operator(form: str) -> Function:
+    def call(q: Tensor, k: Tensor, v: Tensor, *, scale: None, cu_seqlens: None, g_gamma: Tensor | None) -> Any:
+        operator = getattr(torch.ops.retgen, f"{form}_retention").default
+        return operator(q, k, v, g_gamma, scale, None, False, cu_seqlens, False, False, None)
+
+    return call
+
+
+@pytest.fixture
+def ways(form: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Which way a form's calls and their backwards went, by the defaults: by these all of them may be known."""
+    found: list[str] = []
+    owner = importlib.import_module("generated.retention" if form == "auto" else f"generated.retention.{form}")
+    again, once_differentiable = owner.OPERATOR.again, operators._once_differentiable
+
+    def watch_again(*arguments: Any) -> Tensor | None:
+        o = again(*arguments)
+        found.append("checked" if o is None else "straight")
+        return o
+
+    def watch_backward(operator: Function) -> Function:
+        found.append("backward checked")
+        return once_differentiable(operator)
+
+    monkeypatch.setattr(owner.OPERATOR, "again", watch_again)
+    monkeypatch.setattr(operators, "_once_differentiable", watch_backward)
+    with configuration.defaults_only():
+        yield found
+
+
+def make_known(form: str, problem: Problem, ways: list[str]) -> dict[str, Tensor]:
+    """Call twice: the second time the backward becomes known. Return what the operator gives."""
+    expected = run(through_the_operator(form), problem)
+    for _ in range(2):
+        assert_same(run(public(form), problem), expected)
+    ways.clear()
+    return expected
+
+
+@forms_with_known_calls
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decays", ["own", "given"])
+def test_a_known_call_gives_the_operators_bits(form: str, dtype: torch.dtype, decays: str, ways: list[str]) -> None:
+    rates = retnet_rates(4).float().cuda() if decays == "given" else None
+    first, second = (plain(dtype=dtype, g_gamma=rates, seed=seed) for seed in (0, 1))
+    make_known(form, first, ways)
+    got = run(public(form), second)
+    assert ways == ["straight"]
+    assert_same(got, run(through_the_operator(form), second))
+    tensors, options = (second.q, second.k, second.v), {"g_gamma": rates}
+    once, again = (public(form)(*tensors, **options)[0] for _ in range(2))
+    assert ways[-2:] == ["checked", "straight"]
+    assert_same({"once": once, "again": again}, {"once": got["o"], "again": got["o"]})
+
+
+@forms_with_known_calls
+def test_a_known_call_on_another_stream_is_ordered_there(form: str, ways: list[str]) -> None:
+    problem = plain()
+    expected = make_known(form, problem, ways)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = replace(problem, v=torch.zeros_like(problem.v).copy_(problem.v))
+        got = run(public(form), late)
+    assert ways == ["straight"]
+    stream.synchronize()
+    assert_same(got, expected)
+
+
+@forms_with_known_calls
+def test_a_captured_known_call_is_replayed_for_other_inputs(form: str, ways: list[str]) -> None:
+    first, second = plain(), plain(seed=1)
+    expected = make_known(form, first, ways), run(through_the_operator(form), second)
+    held = replace(first, **{name: getattr(first, name).clone() for name in ("q", "k", "v", "do")})
+    ways.clear()
+    graph, results = captured(lambda: run(public(form), held))
+    assert ways == ["straight"] * 2
+    for problem, found in zip((first, second, first), (*expected, expected[0]), strict=True):
+        for name in ("q", "k", "v", "do"):
+            getattr(held, name).copy_(getattr(problem, name))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(results, found)
+
+
+def slice_at(offset: int, x: Tensor) -> Tensor:
+    """A copy that begins so many elements behind an aligned address, as a slice of a larger tensor may."""
+    return torch.empty(x.numel() + offset, dtype=x.dtype, device="cuda")[offset:].view_as(x).copy_(x)
+
+
+@forms_with_known_calls
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_slice_at_an_odd_address_is_no_known_call(form: str, moved: int, ways: list[str]) -> None:
+    problem = plain()
+    make_known(form, problem, ways)
+    for offset, way in ((1, ["checked", "backward checked"]), (8, ["straight"]), (3, ["checked", "backward checked"])):
+        ways.clear()
+        leaves = [problem.q, problem.k, problem.v]
+        leaves[moved] = slice_at(offset, leaves[moved])
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        o, _ = public(form)(*leaves)
+        dq, dk, dv = torch.autograd.grad(o, leaves, problem.do)
+        assert ways == way
+        assert_matches({"o": o.detach(), "dq": dq, "dk": dk, "dv": dv}, problem, formula=by_blocks)
+
+
+@forms_with_known_calls
+def test_a_gradient_at_an_odd_address_goes_the_long_way(form: str, ways: list[str]) -> None:
+    problem = plain()
+    expected = make_known(form, problem, ways)
+    for offset, way in ((1, ["straight", "backward checked"]), (8, ["straight"])):
+        ways.clear()
+        assert_same(run(public(form), replace(problem, do=slice_at(offset, problem.do))), expected)
+        assert ways == way
+
+
+@forms_with_known_calls
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")
+def test_calls_on_two_gpus_are_each_known(form: str, ways: list[str]) -> None:
+    first = plain()
+    there = {name: x.to("cuda:1") for name, x in vars(first).items() if isinstance(x, Tensor)}
+    problems = first, replace(first, **there)
+    expected = [make_known(form, problem, ways) for problem in problems]
+    for problem, found in zip(problems * 2, expected * 2, strict=True):
+        assert_same(run(public(form), problem), found)
+    assert ways == ["straight"] * 4
+    assert torch.cuda.current_device() == 0
 
 
 # PyTorch
