@@ -370,7 +370,7 @@ def test_the_debug_switch_finds_wrong_slots_on_the_device(slots: list[int]) -> N
 import torch, generated
 q = torch.ones(3, 1, 2, 16, device="cuda")
 torch.cuda.synchronize()
-generated.arguments._check_indices("f", q, 6, torch.tensor({slots}, device="cuda"))
+generated.arguments._check_indices("f", q, "B", 3, 6, torch.tensor({slots}, device="cuda"))
 torch.cuda.synchronize()
 """
     root = Path(__file__).resolve().parent.parent

@@ -63,6 +63,9 @@ def function(form: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     package = importlib.import_module("generated.retention")
     owner = package if form == "auto" else importlib.import_module(f"generated.retention.{form}")
     monkeypatch.setattr(owner, "OPERATOR", _interpreted_operator(form))
+    if form in ("chunk", "auto"):
+        chunk = importlib.import_module("generated.retention.chunk")
+        monkeypatch.setattr(chunk, "TO_POOL", _interpreted_operator("to_pool"))
     importlib.import_module("generated.configuration").clear_caches()  # a test may choose configurations
     if form == "step":
         return package.retention_step
@@ -77,6 +80,10 @@ def _interpreted_operator(form: str) -> Any:
         module = importlib.import_module("generated.retention.step")
         define = importlib.import_module("generated.retention.operators").define_in_place
         _operators[form] = define("interpreted_step", module.SCHEMA, module.step_update, module.step_update)
+    if form == "to_pool" and form not in _operators:
+        sweep = importlib.import_module("generated.retention.chunk").chunk_sweep
+        define = importlib.import_module("generated.retention.operators").define_to_pool
+        _operators[form] = define("interpreted_chunk", sweep, sweep)
     if form not in _operators:
         module = importlib.import_module(f"generated.retention.{form}")
         operators = importlib.import_module("generated.retention.operators")

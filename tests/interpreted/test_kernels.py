@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.compiled_autograd
 from oracle import assert_matches, assert_same, check, errors, make_problem, run, solve
+from pools import LAYOUTS, assert_states_go_to_slots
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = [
@@ -89,6 +90,30 @@ def test_groups_may_be_taken_in_segments(
     function: Function, states: bool, lengths: list[int] | None, dtype: torch.dtype
 ) -> None:
     check(function, make_problem(1, 100, 2, 16, 20, dtype, group=2, lengths=lengths, states=states), chunk_size=32)
+
+
+@pytest.mark.forms("chunk")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk_size", [None, 32])
+@pytest.mark.parametrize("group", [1, 2])
+def test_states_go_to_their_slots_alone(
+    function: Function, group: int, chunk_size: int | None, layout: str, dtype: torch.dtype
+) -> None:
+    options = {"dtype": dtype, "layout": layout, "chunk_size": chunk_size}
+    packed = make_problem(1, 60, 2, 20, 17, group=group, lengths=[1, 40, 19])
+    batch = make_problem(3, 35, 2, 16, 16, group=group)
+    assert_states_go_to_slots(function, packed, [3, -1, 0], **options)
+    assert_states_go_to_slots(function, replace(packed, h0=None), [4, 2, -9], **options)  # there are 4 slots
+    assert_states_go_to_slots(function, batch, [1, 3, 0], index=torch.int32, **options)
+    assert_states_go_to_slots(function, batch, None, **options)
+
+
+@pytest.mark.forms("chunk", "auto")
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_wide_keys_go_to_their_slots_part_by_part(function: Function, chunk_size: int | None) -> None:
+    problem = make_problem(1, 40, 1, 260, 16, group=2, lengths=[7, 33])
+    assert_states_go_to_slots(function, problem, [2, 0], chunk_size=chunk_size)
 
 
 @pytest.mark.forms("fused_recurrent")
