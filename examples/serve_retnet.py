@@ -5,9 +5,9 @@
     python examples/serve_retnet.py --load model.pt --requests 200 --slots 64 --temperature 0 --check
 
 A pool has a slot for each request that runs, with its state in every layer. Prompts that join are packed into one row
-and read at once by the chunk form; then each step writes a byte of every request with `retention_step`, which updates
-the slots where they lie. A request's text depends on its prompt, temperature and seed, not on the rest of the batch, up
-to the rounding of matrix products, which depends on their size.
+and read at once by the chunk form, which writes their states to the slots; then each step writes a byte of every
+request with `retention_step`, which updates the slots where they lie. A request's text depends on its prompt,
+temperature and seed, not on the rest of the batch, up to the rounding of matrix products, which depends on their size.
 """
 
 import argparse
@@ -89,9 +89,8 @@ class Server:
         positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
 
         def retain(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            o, states = chunk_retention(q, k, v, output_final_state=True, cu_seqlens=ends)
-            self.pool[layer, slots] = states
-            return o
+            to_slots = {"final_state": self.pool[layer], "state_indices": slots}
+            return chunk_retention(q, k, v, cu_seqlens=ends, **to_slots)[0]
 
         x = self.read(torch.cat(prompts)[None], positions[None], retain)
         joined = [
