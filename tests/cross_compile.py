@@ -64,7 +64,12 @@ VARIANTS = {
         ),
     ),
 }
-SHORT_CHUNKS = ("chunk_size", "int32")
+OF_CHUNK = (
+    ("chunk_size", "int32"),
+    ("chunk_size", "int64", "pool"),
+    ("initial_state", "int32", "pool"),
+    ("pool", "whole"),
+)
 
 Outcome = list[tuple[str, Resources]] | str  # the names and needs of a launch's kernels, or why there are none
 
@@ -137,7 +142,7 @@ def variant_cases() -> list[Case]:
     return cases + [
         Case(archs[(i + j) % len(archs)], Problem(form, DTYPES[i % 3], 1, TOKENS, 1, 64, 64), None, variant)
         for j, form in enumerate(PUBLIC_FORMS)
-        for i, variant in enumerate((*VARIANTS[form], *([SHORT_CHUNKS] if form == "chunk" else [])))
+        for i, variant in enumerate((*VARIANTS[form], *(OF_CHUNK if form == "chunk" else ())))
     ]
 
 
@@ -169,7 +174,11 @@ def launch_options(case: Case) -> dict[str, Any]:
     options: dict[str, Any] = {name: state for name in ("initial_state", "final_state") if name in words}
     offsets = (torch.empty(SEQUENCES + 1, device="meta", dtype=getattr(torch, w)) for w in words if w.startswith("int"))
     options |= {"cu_seqlens": next(offsets, None), "adjoint": "adjoint" in words, "reverse": "reverse" in words}
-    return options | ({"chunk_size": 16} if "chunk_size" in words else {})
+    if "pool" in words:
+        pool = torch.empty((SEQUENCES, 2, *shape[1:]), dtype=getattr(torch, problem.dtype), device="meta")
+        options |= {"final_state": pool[:, 0], "state_indices": torch.empty(rows, device="meta").long()}
+    sizes = [size for word, size in (("chunk_size", 16), ("whole", TOKENS)) if word in words]
+    return options | ({"chunk_size": sizes[0]} if sizes else {})
 
 
 def compile_all(cases: Sequence[Case], jobs: int) -> Iterator[Outcome]:
