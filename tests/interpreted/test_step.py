@@ -241,7 +241,7 @@ def test_bits_go_with_the_slot_and_not_with_row_or_tiles(
     step(problem.q, problem.k, problem.v, expected, state_indices=slots, seed=1)
     module = importlib.import_module("generated.retention.step")
     for BV in (8, 16, 64):
-        monkeypatch.setattr(module, "default_config", lambda *_, BV=BV: module.StepConfig(BV=BV, num_warps=1))
+        monkeypatch.setattr(module, "default_config", lambda *_, BV=BV, **__: module.StepConfig(BV=BV, num_warps=1))
         importlib.import_module("generated.configuration").clear_caches()
         pool = torch.zeros_like(expected)
         step(*(x.flip(0) for x in (problem.q, problem.k, problem.v)), pool, state_indices=slots.flip(0), seed=1)
