@@ -38,7 +38,7 @@ from generated.configuration import packaged_directory
 from generated.configuration_file import Rule, parse_file
 from generated.retention.fused_chunk import WIDEST_TOGETHER
 from tuning.compilation import ARCHS, Resources, offline, resources
-from tuning.problems import FAMILY, FORMS, GRADIENTS, HOPPER, WITH_STATES, Problem
+from tuning.problems import FAMILY, FORMS, GRADIENTS, HOPPER, PLAIN, STEPS, WITH_STATES, Problem
 from tuning.space import knob_values
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -64,6 +64,8 @@ VARIANTS = {
         ),
     ),
 }
+OF_STEPS = Problem("step", "bfloat16", 1, 1, 1, 16, 16).variants(None)
+VARIANTS |= dict.fromkeys(STEPS, tuple((name,) for name in OF_STEPS if name != PLAIN))
 OF_CHUNK = (
     ("chunk_size", "int32"),
     ("chunk_size", "int64", "pool"),
@@ -166,6 +168,8 @@ def compile_case(case: Case) -> Outcome:
 def launch_options(case: Case) -> dict[str, Any]:
     """The arguments of a sweep that a case's variant names."""
     problem, words = case.problem, case.variant
+    if problem.form in STEPS:
+        return {name: value for word in words for name, value in OF_STEPS[word].items()}
     rows = SEQUENCES if {"int32", "int64"} & {*words} else problem.B
     shape = (rows, problem.H, problem.K, problem.V)
     state = torch.empty(shape, device="meta")

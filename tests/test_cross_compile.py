@@ -25,6 +25,7 @@ from generated.launch import padded
 from generated.retention import step
 from tuning.compilation import ARCHS, offline, resources
 from tuning.problems import FORM_KERNEL, FORMS, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER
+from tuning.problems import STEPS as STEP_FORMS
 
 SCRIPT = Path(cross_compile.__file__)
 SHIPPED = [path for path in configuration.packaged_directory().glob("*.yaml") if ".modelled" not in path.name]
@@ -113,8 +114,11 @@ def test_every_combination_is_each_architecture_form_dtype_and_width() -> None:
 
 
 @pytest.mark.parametrize("form", sorted({*FORMS} - {"chunk_states", HOPPER}))
-def test_every_form_is_compiled_with_packed_sequences(form: str) -> None:
+def test_every_form_is_compiled_with_packed_sequences_or_as_steps_are_launched(form: str) -> None:
     words = {word for case in cross_compile.variant_cases() if case.problem.form == form for word in case.variant}
+    if form in STEP_FORMS:
+        assert words == {"kept", "grouped", "grouped, kept", "in rows", "slots of 32 bits"}
+        return
     states = {"initial_state", "final_state", "adjoint"}
     assert words >= {"int32", "int64"}
     assert words & states == (set() if form in ("parallel", GRADIENTS) else states)
@@ -233,7 +237,7 @@ def test_other_versions_compile_with_their_own_python(monkeypatch: pytest.Monkey
     assert asked == ["3.6.0", "newest", "3.6.0"]
 
 
-# The step: no tuner knows it yet, so that it is no case of those above
+# The step: what more than to fit is asked of its defaults
 
 STEPS = [  # dtypes of inputs, indices and states, and whether states are kept after each token
     (torch.bfloat16, torch.int32, torch.float32, True),

@@ -38,7 +38,7 @@ from tuning.coverage import Point
 from tuning.funnel import Funnel
 from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
-from tuning.problems import FORMS, GRADIENTS, HOPPER, PLAIN, Problem, problems_of
+from tuning.problems import FORMS, GRADIENTS, HOPPER, PLAIN, STEPS, Problem, problems_of
 from tuning.rules import Entry
 from tuning.search import EFFORTS, Effort
 from tuning.space import knob_values
@@ -600,6 +600,10 @@ def test_every_builtin_workload_has_problems_of_every_form() -> None:
                 widths = set()
             if form == HOPPER:
                 widths = {(K, V) for K, V in widths if K > 128}
+            if (form in STEPS) != (workload.T == 1):
+                widths = set()
+            elif form in STEPS:
+                widths = {(workload.K, workload.V)}
             assert len(found) == len(widths)
             assert {(p.K, p.V) for p in found} == widths
 
@@ -630,6 +634,20 @@ def test_a_form_is_tuned_with_the_passes_that_it_launches(forms: list[str], tune
     assert sorted(p.form for p in together) == sorted([*everywhere, *(form for form, _, _ in both_ways)])
     elsewhere = run_module.problems_for([unequal], forms, ARCHS["sm80"])
     assert [p.form for p in elsewhere] == [form for form, _, _ in both_ways if form != HOPPER]
+
+
+def test_a_step_is_tuned_for_every_kind_of_state_where_tokens_are_few() -> None:
+    (decode,) = parse(["retnet_1.3b_b8"])
+    for forms in ([], ["step"], ["step", "chunk"]):
+        found = run_module.problems_for([decode, *parse(["small"])], forms, SM90)
+        steps = [p for p in found if p.form in STEPS]
+        assert steps == [Problem(form, "bfloat16", 8, 1, 8, 256, 512) for form in STEPS]
+        assert all(p.T == 1024 for p in found if p.form not in STEPS)
+    (few,) = parse(["B=2,T=16,H=3,K=64,V=64"])
+    assert {p.form for p in run_module.problems_for([few], [], SM90)} > {"chunk", *STEPS}
+    for forms, workloads in ((["chunk"], [decode]), (["step"], parse(["B=2,T=17,H=3,K=64,V=64"]))):
+        with pytest.raises(WorkloadError, match="nothing to tune"):
+            run_module.problems_for(workloads, forms, SM90)
 
 
 def test_a_kernel_for_one_architecture_and_some_sizes_is_tuned_there_alone() -> None:
@@ -1179,12 +1197,12 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
     assert "error: " in capsys.readouterr().err
 
 
-def test_run_offers_the_forms_of_sweeps(
+def test_run_offers_the_forms_of_sweeps_and_the_step(
     fake_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         main(["run", "--help"])
-    assert f"--form {{{','.join(SWEEPS)}}}" in capsys.readouterr().out
+    assert f"--form {{{','.join([*SWEEPS, 'step'])}}}" in capsys.readouterr().out
     for form in SWEEPS:
         if form == HOPPER:
             continue

@@ -1,7 +1,8 @@
 """`python -m tuning bench`: the forms over the workloads, against the floor, the default configuration and peers.
 
 Each call is timed in two ways: as a program makes it, with the host's share where the GPU waits for it ("ms"), and as
-a CUDA graph, which leaves the GPU's work alone ("GPU ms").
+a CUDA graph, which leaves the GPU's work alone ("GPU ms"). Steps, which have no backward, are timed on states of each
+dtype, in slots of a pool.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ import generated
 from generated.configuration import ConfigurationWarning, active_rules, defaults_only
 from tuning import bench_plots, plots
 from tuning.measurement import describe_gpu, gpu_present
-from tuning.oracle import gradients_reference, relative_error, retnet_rates, sweep_reference
+from tuning.oracle import gradients_reference, relative_error, retnet_rates, steps_reference, sweep_reference
 from tuning.peers import PEERS, Peer, find, in_a_line
+from tuning.problems import STEPS, problems_of
 from tuning.proof import error_limit
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
@@ -36,11 +39,12 @@ from tuning.timing import Replay, time_calls
 from tuning.workers import gpu_alone
 from tuning.workloads import Workload, parse
 
-FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto")
+FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto", "step")
 DEVICE = "cuda"
 BUDGET_MS = 300.0
 ROUNDS = 5
 WIDTH = 120
+FINE_MS = 0.1  # shorter times are told with one more digit
 HALF = f"{{:>10}} {'±':>6} {'GPU ms':>7} {'floor':>5} {'x tuned':>7}"
 HEAD = f"{'form':15} {'':8} {HALF.format('fwd ms')} {HALF.format('fwd+bwd ms')} {'MiB':>6} {'error':>7}"
 
@@ -68,7 +72,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of a form at one workload: tuned, default or a peer's.
+    """One variant of a form at one workload: tuned, default or a peer's; `both` is None of what has no backward.
 
     The errors are relative, of o, dq, dk and dv; a peer that computes something else has none. The memory is the peak
     above the inputs. The speed-ups, which the tuned variant has none of, are its medians over the tuned ones: forward,
@@ -80,7 +84,7 @@ class Row:
     form: str
     variant: str
     forward: Times
-    both: Times
+    both: Times | None
     speedups: list[float]
     extra_mib: float
     errors: dict[str, float]
@@ -109,7 +113,7 @@ def bench(options: argparse.Namespace, console: Console) -> int:
         raise RunError("--from is for drawing: give --plot FOLDER too")
     figures = _read(options.figures) if options.figures else _time(options, say)
     timed = any("failure" not in row for row in figures["rows"])
-    if options.plot and timed:
+    if options.plot and any(bench_plots.has_times(row) for row in figures["rows"]):
         for path in bench_plots.draw(figures, Path(options.plot)):
             say(f"wrote {path}")
     return int(not timed)
@@ -137,8 +141,10 @@ def _time(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, 
     rows: list[Row | Failure] = []
     with gpu_alone(gpu.uuid) if gpu.uuid else contextlib.nullcontext():
         for workload in workloads:
+            if not (forms := forms_for(workload, options.form)):
+                continue
             say(f"\n{workload.name}: {workload.shape}\n{HEAD}")
-            for found in _measure(workload, options.form or FORMS, peers, with_default=not options.no_default):
+            for found in _measure(workload, forms, peers, with_default=not options.no_default):
                 rows += found
                 say("\n".join(map(line, found)))
                 figures["rows"] = [asdict(row) for row in rows]
@@ -158,6 +164,13 @@ def _read(name: str) -> dict[str, Any]:
     return dict(figures)
 
 
+def forms_for(workload: Workload, wanted: Sequence[str] = ()) -> list[str]:
+    """Of the forms that are wanted (of all) those that the workload is for, steps by each kind of state."""
+    found = [form for form in wanted or FORMS if workload.form in ("", form)]
+    steps = [form for form in STEPS if problems_of(workload, form)]
+    return [each for form in found for each in (steps if form == "step" else [form])]
+
+
 def _measure(
     workload: Workload, forms: Sequence[str], peers: Sequence[Peer], *, with_default: bool
 ) -> Iterator[list[Row | Failure]]:
@@ -169,20 +182,55 @@ def _measure(
         yield [Failure(workload.name, workload.shape, "every form", "", in_a_line(error))]
         return
     for form in forms:
-        own = generated.retention if form == "auto" else getattr(generated, f"{form}_retention")
-        contenders = [Contender("tuned", own, inputs, expected, form=form)]
-        if with_default and form not in ("naive", "auto"):
-            contenders.append(Contender("default", own, inputs, expected, defaults_only, form))
-        contenders += [
-            Contender(peer.name, peer.functions[form], inputs, expected if peer.same else {})
-            for peer in peers
-            if form in peer.functions
-        ]
+        try:
+            contenders = _steps(workload, form, peers) if form in STEPS else _sweeps(form, inputs, expected, peers)
+        except RuntimeError as error:
+            yield [Failure(workload.name, workload.shape, form, "", in_a_line(error))]
+            continue
+        contenders = [one for one in contenders if with_default or one.variant != "default"]
         race(contenders)
         tuned, *others = contenders
         yield [tuned.row(workload, form), *(other.row(workload, form, tuned) for other in others)]
         del contenders, tuned, others  # and with them their graphs, before the memory of all is given back
         Replay.release()
+
+
+def _sweeps(
+    form: str, inputs: tuple[Tensor, ...], expected: dict[str, Tensor], peers: Sequence[Peer]
+) -> list[Contender]:
+    own = generated.retention if form == "auto" else getattr(generated, f"{form}_retention")
+    contenders = [Contender("tuned", own, inputs, expected, form=form)]
+    if form not in ("naive", "auto"):
+        contenders.append(Contender("default", own, inputs, expected, defaults_only, form))
+    return contenders + [
+        Contender(peer.name, peer.functions[form], inputs, expected if peer.same else {})
+        for peer in peers
+        if form in peer.functions
+    ]
+
+
+def _steps(workload: Workload, form: str, peers: Sequence[Peer]) -> list[Contender]:
+    """Steps on states of their own each, in slots of a pool; a peer's on those of the rows alone."""
+    (problem,) = problems_of(workload, form)
+    q, k, v, state, slots, *seed, _ = problem.inputs(DEVICE)
+    heads, size = _heads(q), state.element_size()
+    rates, start = retnet_rates(workload.H)[heads].to(q.device), state[slots[:1]][:, heads]
+    o, _ = steps_reference(_sample(q), _sample(k), _sample(v), start, rates, workload.K**-0.5)
+
+    def own(q: Tensor, k: Tensor, v: Tensor, pool: Tensor) -> tuple[Tensor, None]:
+        return generated.retention_step(q, k, v, pool, state_indices=slots, seed=seed[0] if seed else None), None
+
+    variants: list[tuple[str, Any, Context]] = [
+        ("tuned", partial(own, pool=state.clone()), contextlib.nullcontext),
+        ("default", partial(own, pool=state.clone()), defaults_only),
+    ]
+    rows = state[slots]
+    variants += [
+        (peer.name, partial(peer.functions[form], initial_state=rows), contextlib.nullcontext)
+        for peer in peers
+        if form in peer.functions
+    ]
+    return [Contender(name, call, (q, k, v), {"o": o}, context, form, size) for name, call, context in variants]
 
 
 def make_inputs(workload: Workload, device: str) -> tuple[Tensor, ...]:
@@ -218,7 +266,10 @@ def _heads(x: Tensor) -> list[int]:
 
 
 class Contender:
-    """One variant of a form at one workload, and its times so far; `failure` says why it is out of the race."""
+    """One variant of a form at one workload, and its times so far; `failure` says why it is out of the race.
+
+    state_size: of a step, which has no backward, the bytes of a number of its states.
+    """
 
     def __init__(
         self,
@@ -228,11 +279,12 @@ class Contender:
         expected: dict[str, Tensor],
         context: Context = contextlib.nullcontext,
         form: str = "",
+        state_size: int = 0,
     ) -> None:
         self.variant, self.form, self.context, self.failure = variant, form, context, ""
         self._function, self._inputs, self._expected = function, inputs, expected
-        self._leaves = self._new_leaves()
-        self._calls: tuple[Callable[[], object], ...] = (self._forward, self._both)
+        self._leaves, self._state_size = self._new_leaves(), state_size
+        self._calls: tuple[Callable[[], object], ...] = (self._forward,) if state_size else (self._forward, self._both)
         self._samples: list[int] = []  # of each call in a turn
         self._times: tuple[list[float], ...] = ([], [])
         self._replays: list[Replay | None] = []
@@ -245,9 +297,10 @@ class Contender:
 
         ArithmeticError where a result of our own is wrong: a peer's error is printed beside its times.
         """
-        results = dict(zip(("o", "dq", "dk", "dv"), self._both(), strict=True))
+        found = (self._forward(),) if self._state_size else self._both()
+        results = dict(zip(("o", "dq", "dk", "dv"), found, strict=False))
         self._errors = errors_of(results, self._expected)
-        del results
+        del found, results
         q = self._inputs[0]
         limit = error_limit(self.form, str(q.dtype).removeprefix("torch."), q.shape[1])
         if self.variant not in PEERS and not all(error <= limit for error in self._errors.values()):
@@ -255,15 +308,16 @@ class Contender:
             raise ArithmeticError(f"wrong result: relative errors {shown}; allowed: {limit:.1e}")
         estimates = [time_calls(call, 2)[1] for call in self._calls]
         self._samples = [max(1, min(50, int(BUDGET_MS / (ms + 0.05))) // ROUNDS) for ms in estimates]
-        self._extra_mib = _extra_mib(self._both)
+        self._extra_mib = _extra_mib(self._calls[-1])
         # A graph is captured on a stream of its own, and autograd wants leaves to stay on the first that they came to.
-        self._replays = [_replay(self._forward), _replay(lambda: self._both(self._new_leaves()))]
+        calls = (self._forward, lambda: self._both(self._new_leaves()))
+        self._replays = [_replay(call) for call, _ in zip(calls, self._calls, strict=False)]
 
     def turn(self) -> None:
         """Time some calls of each kind, after one that finds the configurations again and fills the queue."""
-        for call, samples, times in zip(self._calls, self._samples, self._times, strict=True):
+        for call, samples, times in zip(self._calls, self._samples, self._times, strict=False):
             times += time_calls(call, samples + 1)[1:]
-        for replay, times in zip(self._replays, self._gpu_times, strict=True):
+        for replay, times in zip(self._replays, self._gpu_times, strict=False):
             times += replay.times() if replay else []
 
     def row(self, workload: Workload, form: str, tuned: Contender | None = None) -> Row | Failure:
@@ -273,17 +327,21 @@ class Contender:
             return Failure(*where, self.failure)
         forward, both = (
             Times(
-                statistics.median(times),
-                _spread(times),
-                len(times),
-                workload.floor_ms(backward=backward),
-                statistics.median(gpu_times) if gpu_times else None,
+                statistics.median(times), _spread(times), len(times), floor_ms, statistics.median(gpu) if gpu else None
             )
-            for times, gpu_times, backward in zip(self._times, self._gpu_times, (False, True), strict=True)
+            if times
+            else None
+            for times, gpu, floor_ms in zip(self._times, self._gpu_times, self._floors(workload), strict=True)
         )
+        assert forward
         own, theirs = self._times, tuned._times if tuned and not tuned.failure else ()
-        speedups = [statistics.median(a) / statistics.median(b) for a, b in zip(own, theirs, strict=False)]
+        speedups = [statistics.median(a) / statistics.median(b) for a, b in zip(own, theirs, strict=False) if a and b]
         return Row(*where, forward, both, speedups, self._extra_mib, self._errors)
+
+    def _floors(self, workload: Workload) -> tuple[float, float]:
+        if self._state_size:
+            return (workload.step_floor_ms(self._state_size),) * 2
+        return workload.floor_ms(backward=False), workload.floor_ms(backward=True)
 
     def _forward(self) -> Tensor:
         with torch.no_grad():
@@ -343,22 +401,26 @@ def line(row: Row | Failure) -> str:
     head = f"{row.form:15} {row.variant:8}"
     if isinstance(row, Failure):
         return f"{head} failed: {row.failure}"[:WIDTH]
-    speedups = [f"{speedup:.2f}x" for speedup in row.speedups] or ["", ""]
-    halves = [
-        f"{times.ms:10.3f} {times.spread:6.3f} {_or_blank(times.gpu_ms)} {times.floor_share:5.0%} {speedup:>7}"
-        for times, speedup in zip((row.forward, row.both), speedups, strict=True)
-    ]
+    speedups = [f"{speedup:.2f}x" for speedup in row.speedups] + ["", ""]
+    halves = [_half(*half) for half in zip((row.forward, row.both), speedups, strict=False)]
     worst = max(row.errors.values(), key=lambda error: math.inf if math.isnan(error) else error, default=None)
     return f"{head} {' '.join(halves)} {row.extra_mib:6.0f} {'' if worst is None else f'{worst:.1e}':>7}"
 
 
-def _or_blank(ms: float | None) -> str:
-    return f"{'' if ms is None else f'{ms:.3f}':>7}"
+def _half(times: Times | None, speedup: str) -> str:
+    if times is None:
+        return " " * len(HALF.format(""))
+    share = f"{times.floor_share:5.0%}"
+    return f"{_ms(times.ms):>10} {times.spread:6.3f} {_ms(times.gpu_ms):>7} {share} {speedup:>7}"
+
+
+def _ms(ms: float | None) -> str:
+    return "" if ms is None else f"{ms:.3f}" if ms >= FINE_MS else f"{ms:.4f}"
 
 
 def summary(rows: Sequence[Row | Failure]) -> str:
     """Of each peer, how many times as long as retgen it takes: form by form, and its best form against our best."""
-    timed = [row for row in rows if isinstance(row, Row)]
+    timed = [row for row in rows if isinstance(row, Row) and row.both]
     halves = [bench_plots.best([asdict(row) for row in timed], half, "ms") for half in ("forward", "both")]
     lines = []
     for peer in dict.fromkeys(row.variant for row in timed if row.variant in PEERS):
@@ -377,6 +439,16 @@ def summary(rows: Sequence[Row | Failure]) -> str:
             )
             if ratios
         ]
+    steps: dict[str, list[float]] = {}
+    for row in rows:
+        if isinstance(row, Row) and not row.both and row.variant in PEERS:
+            steps.setdefault(row.variant, []).extend(row.speedups)
+    lines += [
+        f"vs {peer}, steps, geometric mean of {len(ratios)}: {statistics.geometric_mean(ratios):.2f}x, at the least "
+        f"{min(ratios):.2f}x"
+        for peer, ratios in steps.items()
+        if ratios
+    ]
     return "\n".join(lines) or "no row to compare with another library"
 
 

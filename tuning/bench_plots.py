@@ -41,8 +41,13 @@ def draw(figures: Mapping[str, Any], folder: Path) -> Iterator[Path]:
         yield path
 
 
+def has_times(row: Mapping[str, Any]) -> bool:
+    """Whether it tells forward and backward: neither a failure nor a step's."""
+    return "failure" not in row and row["both"] is not None
+
+
 def _timed(figures: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Workload]]:
-    rows = [row for row in figures["rows"] if "failure" not in row]
+    rows = [row for row in figures["rows"] if has_times(row)]
     return rows, {name: Workload(**sizes) for name, sizes in figures["workloads"].items()}
 
 

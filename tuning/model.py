@@ -20,7 +20,7 @@ from typing import Any
 from generated.launch import blocks, padded
 from generated.retention import fused_chunk, fused_chunk_hopper
 from tuning.compilation import Arch, Resources
-from tuning.problems import GRADIENTS, HOPPER, SEGMENTED, STATES_SEGMENT, Problem
+from tuning.problems import GRADIENTS, HOPPER, SEGMENTED, STATES_SEGMENT, STEPS, Problem
 
 STEP_LATENCY_MS = 1.2e-3
 TOKEN_LATENCY_MS = 0.5e-3
@@ -95,6 +95,11 @@ def _work(problem: Problem, config: Any) -> Work:
         programs = blocks(V, config.BV) * rows
         latency = TOKEN_LATENCY_MS * (1 + K * config.BV / (32 * config.num_warps) / 64)
         return Work(programs, T, 0.0, size * (2 * K + config.BV), latency)
+    if problem.form in STEPS:
+        programs = blocks(V, config.BV) * rows
+        latency = T * TOKEN_LATENCY_MS * (1 + K * config.BV / (32 * config.num_warps) / 64)
+        state = 2 * K * config.BV * STEPS[problem.form][0].itemsize  # read and written, and shared with no neighbour
+        return Work(programs, 1.0, 0.0, 2 * state + T * size * (2 * K + config.BV), latency)
     hidden = STEP_LATENCY_MS * (1.0 if config.num_stages == 1 else 0.7)
     if problem.form == "chunk_states":
         length = min(T, STATES_SEGMENT)

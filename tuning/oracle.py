@@ -41,6 +41,22 @@ def sweep_reference(
     return o.flip(1) if reverse else o, state
 
 
+def steps_reference(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, g_gamma: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, HQ, V] and the states after each token [B, T, H, K, V] in float64, token by token.
+
+    q has HQ heads, of which those that share one of the H states are neighbours.
+    """
+    decay = torch.exp(g_gamma.double())[:, None, None]
+    now, outputs, states = state.double(), [], []
+    for b_q, b_k, b_v in zip(*(x.double().unbind(1) for x in (q, k, v)), strict=True):
+        now = decay * now + b_k[..., None] * b_v[..., None, :]
+        outputs.append(scale * (b_q.unflatten(1, (now.shape[1], -1)) @ now).flatten(1, 2))
+        states.append(now)
+    return torch.stack(outputs, 1), torch.stack(states, 1)
+
+
 def gradients_reference(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, g_gamma: Tensor, scale: float, *, reverse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,6 +54,8 @@ def _fla() -> Peer:
     forms = ("chunk", "fused_chunk", "parallel", "fused_recurrent")
     functions = {form: getattr(retention, f"{form}_retention", None) for form in forms}
     functions["naive"] = lambda q, k, v: (_heads_second(naive, q, k, v), None)
+    step = functions["fused_recurrent"]
+    functions["step"] = step and partial(step, output_final_state=True)  # from an initial state, in float32
     found = {form: function for form, function in functions.items() if function is not None}
     return Peer("fla", version("fla-core"), found)
 

@@ -4,25 +4,35 @@ Every kernel runs the same mathematics, a sweep (see generated/retention/operato
 sweep's own widths: the output and the gradient of v sweep with K and V, the gradients of q and k with the two
 exchanged. Where the two are equal, one launch can run the gradients' three sweeps, which is a kernel of its own. The
 direction is an argument of the kernels and changes no instruction: it is checked both ways and timed forwards.
+
+A step is no sweep: its inputs hold states too, which it updates where they lie, in slots of a pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from generated.arguments import MOST_STEPS
 from generated.launch import padded
-from generated.retention import auto, chunk, fused_chunk, fused_chunk_hopper, fused_recurrent, parallel
+from generated.retention import auto, chunk, fused_chunk, fused_chunk_hopper, fused_recurrent, parallel, step
 from tuning.compilation import Arch
 from tuning.oracle import retnet_rates
 from tuning.space import SPACES, Place, Sifted, Space
 from tuning.workloads import Workload
 
 FAMILY = "retention"
+STEPS = {
+    kernel.removeprefix(f"{FAMILY}_"): kind for kind, kernel in step.KERNELS.items()
+}  # state's dtype, seed or none
+FREE_SLOTS = 3  # of a step's pool
+SEED = 7
+STATE = 3  # which of a step's inputs holds its states
 STATES_SEGMENT = 256  # the segment length at which the pass that stores states is timed
 
 
@@ -50,6 +60,29 @@ def _fused_chunk_gradients(
     return fused_chunk.fused_chunk_gradients(q, k, v, do, g_gamma, scale, h0=None, dht=None, dh0=None, **given)
 
 
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, slots: Tensor, *others: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    """A step on a copy of the states in `final_state`, or where there is none on these; returns the outputs.
+
+    `kept`: and the states after each token. `group`: so many query heads for each that there is. `in_rows`: rows have
+    their numbers for slots. `int32`: slots of so many bits.
+    """
+    *seed, g_gamma, scale = others
+    if (final_state := options["final_state"]) is not None:
+        state = final_state.copy_(state)
+    if "group" in options:
+        q = q.repeat_interleave(options["group"], 2)
+    if "int32" in options:
+        slots = slots.int()
+    kept = state.new_empty(*k.shape[:3], *state.shape[2:]) if "kept" in options else None
+    o = v.new_empty(*q.shape[:3], v.shape[3])
+    in_rows, config = "in_rows" in options, options["config"]
+    state, indices = (state[: len(q)], None) if in_rows else (state, slots)
+    step.step_update(q, k, v, g_gamma, scale, state, indices, seed[0] if seed else None, kept, o, config)
+    return (o,) if kept is None else (o, kept)
+
+
 FORMS = {
     "fused_chunk": Form(fused_chunk.FusedChunkConfig, fused_chunk.default_config, fused_chunk.fused_chunk_sweep),
     "fused_chunk_gradients": Form(
@@ -66,13 +99,18 @@ FORMS = {
     "fused_recurrent": Form(
         fused_recurrent.FusedRecurrentConfig, fused_recurrent.default_config, fused_recurrent.fused_recurrent_sweep
     ),
+    **{
+        form: Form(step.StepConfig, partial(step.default_config, size=dtype.itemsize), _step)
+        for form, (dtype, _) in STEPS.items()
+    },
 }
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
 PLAIN = "plain"  # the variant of a launch that is timed
 GRADIENTS = "fused_chunk_gradients"
 HOPPER = "fused_chunk_hopper"  # runs wide heads alone, without states of the caller's
 SEGMENTED = ("chunk", HOPPER)  # where L is less than T they run chunk_states too
-PASSES = ("chunk_states", GRADIENTS)  # no sweeps of their own
+# No forms of their own, and the form that each is tuned with.
+PASSES = {"chunk_states": "chunk", GRADIENTS: "fused_chunk"} | {form: "step" for form in STEPS if form != "step"}
 FORM_KERNEL, GRADIENTS_FORM_KERNEL, HOPPER_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL, fused_chunk_hopper.KERNEL
 
 
@@ -123,21 +161,38 @@ class Problem:
         return FORMS[self.form].default(self.torch_dtype, self.K, self.V, self.B * self.H, self.T)
 
     def inputs(self, device: str, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random q, k, v (for gradients also do) and RetNet's decays; of shapes only on the meta device."""
+        """Random q, k, v (for gradients also do) and RetNet's decays; of shapes only on the meta device.
+
+        Of a step, before the decays, also states of more slots than rows, the rows' slots, and a seed if there is one.
+        """
         widths = (self.K, self.K, self.V, *([self.V] if self.form == GRADIENTS else []))
         shapes = [(self.B, self.T, self.H, width) for width in widths]
+        dtypes, slots = [self.torch_dtype] * len(shapes), self.B + FREE_SLOTS
+        dtype, is_seeded = STEPS.get(self.form, (None, False))
+        if dtype:
+            shapes, dtypes = [*shapes, (slots, self.H, self.K, self.V)], [*dtypes, dtype]
         if device == "meta":
-            tensors = [torch.empty(shape, device="meta", dtype=self.torch_dtype) for shape in shapes]
-            return *tensors, torch.empty(self.H, device="meta")
+            numbers = [torch.empty(size, device="meta", dtype=torch.int64) for size in (self.B, 1)]
+            tensors = [torch.empty(shape, device="meta", dtype=of) for shape, of in zip(shapes, dtypes, strict=True)]
+            return *tensors, *numbers[: bool(dtype) + is_seeded], torch.empty(self.H, device="meta")
         generator = torch.Generator(device).manual_seed(seed)
-        tensors = [torch.randn(s, device=device, generator=generator).to(self.torch_dtype) for s in shapes]
+        tensors = [
+            torch.randn(s, device=device, generator=generator).to(of) for s, of in zip(shapes, dtypes, strict=True)
+        ]
+        if dtype:
+            tensors.append(torch.randperm(slots, device=device, generator=generator)[: self.B])
+        if is_seeded:
+            tensors.append(torch.full((1,), SEED, device=device))
         return *tensors, retnet_rates(self.H).to(device=device, dtype=torch.float32)
 
     def floor_ms(self, gpu: str) -> float | None:
-        """The time that no kernel can beat, for whole sweeps on the GPU that it was measured for; None for others."""
-        if "H100" not in gpu or self.form in PASSES:
+        """The time that no kernel can beat, for whole forms on the GPU that it was measured for; None for others."""
+        whole = Workload("", self.B, self.T, self.H, self.K, self.V, self.dtype)
+        if "H100" not in gpu or self.form in PASSES.keys() - STEPS.keys():
             return None
-        return Workload("", self.B, self.T, self.H, self.K, self.V, self.dtype).floor_ms(backward=False)
+        return (
+            whole.step_floor_ms(STEPS[self.form][0].itemsize) if self.form in STEPS else whole.floor_ms(backward=False)
+        )
 
     def variants(self, config: Any) -> dict[str, dict[str, Any]]:
         """The launches with a configuration that compile to kernels of their own: options of `run`, of shapes only."""
@@ -145,6 +200,9 @@ class Problem:
         if self.form in WITH_STATES:
             states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
         found: dict[str, dict[str, Any]] = {PLAIN: {}}
+        if self.form in STEPS:
+            found |= {"kept": {"kept": True}, "grouped": {"group": 2}, "grouped, kept": {"kept": True, "group": 2}}
+            return found | {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
         if self.form == HOPPER:
             longest = fused_chunk_hopper.LONGEST
             found |= {"reversed": {"reverse": True}, "whole": {"tokens": longest}, "ragged": {"tokens": longest + 1}}
@@ -223,9 +281,14 @@ def problem_at(kernel: str, dtype: str, K: int, V: int, BH: int, T: int) -> Prob
 def problems_of(workload: Workload, form: str) -> list[Problem]:
     """The problems of one form at one workload: one, or two where K and V differ.
 
-    None of gradients in one launch there or where they are wide, and of HOPPER only at its own sizes.
+    None of gradients in one launch there or where they are wide, and of HOPPER only at its own sizes; of a step one, of
+    few tokens. None where the workload is for another form alone.
     """
     w = workload
+    if w.form not in ("", PASSES.get(form, form)):
+        return []
+    if form in STEPS:
+        return [Problem(form, w.dtype, w.B, w.T, w.H, w.K, w.V)] if w.T <= MOST_STEPS else []
     if form == GRADIENTS and not w.K == w.V <= fused_chunk.WIDEST_TOGETHER:
         return []
     widths = dict.fromkeys([(w.K, w.V), (w.V, w.K)])

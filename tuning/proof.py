@@ -4,6 +4,9 @@ Every draw holds outputs and states against float64, head by head, and asks for 
 problem's own shape, of which float64 sees two rows. The second time the memory is busy with another stream's writes:
 what a kernel does not wait for comes too late. All runs in memory full of NaN: an element that nobody wrote is one, and
 so is what comes of reading beside a tensor. Writes there are seen.
+
+Of a step each number of a state must be one of those next to what float64 makes of it, the nearest unless a seed rounds
+it, and of a pool and of skipped rows nothing else may change.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from generated.arguments import MOST_STEPS
 from generated.retention.fused_chunk_hopper import LONGEST
-from tuning.oracle import gradients_reference, segment_states, sweep_reference
-from tuning.problems import GRADIENTS, HOPPER, STATES_SEGMENT, WITH_STATES, Problem
+from tuning.oracle import gradients_reference, segment_states, steps_reference, sweep_reference
+from tuning.problems import GRADIENTS, HOPPER, SEED, STATE, STATES_SEGMENT, STEPS, WITH_STATES, Problem
 from tuning.timing import flush_buffer
 
 # The largest relative error against float64 that is taken for rounding: a few units of each dtype.
@@ -38,6 +42,11 @@ RATES = (math.log1p(-(2.0**-5)), 0.0, -3.0, -0.25)
 MARGIN = 2048  # bytes on either side of a tensor; a multiple of what tensors are aligned at
 TOKENS = 333  # ragged for every chunk
 WHOLE_TOKENS = 320  # whole chunks, of all lengths
+STEP_ROWS = (3, -1, 0, 6)  # slots of a draw's rows, of which two are skipped, in a pool of six
+SLOTS, ROWS_AT_ONCE = 6, 4  # of a step's rows, before float64
+# What seeds round up and down may differ by: so many standard deviations, of which none is over half a unit, and what
+# float32's sums are off by, in units.
+DEVIATIONS, SUM_SHARE = 5, 1e-3
 TRAFFIC = 16  # times that the L2 cache is written over beside a draw's run: 0.8 ms on an H100
 
 
@@ -55,16 +64,20 @@ class Draw:
     turned: bool = False
     narrower: bool = False
     L: int = 0  # tokens a segment, where it is not the configuration's
+    group: int = 1  # of a step, query heads a state
+    only: tuple[str, ...] = ()  # options that a step alone has
 
     @property
     def order(self) -> dict[str, Any]:
         """The options of `Problem.run`, but for tensors."""
         order = {"reverse": self.reverse, "adjoint": self.adjoint, "turned": self.turned}
-        return order | ({"L": self.L} if self.L else {})
+        return order | ({"L": self.L} if self.L else {}) | dict.fromkeys(self.only, True)
 
 
 def draws(problem: Problem, config: Any) -> list[Draw]:
     """The draws of a problem: what its form knows nothing of (states, packed sequences) is left out."""
+    if problem.form in STEPS:
+        return step_draws(problem)
     segment = STATES_SEGMENT if problem.form == "chunk_states" else getattr(config, "L", 0)
     # More than two segments, where there are any: at the start of the third a state has decayed over one.
     tokens = 2 * segment + TOKENS if 0 < segment < problem.T else TOKENS
@@ -100,7 +113,7 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         found.append(Draw("packed", packed, states=states, adjoint=states))
         found.append(Draw("packed, from the last token", packed, states=states, adjoint=states, reverse=True))
         if getattr(config, "scores", 0):
-            both = {"states": states, "adjoint": states, "turned": True}
+            both: dict[str, Any] = {"states": states, "adjoint": states, "turned": True}
             found.append(Draw("packed, scores of both", packed, **both))
             found.append(Draw("packed, scores of both, from the last token", packed, reverse=True, **both))
         if problem.form == HOPPER and tokens == TOKENS:  # uneven ones are cut all the same
@@ -111,6 +124,23 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
         alike = [draw for draw in found if draw.name in ("whole chunks", "packed", "packed, cut", "scores turned")]
         found += [replace(draw, name=f"narrower heads, {draw.name}", narrower=True) for draw in alike]
     return found
+
+
+def step_draws(problem: Problem) -> list[Draw]:
+    """The draws of a step."""
+    size = min(SIZES[name] for name in (problem.dtype, _name(STEPS[problem.form][0])))
+    return [
+        Draw("one token", (1,)),
+        Draw("most tokens", (MOST_STEPS,)),
+        *([Draw("narrower heads", (2,), narrower=True)] if problem.narrower() != problem else []),
+        Draw("large numbers", (3,), log2_size=size),
+        Draw("tiny numbers", (3,), log2_size=-size),
+        Draw("states after each token", (5,), only=("kept",)),
+        Draw("grouped heads", (3,), group=3),
+        Draw("grouped heads, states after each token", (3,), group=2, only=("kept",)),
+        Draw("rows in their own slots", (2,), only=("in_rows",)),
+        Draw("slots of 32 bits", (2,), only=("int32",)),
+    ]
 
 
 def prove(problem: Problem, config: Any, extra: dict[str, Any], device: str) -> float:
@@ -132,6 +162,8 @@ def prove_whole(
     Programs of different rows do the same work, so each row must give the same bits in the next one's place: what is
     wrong in one alone is found without float64. `apart`: see `guarded_runs`.
     """
+    if problem.form in STEPS:
+        return _hold_step(problem, config, full, extra, apart=apart, traffic=8 * TRAFFIC)
     *tensors, rates = full
     once, again = guarded_runs(problem, config, full, [extra, extra], apart=apart, traffic=8 * TRAFFIC)
     if not same_bits(once, again):
@@ -147,6 +179,13 @@ def prove_whole(
         if not same_bits(moved, [x.roll(len(x) // problem.B, 0) for x in once]):
             raise ArithmeticError("wrong result at the full shape: a row of the batch differs in the next one's place")
     return max(errors)
+
+
+def limits_of(problem: Problem) -> list[float]:
+    """The largest relative errors of a problem's results that are taken for rounding."""
+    if problem.form in STEPS:  # whose states have a dtype of their own
+        return [ERROR_LIMITS[problem.dtype], ERROR_LIMITS[_name(STEPS[problem.form][0])]]
+    return [ERROR_LIMITS[problem.dtype]] * (3 if problem.form == GRADIENTS else 1)
 
 
 def error_limit(form: str, dtype: str, tokens: int) -> float:
@@ -165,7 +204,7 @@ def guarded_runs(
     apart: bool = True,
     traffic: int = 0,
 ) -> list[list[Tensor]]:
-    """The results of a run with each of some options, the final state the last where there is an initial one.
+    """The results of a run with each of some options, the last of a step, or from an initial state, the final one.
 
     ArithmeticError if an input was written to, or what lies beside a tensor. Without `apart` the inputs are not copied
     to where this is seen, which saves their memory. `traffic`: how often the L2 cache is written over beside each run
@@ -174,9 +213,11 @@ def guarded_runs(
     guard, runs = Guard(), list[list[Tensor]]()
     originals = [*inputs, *([] if initial is None else [initial])]
     given = [guard.copy(x) for x in originals] if apart else originals
+    start = inputs[STATE] if problem.form in STEPS else initial
     for options in orders:
-        final = [] if initial is None else [guard.copy(torch.full_like(initial, math.nan))]
-        states = {"initial_state": given[-1], "final_state": final[0]} if final else {}
+        final = [] if start is None else [guard.copy(torch.full_like(start, math.nan))]
+        states = {"final_state": final[0]} if final else {}
+        states |= {} if initial is None else {"initial_state": given[-1]}
         with guard, crowded_memory(inputs[0].device, traffic if runs else 0):
             results = problem.run(tuple(given[: len(inputs)]), config, **states, **options)
         runs.append([*results, *final])
@@ -207,6 +248,8 @@ def _examine(problem: Problem, config: Any, extra: dict[str, Any], draw: Draw, g
     problem = problem.narrower() if draw.narrower else problem
     inputs, offsets, initial = inputs_of(problem, draw, generator)
     order = {"cu_seqlens": offsets, **draw.order, **extra}
+    if problem.form in STEPS:
+        return _hold_step(problem, config, inputs, order, unit=2.0 ** (3 * draw.log2_size))
     once, again = guarded_runs(problem, config, inputs, [order, order], initial=initial, traffic=TRAFFIC)
     limits = [ERROR_LIMITS[problem.dtype]] * len(once)
     if draw.steady:
@@ -225,8 +268,10 @@ def inputs_of(
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """q, k, v (for gradients also do) and the decays, the offsets of packed sequences, and the initial states.
 
-    On the device of the generator.
+    Of a step, its inputs. On the device of the generator.
     """
+    if problem.form in STEPS:
+        return _step_inputs(problem, draw, generator), None, None
     device, heads = generator.device, len(RATES)
     packed = len(draw.lengths) > 1
     rows, tokens = (1, sum(draw.lengths)) if packed else (2, draw.lengths[0])
@@ -241,6 +286,101 @@ def inputs_of(
     initial = normal(len(draw.lengths) if packed else rows, heads, problem.K, problem.V) if draw.states else None
     offsets = torch.tensor((0, *draw.lengths), device=device).cumsum(0) if packed else None
     return [*(x.to(problem.torch_dtype) for x in tensors), rates], offsets, initial
+
+
+def _step_inputs(problem: Problem, draw: Draw, generator: torch.Generator) -> list[Tensor]:
+    device, heads, (tokens,) = generator.device, len(RATES), draw.lengths
+    state_dtype, is_seeded = STEPS[problem.form]
+    sizes = ((draw.group * heads, problem.K), (heads, problem.K), (heads, problem.V))
+    shapes = [(len(STEP_ROWS), tokens, *size) for size in sizes]
+    q, k, v = (torch.randn(shape, device=device, generator=generator) * 2.0**draw.log2_size for shape in shapes)
+    state = torch.randn(SLOTS, heads, problem.K, problem.V, device=device, generator=generator)
+    state *= 2.0 ** (2 * draw.log2_size)
+    numbers = [torch.tensor(STEP_ROWS, device=device), *([torch.tensor([SEED], device=device)] if is_seeded else [])]
+    return [
+        *(x.to(problem.torch_dtype) for x in (q, k, v)),
+        state.to(state_dtype),
+        *numbers,
+        torch.tensor(RATES, device=device),
+    ]
+
+
+def _hold_step(
+    problem: Problem,
+    config: Any,
+    inputs: Sequence[Tensor],
+    order: dict[str, Any],
+    *,
+    unit: float = 1.0,
+    apart: bool = True,
+    traffic: int = TRAFFIC,
+) -> float:
+    """The largest error of a step's outputs, of which and of whose states float64 sees every row; or ArithmeticError.
+
+    `unit`: the size of what a token adds to its own output.
+    """
+    once, again = guarded_runs(problem, config, inputs, [order, order], apart=apart, traffic=traffic)
+    if not same_bits(once, again):
+        raise ArithmeticError("two runs on the same inputs differ")
+    error = _step_error(problem, inputs, once, order, unit)
+    if STEPS[problem.form][1]:  # by another seed, of whose bits the upper half alone is another
+        *tensors, seed, rates = inputs
+        others = (*tensors, seed + 2**32, rates)
+        (other,) = guarded_runs(problem, config, others, [order], apart=apart)
+        if same_bits(once[1:], other[1:]):
+            raise ArithmeticError("wrong result: two seeds give the same states")
+        error = max(error, _step_error(problem, others, other, order, unit))
+    return error
+
+
+def _step_error(
+    problem: Problem, inputs: Sequence[Tensor], results: Sequence[Tensor], order: dict[str, Any], unit: float
+) -> float:
+    q, k, v, state, slots, *_, rates = inputs
+    o, *kept, final = results
+    if order.get("in_rows"):
+        slots = torch.arange(len(q), device=q.device)
+    is_used = (slots >= 0) & (slots < len(state))
+    is_free = torch.ones(len(state), dtype=torch.bool, device=q.device)
+    is_free[slots[is_used]] = False
+    if not same_bits([final[is_free]], [state[is_free]]):
+        raise ArithmeticError("wrong result: the state of a slot that no row has is another one")
+    if o[~is_used].any() or not all(x[~is_used].isnan().all() for x in kept):
+        raise ArithmeticError("wrong result: a row that is skipped has an output that is not 0, or a state")
+    worst, grown, stored = 0.0, 0.0, 0
+    limit, is_seeded = ERROR_LIMITS[problem.dtype], STEPS[problem.form][1]
+    for rows in torch.split(torch.where(is_used)[0], ROWS_AT_ONCE):
+        start = state[slots[rows]]
+        expected, states = steps_reference(q[rows], k[rows], v[rows], start, rates, problem.K**-0.5)
+        error = head_error(o[rows], expected, 2, LEAST_OUTPUT * unit)
+        if not error < limit:
+            raise ArithmeticError(f"wrong result: relative error {error:.1e} of {limit:.1e} allowed")
+        worst = max(worst, error)
+        for got, right in ((final[slots[rows]], states[:, -1]), *((x[rows], states) for x in kept)):
+            grown += _growth(got, right, is_seeded=is_seeded)
+            stored += got.numel()
+    if is_seeded and not abs(grown) < SUM_SHARE * stored + DEVIATIONS * 0.5 * math.sqrt(stored):
+        raise ArithmeticError(f"wrong result: seeds change states by {grown / stored:.1e} units in the mean")
+    return worst
+
+
+def _growth(got: Tensor, exact: Tensor, *, is_seeded: bool) -> float:
+    """By how many units of their last places states [..., K, V] are too large in all.
+
+    ArithmeticError where one is off by more than one for a seed, half a one to the nearest, and what float32's sum is.
+    """
+    limits = torch.finfo(got.dtype)
+    unit = limits.eps * torch.exp2(exact.abs().clamp(min=limits.tiny).log2().floor())
+    off = got.double() - exact
+    allowed = (1.0 if is_seeded else 0.5) * unit + ERROR_LIMITS["float32"] * exact.abs().amax((-2, -1), keepdim=True)
+    if not (off.abs() <= allowed).all():
+        worst = float((off.abs() / allowed).max())
+        raise ArithmeticError(f"wrong result: a state is off by {worst:.1e} of what rounding allows")
+    return float((off * exact.sign() / unit).sum())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _expected(
@@ -282,6 +422,10 @@ def _reference(
 
 def reference(problem: Problem, inputs: tuple[Tensor, ...], *, reverse: bool = False) -> tuple[Tensor, ...]:
     """What float64 makes of a problem's inputs."""
+    if problem.form in STEPS:
+        q, k, v, state, slots, *_, g_gamma = inputs
+        o, states = steps_reference(q, k, v, state[slots], g_gamma, problem.K**-0.5)
+        return o, state.double().index_copy(0, slots, states[:, -1])
     q, k, v, *do, g_gamma = inputs
     if problem.form == "chunk_states":
         return (segment_states(k, v, g_gamma, STATES_SEGMENT, reverse=reverse),)

@@ -26,6 +26,7 @@ from rich.markup import escape
 
 from generated import configuration
 from generated.configuration_file import ConfigurationError, parse_file
+from tuning.bench_plots import has_times
 from tuning.compilation import ARCHS, Arch, Resources
 from tuning.history import History, PastRun, PastSearch, PastTrial, read
 from tuning.journal import default_path
@@ -237,13 +238,13 @@ def default_storage() -> str:
 
 
 def read_peers(paths: Iterable[str]) -> Peers:
-    """The rows that `bench --json` wrote, failures left out; RunError for another file."""
+    """The rows that `bench --json` wrote, failures and steps left out; RunError for another file."""
     rows, machines = [], []
     for path in paths:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             has_floor = FLOOR_OF in found["gpu"]["name"]
-            rows += [_checked(row, has_floor=has_floor) for row in found["rows"] if "failure" not in row]
+            rows += [_checked(row, has_floor=has_floor) for row in found["rows"] if has_times(row)]
             versions = {name: found[name] for name in ("torch", "triton")} | found["peers"]
             software = ", ".join(f"{name} {known}" for name, known in versions.items())
             machines.append(f"{found['gpu']['name']}, driver {found['gpu']['driver']}, {software}")

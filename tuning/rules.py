@@ -30,7 +30,6 @@ from tuning.problems import (
     GRADIENTS_FORM_KERNEL,
     HOPPER,
     HOPPER_KERNEL,
-    PASSES,
     Problem,
     problem_at,
     same_launch,
@@ -100,7 +99,7 @@ def form_entries(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list
         shape = replace(winner.problem, form="")
         if winner.problem.form == GRADIENTS:
             gradients[shape] = winner
-        elif winner.problem.form not in (*PASSES, HOPPER):
+        elif winner.problem.form in space.SWEEPS.values:
             shapes.setdefault(shape, {})[winner.problem.form] = winner
     entries = []
     swept = [winner.problem for winner in winners if winner.problem.form in space.SWEEPS.values]
@@ -148,7 +147,7 @@ def without_use(winners: Iterable[Winner], known: Iterable[Entry] = ()) -> list[
         elif entry.kernel == HOPPER_KERNEL:
             in_use.add(entry.point)
     for winner in winners:
-        if winner.problem.form not in (*PASSES, HOPPER) and not winner.modelled:
+        if winner.problem.form in space.SWEEPS.values and not winner.modelled:
             point = point_of(winner.problem)
             others[point] = min(winner.ms, others.get(point, math.inf))
 

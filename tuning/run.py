@@ -34,7 +34,16 @@ from tuning.journal import Journal, Run
 from tuning.journal import default_path as default_journal
 from tuning.judges import GpuJudge, Judge, ModelJudge
 from tuning.measurement import Gpu, Measurer, gpu_fields, gpu_present
-from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER, Problem, problem_at, problems_of
+from tuning.problems import (
+    FORM_KERNEL,
+    GRADIENTS,
+    GRADIENTS_FORM_KERNEL,
+    HOPPER,
+    STEPS,
+    Problem,
+    problem_at,
+    problems_of,
+)
 from tuning.progress import SearchProgress
 from tuning.samplers import check_available
 from tuning.search import EFFORTS
@@ -257,7 +266,8 @@ def problems_for(workloads: list[Workload], forms: list[str], arch: Arch) -> lis
     WorkloadError where there is nothing: a form may be written for some sizes and one architecture alone.
     """
     passes = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk", GRADIENTS)}
-    wanted = forms or ["fused_chunk", HOPPER, "chunk", "parallel", "fused_recurrent"]
+    passes["step"] = tuple(STEPS)
+    wanted = forms or ["fused_chunk", HOPPER, "chunk", "parallel", "fused_recurrent", "step"]
     parts = [part for form in wanted for part in passes.get(form, (form,))]
     found = [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
     problems = [problem for problem in dict.fromkeys(found) if problem.space.is_for(arch)]

@@ -23,6 +23,7 @@ from generated.launch import ALIGNMENT, blocks, padded
 from generated.retention import fused_chunk_hopper as hopper
 from generated.retention.chunk import FULL, WHOLE
 from generated.retention.fused_chunk import WIDEST_PART, state_rows
+from generated.retention.step import KERNELS as STEP_KERNELS
 from tuning.compilation import Arch, Resources
 
 MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
@@ -461,6 +462,10 @@ SPACES = {
         PARALLEL,
     ),
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
+    **dict.fromkeys(
+        (kernel.removeprefix("retention_") for kernel in STEP_KERNELS.values()),
+        Space((BV(8, 128), Warps(1, 8)), RECURRENT),
+    ),
     "fused_chunk_hopper": Space(
         (BT(16, hopper.LONGEST), Slots(6), HopperScores(), Segments(256, WHOLE // 2)), HOPPER, archs=("sm90",)
     ),

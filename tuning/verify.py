@@ -23,7 +23,7 @@ from tuning import rules, space
 from tuning.check import TUNED
 from tuning.coverage import Point
 from tuning.measurement import Gpu, MeasurementError, Measurer, StartError, Timing, gpu_present
-from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER, Problem, problem_at
+from tuning.problems import FORM_KERNEL, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER, PASSES, STEPS, Problem, problem_at
 from tuning.run import FOREVER, RunError
 from tuning.winners import beats
 from tuning.workloads import builtin
@@ -31,7 +31,6 @@ from tuning.workloads import builtin
 SAMPLE = 12
 TOLERANCE = 0.1
 FRESH = "fresh"
-TUNED_WITH = {"chunk_states": "chunk", GRADIENTS: "fused_chunk"}  # passes have no `--form` of their own
 CHOICES = {FORM_KERNEL: space.SWEEPS, GRADIENTS_FORM_KERNEL: space.GRADIENTS}  # rules that choose between kernels
 
 
@@ -183,7 +182,7 @@ def command(claims: Iterable[Claim]) -> str:
     claims = list(claims)
     problems = [claim.problem for claim in claims]
     is_choice = any(claim.rule.kernel in CHOICES for claim in claims)
-    forms = {} if is_choice else dict.fromkeys(TUNED_WITH.get(problem.form, problem.form) for problem in problems)
+    forms = {} if is_choice else dict.fromkeys(PASSES.get(problem.form, problem.form) for problem in problems)
     shapes = dict.fromkeys(_workload(problem) for problem in problems)
     options = [*(f"--form {form}" for form in forms), *(f"--workload {shape}" for shape in shapes)]
     return " ".join(["python -m tuning run --fresh", *options])
@@ -253,7 +252,9 @@ def _since_then(now_ms: float, then_ms: float | None, tolerance: float) -> str:
 
 
 def _workload(problem: Problem) -> str:
-    K, V = sorted((problem.K, problem.V))  # the tuner takes both sweeps of a workload
+    K, V = problem.K, problem.V
+    if problem.form not in STEPS:
+        K, V = sorted((K, V))  # the tuner takes both sweeps of a workload
     dtype = "" if problem.dtype == "bfloat16" else f",dtype={problem.dtype}"
     return f"B={problem.B},T={problem.T},H={problem.H},K={K},V={V}{dtype}"
 

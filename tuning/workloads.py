@@ -27,7 +27,7 @@ class WorkloadError(ValueError):
 
 @dataclass(frozen=True)
 class Workload:
-    """One training shape: q and k are [B, T, H, K], v is [B, T, H, V]."""
+    """One shape: q and k are [B, T, H, K], v is [B, T, H, V]. `form`: the only one that it is for, if there is such."""
 
     name: str
     B: int
@@ -36,6 +36,7 @@ class Workload:
     K: int
     V: int
     dtype: str = "bfloat16"
+    form: str = ""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,6 +58,10 @@ class Workload:
         """The time an H100 cannot beat: that of the bytes or of the FLOPs of each pass, whichever is longer."""
         passes = self.passes(backward=backward)
         return sum(max(moved / COPY_BYTES_PER_MS, flops / MATRIX_FLOPS_PER_MS) for moved, flops in passes)
+
+    def step_floor_ms(self, size: int) -> float:
+        """The same for a step on states of so many bytes a number: that of one read and one write of these."""
+        return 2 * self.B * self.H * self.K * self.V * size / COPY_BYTES_PER_MS
 
 
 def groups() -> dict[str, dict[str, Workload]]:
@@ -160,7 +165,8 @@ def parse_shape(text: str, names: Iterable[str] = ()) -> Workload:
         # At most ten digits are looked at, so that no text takes long.
         if not re.fullmatch(r"0*[1-9][0-9]{0,9}", value, re.ASCII) or int(value) > limit:
             raise WorkloadError(f"workload {text!r}: {name} is {value!r}; it must be a whole number from 1 to {limit}")
-    workload = Workload(text, **{name: int(value) for name, value in fields.items()}, dtype=dtype)
+    B, T, H, K, V = (int(fields[name]) for name in "BTHKV")
+    workload = Workload(text, B, T, H, K, V, dtype)
     if workload.B * workload.T * workload.H * max(workload.K, workload.V) > MAX_ELEMENTS:
         raise WorkloadError(f"workload {text!r}: B * T * H * K or V is over {MAX_ELEMENTS}, more than a GPU holds")
     return workload
