@@ -6,8 +6,9 @@
 
 What is launched is what tuning/proof.py launches: ragged and packed sequences, states, both directions, large and tiny
 numbers; once each, and not compared with anything: below the sanitizer every other kernel and allocation takes its time
-too. Segments are as short as can be, which changes no kernel, and saves tens of thousands of tokens. With
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, beside which nothing is anybody's.
+too. Segments are as short as can be, which changes no kernel, and saves tens of thousands of tokens. Of steps it
+is every configuration that may be tuned. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its
+own, beside which nothing is anybody's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
@@ -28,8 +30,10 @@ import triton.language as tl
 
 from generated.configuration import ActiveRule, active_rules
 from tuning.check import TUNED
+from tuning.compilation import ARCHS
 from tuning.compile_pool import same_kernel
 from tuning.device import describe_gpu
+from tuning.problems import STEPS, Problem
 from tuning.proof import draws, inputs_of
 from tuning.verify import Claim, claims_of
 
@@ -65,16 +69,23 @@ def shortened(claim: Claim) -> Claim:
     return replace(claim, rule=replace(claim.rule, use={**claim.rule.use, "L": max(SHORT, claim.config.BT)}))
 
 
-def launch(claim: Claim, device: str) -> int:
+def steps(arch: str) -> list[tuple[Problem, Any]]:
+    """A step whose heads fill no tile, with each configuration: in float32, and where random bits round both others."""
+    forms = [form for form, (dtype, is_seeded) in STEPS.items() if is_seeded or dtype == torch.float32]
+    problems = [Problem(form, "bfloat16", 1, 1, 1, 40, 72) for form in forms]
+    return [(problem, config) for problem in problems for config in problem.sift(ARCHS[arch]).candidates]
+
+
+def launch(whole: Problem, config: Any, device: str) -> int:
     """Launch all that a proof would; return how often. Inputs are made on the host, which takes no kernels."""
-    found = draws(claim.problem, claim.config)
+    found = draws(whole, config)
     for number, draw in enumerate(found):
-        problem = claim.problem.narrower() if draw.narrower else claim.problem
+        problem = whole.narrower() if draw.narrower else whole
         inputs, offsets, initial = inputs_of(problem, draw, torch.Generator().manual_seed(number))
         given = [None if x is None else x.to(device) for x in (*inputs, offsets, initial)]
         *tensors, offsets, initial = given
         states = {} if initial is None else {"initial_state": initial, "final_state": torch.empty_like(initial)}
-        problem.run(tuple(tensors), claim.config, cu_seqlens=offsets, **states, **draw.order)
+        problem.run(tuple(tensors), config, cu_seqlens=offsets, **states, **draw.order)
     return len(found)
 
 
@@ -88,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_planted(options.planted)
         return 0
     first, step = options.part
-    claims = shipped()[first::step]
-    for claim in claims:
+    every = [*((claim.problem, claim.config) for claim in shipped()), *steps(describe_gpu().arch)][first::step]
+    for problem, config in every:
         begin = time.monotonic()
-        launched = launch(claim, "cuda")
+        launched = launch(problem, config, "cuda")
         torch.cuda.synchronize()
-        print(f"{claim} {claim.config}: launched {launched}, {time.monotonic() - begin:.1f} s", flush=True)
-    print(f"{len(claims)} configurations", flush=True)
+        print(f"{problem} {config}: launched {launched}, {time.monotonic() - begin:.1f} s", flush=True)
+    print(f"{len(every)} configurations", flush=True)
     return 0
 
 

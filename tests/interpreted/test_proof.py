@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -332,9 +332,8 @@ def test_the_sanitizer_is_shown_every_draw(form: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Problem, "run", running)
     problem: Any = replace(SMALL, K=32, V=32)
-    claim: Any = SimpleNamespace(problem=problem, config=CONFIG)
     expected = proof.draws(problem, CONFIG)
-    assert sanitized.launch(claim, "cpu") == len(expected) == len(runs)
+    assert sanitized.launch(problem, CONFIG, "cpu") == len(expected) == len(runs)
     for draw, (launched, options) in zip(expected, runs, strict=True):
         assert launched == (problem.narrower() if draw.narrower else problem)
         assert options.items() >= draw.order.items()
