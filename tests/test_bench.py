@@ -21,6 +21,7 @@ from tuning.__main__ import main
 from tuning.bench import HEAD, WIDTH, Contender, Failure, Row, Times
 from tuning.measurement import Gpu
 from tuning.peers import Peer
+from tuning.problems import STEPS
 from tuning.workers import gpu_alone
 from tuning.workloads import Workload, parse
 
@@ -225,6 +226,56 @@ def test_a_call_that_no_graph_can_hold_has_no_gpu_time(calls: list[int], monkeyp
     assert isinstance(found, Row)
     assert (found.forward.gpu_ms, found.both.gpu_ms) == (None, None)
     assert len(bench.line(found)) == len(HEAD)
+
+
+# Steps
+
+DECODE = Workload("decode", 2, 1, 4, 16, 24, "float32", "step")
+
+
+def test_a_workload_is_timed_with_the_forms_that_it_is_for() -> None:
+    assert bench.forms_for(DECODE) == [*STEPS]
+    assert bench.forms_for(DECODE, ["chunk", "auto"]) == []
+    assert bench.forms_for(WORKLOAD, ["chunk", "step"]) == ["chunk"]
+    assert bench.forms_for(WORKLOAD) == [*bench.FORMS[:-1]]
+    (few,) = parse(["B=2,T=16,H=5,K=16,V=24"])
+    assert bench.forms_for(few, ["step", "chunk"]) == [*STEPS, "chunk"]
+
+
+@pytest.mark.parametrize("form", STEPS)
+def test_steps_are_timed_on_states_of_their_own_beside_one_read_and_write_of_these(calls: list[int], form: str) -> None:
+    given: list[Tensor] = []
+
+    def peer(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor) -> Any:
+        given.append(initial_state)
+        return generated.fused_recurrent_retention(q, k, v, initial_state=initial_state, output_final_state=True)
+
+    (rows,) = bench._measure(DECODE, [form], [Peer("fla", "7.8", {"step": peer})], with_default=True)
+    assert [row.variant for row in rows] == ["tuned", "default", "fla"][: 3 if form == "step" else 2]
+    size = STEPS[form][0].itemsize
+    for found in rows:
+        assert isinstance(found, Row)
+        assert found.forward.floor_ms == 2 * size * (2 * 4 * 16 * 24) / 3.0e9
+        assert (found.both, found.forward.gpu_ms) == (None, 40.0)
+        assert found.errors["o"] < 1e-5
+        assert len(bench.line(found)) == len(HEAD)
+        assert found.speedups == ([] if found.variant == "tuned" else [1.0])
+    assert all(x.shape == (2, 4, 16, 24) for x in given)
+    assert not bench_plots.has_times(asdict(rows[0]))
+    expected = "vs fla, steps, geometric mean of 1: 1.00x, at the least 1.00x"
+    assert bench.summary(rows) == (expected if form == "step" else "no row to compare with another library")
+
+
+def test_steps_take_microseconds_which_are_told_to_a_tenth() -> None:
+    times = Times(ms=0.00481, spread=0.0, samples=5, floor_ms=0.0028, gpu_ms=0.0999)
+    text = bench.line(row(forward=times, both=None, errors=(1e-3,) * 4))
+    assert text.split()[2:6] == ["0.0048", "0.000", "0.0999", "3%"]
+
+
+@pytest.mark.parametrize("name", ["retnet_1.3b_b64", "lightning_b64"])
+def test_the_floor_of_a_step_is_that_of_a_copy_of_its_states(name: str) -> None:
+    (workload,) = parse([name])
+    assert workload.step_floor_ms(4) == pytest.approx(0.179, rel=1e-3)
 
 
 # Failures

@@ -6,6 +6,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from generated import arguments, configuration, fused_recurrent_retention, known, retention_step
+from generated.configuration_file import use_problem
 from generated.launch import blocks, padded
 from generated.retention import step
 from generated.retention.step import StepConfig, default_config
@@ -184,6 +186,53 @@ def test_query_heads_share_the_state_of_their_group(HQ: int, H: int, dtype: torc
 def test_tiles_are_powers_of_two_from_8(BV: int) -> None:
     with pytest.raises(ValueError, match="power of two of at least 8"):
         StepConfig(BV=BV, num_warps=4)
+
+
+RULE = """format: 1
+device: {{arch: sm90, name: Pretended}}
+software: {{triton: {triton}, torch: 2.11.0}}
+tuned: 2026-11-23
+kernels:
+"""
+KERNEL_RULE = """  {kernel}:
+    source: {source}
+    rules:
+      - when: {{dtype: bfloat16, K: [33, 64], V: [65, 128], BH: [16, 64], T: [1, 2]}}
+        use: {{BV: {BV}, num_warps: 8}}
+        measured: {{ms: 1.0, default_ms: 1.0, error: 0.0, spills: 0, trials: 1}}
+"""
+
+
+@pytest.mark.parametrize("kind", step.KERNELS, ids=str)
+def test_rules_are_those_of_the_kind_of_states(
+    kind: tuple[torch.dtype, bool], only_this_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(kernel: str, config_type: Any, default: Any, k: Tensor, v: Tensor, none: None) -> Any:
+        (rows, tokens, heads, width), device = k.shape, torch.device("cuda", 0)
+        shape = {"K": width, "V": v.shape[3], "BH": rows * heads, "T": tokens}
+        return configuration.select_config(kernel, config_type, default, device=device, dtype=k.dtype, **shape)
+
+    monkeypatch.setattr(step, "choose_config", choose)
+    kernels, registry = [*step.KERNELS.values()], configuration.kernel_registry()
+    sources = {kernel: registry[kernel].source for kernel in kernels}
+    rules = [KERNEL_RULE.format(kernel=k, source=sources[k], BV=8 << n) for n, k in enumerate(kernels)]
+    (only_this_directory / "a.yaml").write_text(RULE.format(triton=configuration.TRITON) + "".join(rules))
+    configuration.reload()
+    dtype, is_seeded = kind
+    state, seed = torch.empty(1, dtype=dtype), torch.empty(1) if is_seeded else None
+    for tokens in (1, 2, 3):
+        k, v = (torch.empty(8, tokens, 4, width, dtype=torch.bfloat16) for width in (64, 96))
+        default = default_config(k.dtype, 64, 96, 32, tokens, dtype.itemsize)
+        ruled = StepConfig(BV=8 << kernels.index(step.KERNELS[kind]), num_warps=8)
+        assert ruled != default
+        assert step.config_for(k, v, state, seed) == (ruled if tokens < 3 else default)
+
+
+def test_a_rule_with_tiles_that_no_random_bits_come_for_is_none() -> None:
+    assert use_problem("use", {"BV": 8, "num_warps": 1}, StepConfig) is None
+    assert "BV is 4; it must be a power of two of at least 8" in str(
+        use_problem("use", {"BV": 4, "num_warps": 1}, StepConfig)
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])

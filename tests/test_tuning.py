@@ -723,6 +723,30 @@ def test_spills_cost() -> None:
 # The check against float64
 
 
+def test_a_steps_inputs_are_a_pool_with_free_slots_and_rows_of_their_own_in_it() -> None:
+    for form, (dtype, is_seeded) in STEPS.items():
+        problem = Problem(form, "bfloat16", B=5, T=2, H=3, K=8, V=16)
+        q, k, v, state, slots, *seed, rates = problem.inputs("cpu")
+        assert (q.shape, k.shape, v.shape) == ((5, 2, 3, 8), (5, 2, 3, 8), (5, 2, 3, 16))
+        assert (state.dtype, len(seed), len(rates)) == (dtype, is_seeded, 3)
+        assert len(state) > len(set(slots.tolist())) == 5
+        assert [(x.shape, x.dtype) for x in problem.inputs("meta")] == [
+            (x.shape, x.dtype) for x in problem.inputs("cpu")
+        ]
+        assert problem.floor_ms("NVIDIA H100") == 2 * 5 * 3 * 8 * 16 * dtype.itemsize / 3.0e9
+
+
+def test_a_step_is_held_against_the_right_outputs_and_states() -> None:
+    problem = Problem("step", "float32", B=3, T=4, H=2, K=5, V=6)
+    q, k, v, state, slots, rates = inputs = problem.inputs("cpu")
+    expected = oracle.solve(oracle.Problem(q, k, v, torch.zeros_like(v), g_gamma=rates, h0=state[slots]))
+    o, pool = device.reference(problem, inputs)
+    assert oracle.errors(o, expected["o"])[0] < 1e-12
+    assert oracle.errors(pool[slots], expected["final_state"])[0] < 1e-12
+    free = [slot for slot in range(len(state)) if slot not in slots]
+    assert torch.equal(pool[free], state[free].double())
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_in_one_launch_are_held_against_the_right_ones(reverse: bool) -> None:
     problem = Problem(GRADIENTS, "float32", B=2, T=200, H=3, K=8, V=8)

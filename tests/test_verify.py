@@ -16,7 +16,7 @@ from tuning import rules, verify
 from tuning.__main__ import main
 from tuning.coverage import Point
 from tuning.measurement import Gpu, MeasurementError, StartError, Timing
-from tuning.problems import GRADIENTS, HOPPER, Problem
+from tuning.problems import GRADIENTS, HOPPER, STEPS, Problem
 from tuning.rules import Entry
 from tuning.workloads import builtin
 
@@ -311,6 +311,16 @@ def test_shapes_are_timed_and_tuned_with_the_heads_that_they_were_tuned_with(mea
         "python -m tuning run --fresh --form fused_chunk --workload B=4,T=1024,H=16,K=16,V=16 "
         "--workload B=16,T=1024,H=4,K=16,V=32 --workload B=2,T=1024,H=32,K=16,V=16"
     )
+
+
+def test_a_step_is_tuned_again_with_its_own_widths_and_by_the_name_of_its_form(measuring: Answer, path: Path) -> None:
+    measuring(slow_at(0, 1.0))
+    steps = [replace(entry(1, f"retention_{form}", K=32, B=2), use={"BV": 8, "num_warps": 1}) for form in STEPS]
+    write(path, *steps)
+    claims = verify.claims_of(configuration.active_rules(GPU.name, "sm90"))
+    assert {claim.problem for claim in claims} == {Problem(form, "bfloat16", 2, 1, 32, 32, 16) for form in STEPS}
+    command = "python -m tuning run --fresh --form step --workload B=2,T=1,H=32,K=32,V=16"
+    assert verify.command(claims) == command
 
 
 def test_shipped_rules_name_the_builtin_workloads_they_were_tuned_at() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
 from generated.launch import padded
-from generated.retention import chunk, fused_chunk, fused_recurrent, parallel
+from generated.retention import chunk, fused_chunk, fused_recurrent, parallel, step
 from tuning import problems, proof
 from tuning.problems import FORMS, GRADIENTS, Problem
 
@@ -40,6 +40,7 @@ KERNELS: dict[str, tuple[str, ModuleType, Any]] = {
     "parallel": ("parallel_kernel", parallel, parallel.ParallelConfig(BT=32, BS=16, BV=32, **TILES)),
     "fused_recurrent": ("fused_recurrent_kernel", fused_recurrent, fused_recurrent.FusedRecurrentConfig(32, 1)),
 }
+STEP_CONFIG = step.StepConfig(BV=32, num_warps=1)
 EXTRA = {"chunk": {"states_config": KERNELS["chunk_states"][2]}}
 PARTS = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk")}
 STORE = "(b_o * scale).to(b_v.dtype)"
@@ -142,6 +143,33 @@ PARALLEL_FAULTS = {
 }
 RECURRENT_FAULTS = {
     "decay after the addition": ("b_k[:, None] * b_v[None, :]", "b_k[:, None] * b_v[None, :] * b_d", WRONG),
+}
+# Of a step the form too.
+SLOT = "tl.load(state_indices + i_n).to(tl.int64)"
+BITS = "random_bits(seed, i_sh, i_t, o_k, i_v, V, BK, BV)"
+STEP_FAULTS = {
+    "decay left out": ("step", "b_u += b_h * b_e", "b_u += 0.0", WRONG),
+    "missing scale": ("step", "b_h, 0) * scale", "b_h, 0)", WRONG),
+    "rows in the place of slots": ("step", SLOT, "i_n + 1", "slot that no row"),
+    "a row that is skipped takes a slot": ("step", SLOT, f"tl.maximum({SLOT}, 0)", "is skipped"),
+    "heads of one state": ("step", "i_s * s_slot + i_h * K * V", "i_s * s_slot", WRONG),
+    "columns beyond": ("step", "m_v = o_v < V", "m_v = o_v < V + 8", ""),
+    "first token's key again": ("step", "p_k += s_kt", "p_k += 0", "most tokens: " + WRONG),
+    "state after the first token": ("step", "(i_t + 1 == T)", "(i_t == 0)", "states after each token: " + WRONG),
+    "states not kept": ("step", "p_hs += H.to(tl.int64) * K * V", "p_hs += 0", "states after each token: " + WRONG),
+    "first query for all": ("step", "p_q += tl.where(m_g, s_qg,", "p_q += tl.where(m_g, 0,", "grouped heads: " + WRONG),
+    "a group's outputs in one place": ("step", "                p_o += V\n", "", "grouped heads: "),
+    "rounded at each token": (
+        "step_f16",
+        "b_h = b_h * b_a + b_u",
+        "b_h = (b_h * b_a + b_u).to(state.dtype.element_ty).to(tl.float32)",
+        "most tokens: wrong result: a state is off",
+    ),
+    "rounded by a seed that was not asked for": ("step_f16", "if STOCHASTIC:\n        x", "if True:\n        x", ""),
+    "rounded to the nearest": ("step_f16_seed", "if STOCHASTIC:\n        x", "if False:\n        x", "two seeds give"),
+    "rounded towards zero": ("step_f16_seed", BITS, f"{BITS} * 0", "in the mean"),
+    "bits that are too few": ("step_f16_seed", "b_r & 0xFFFF", "b_r & 0xFFF", "in the mean"),
+    "half of the seed": ("step_f16_seed", "tl.load(seed)", "tl.load(seed).to(tl.int32)", "two seeds give"),
 }
 WHOLE_FAULTS = {  # what two rows and three heads do not show
     "rows after the second never written": ("bos = i_n * T", "bos = i_n % 2 * T", WRONG),
@@ -287,6 +315,56 @@ def test_every_fault_of_parallel_is_found(form: str, finds: Callable[..., None],
 @pytest.mark.parametrize("fault", RECURRENT_FAULTS)
 def test_every_fault_of_fused_recurrent_is_found(form: str, finds: Callable[..., None], fault: str) -> None:
     finds("fused_recurrent", *RECURRENT_FAULTS[fault])
+
+
+@pytest.fixture
+def plant_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Puts another text in the place of the step's kernel, of which draws have few tokens."""
+    monkeypatch.setattr(proof, "MOST_STEPS", 3)
+
+    def put(old: str, new: str) -> None:
+        text = Path(str(step.__file__)).with_name("step_kernel.py").read_text(encoding="utf-8")
+        assert old in text
+        path = tmp_path / "broken.py"
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        monkeypatch.setitem(sys.modules, "generated.retention.step_kernel", _module(path, monkeypatch))
+        monkeypatch.setattr(step, "_launches", {})
+
+    return put
+
+
+@pytest.mark.forms("step")
+@pytest.mark.parametrize("fault", STEP_FAULTS)
+def test_every_fault_of_a_step_is_found(form: str, plant_step: Callable[[str, str], None], fault: str) -> None:
+    part, old, new, said = STEP_FAULTS[fault]
+    plant_step(old, new)
+    problem = Problem(part, "float16", 2, 1, 3, 16, 24)
+    with pytest.raises(ArithmeticError) as caught:
+        proof.prove(problem, STEP_CONFIG, {}, "cpu")
+    assert said in str(caught.value)
+    assert str(caught.value).split(":")[0] in {draw.name for draw in proof.draws(problem, STEP_CONFIG)}
+
+
+@pytest.mark.forms("step")
+@pytest.mark.parametrize(
+    "part", ["step", "step_f16", "step_f16_seed"]
+)  # the interpreter rounds bfloat16 in its own way
+def test_right_steps_pass(form: str, part: str, plant_step: Callable[[str, str], None]) -> None:
+    plant_step("b_h * b_a + b_u", "b_u + b_h * b_a")
+    problem = Problem(part, "float16", 6, 2, 3, 16, 24)
+    assert 0 < proof.prove(problem, STEP_CONFIG, {}, "cpu") < proof.ERROR_LIMITS["float16"]
+    inputs = problem.inputs("cpu")
+    assert 0 < proof.prove_whole(problem, STEP_CONFIG, {}, inputs) < proof.ERROR_LIMITS["float16"]
+    assert proof.same_bits(inputs, problem.inputs("cpu"))
+
+
+@pytest.mark.forms("step")
+def test_a_step_with_one_wrong_row_of_many_is_found(form: str, plant_step: Callable[[str, str], None]) -> None:
+    stored = "round_state(b_h, b_seed, i_sh, T - 1"
+    plant_step(stored, stored.replace("b_h", "b_h * tl.where(i_n == 4, 1.001, 1.0)"))
+    problem = Problem("step", "float16", 6, 1, 3, 16, 24)
+    with pytest.raises(ArithmeticError, match="a state is off"):
+        proof.prove_whole(problem, STEP_CONFIG, {}, problem.inputs("cpu"))
 
 
 @pytest.mark.forms("fused_chunk")
