@@ -4,11 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from oracle import Problem, assert_matches, errors, retnet_rates, solve
 from torch import Tensor
+
+from generated import configuration
+from generated.retention import step as step_module
+
+HEAD = """format: 1
+device: {{arch: sm90, name: Pretended}}
+software: {{triton: {triton}, torch: 2.11.0}}
+tuned: 2026-11-23
+kernels:
+"""
+RULE = """  {kernel}:
+    source: {source}
+    rules:
+      - when: {{dtype: bfloat16, K: [33, 64], V: [65, 128], BH: [16, 64], T: [1, 2]}}
+        use: {{BV: {BV}, num_warps: 8}}
+        measured: {{ms: 1.0, default_ms: 1.0, error: 0.0, spills: 0, trials: 1}}
+"""
+
+
+def write_rules(path: Path) -> dict[tuple[torch.dtype, bool], step_module.StepConfig]:
+    """Write and read a file of a rule a kind of states, and say what each uses: tiles of another size."""
+    kernels, known = step_module.KERNELS, configuration.kernel_registry()
+    configs = {kind: step_module.StepConfig(BV=8 << number, num_warps=8) for number, kind in enumerate(kernels)}
+    rules = [RULE.format(kernel=k, source=known[k].source, BV=configs[kind].BV) for kind, k in kernels.items()]
+    path.write_text(HEAD.format(triton=configuration.TRITON) + "".join(rules))
+    configuration.reload()
+    return configs
 
 
 def group_heads(problem: Problem, heads: int) -> tuple[Problem, dict[str, Tensor]]:

@@ -830,7 +830,7 @@ FAULTS |= {
     "products with the head before": (NARROW, [("if before_k > 0:", "if before_k > UNIT:")]),
     "columns of the head before": (NARROW, [("(o_v >= 0) & (o_v < V) & (o_r >= 0)", "(o_v < V) & (o_r >= 0)")]),
     "columns of the head behind": (NARROW, [("(o_v >= 0) & (o_v < V) & (o_r >= 0)", "(o_v >= 0) & (o_r >= 0)")]),
-    "rows of the state beyond K": (NARROW_CUT, [("m_h & (o_k < K - HALF)", "m_h")]),
+    "last rows of the state": (NARROW_CUT, [("m_h & (o_k < K - HALF)", "m_h & (o_k < K - HALF - UNIT)")]),
     "rows of the state where no head begins": (NARROW_CUT, [("BK - before_k", "BK")]),
     "products of groups with the head before": ((132, MADE), [("if before_k > 0:", "if before_k > UNIT:")]),
     "columns where no head begins": (NARROW, [("* BV - columns_before(i_h, V, DESCRIPTORS)", "* BV")]),

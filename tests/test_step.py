@@ -21,6 +21,7 @@ from steps import (
     assert_unbiased,
     group_heads,
     run_step,
+    write_rules,
 )
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -188,21 +189,6 @@ def test_tiles_are_powers_of_two_from_8(BV: int) -> None:
         StepConfig(BV=BV, num_warps=4)
 
 
-RULE = """format: 1
-device: {{arch: sm90, name: Pretended}}
-software: {{triton: {triton}, torch: 2.11.0}}
-tuned: 2026-11-23
-kernels:
-"""
-KERNEL_RULE = """  {kernel}:
-    source: {source}
-    rules:
-      - when: {{dtype: bfloat16, K: [33, 64], V: [65, 128], BH: [16, 64], T: [1, 2]}}
-        use: {{BV: {BV}, num_warps: 8}}
-        measured: {{ms: 1.0, default_ms: 1.0, error: 0.0, spills: 0, trials: 1}}
-"""
-
-
 @pytest.mark.parametrize("kind", step.KERNELS, ids=str)
 def test_rules_are_those_of_the_kind_of_states(
     kind: tuple[torch.dtype, bool], only_this_directory: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,17 +199,12 @@ def test_rules_are_those_of_the_kind_of_states(
         return configuration.select_config(kernel, config_type, default, device=device, dtype=k.dtype, **shape)
 
     monkeypatch.setattr(step, "choose_config", choose)
-    kernels, registry = [*step.KERNELS.values()], configuration.kernel_registry()
-    sources = {kernel: registry[kernel].source for kernel in kernels}
-    rules = [KERNEL_RULE.format(kernel=k, source=sources[k], BV=8 << n) for n, k in enumerate(kernels)]
-    (only_this_directory / "a.yaml").write_text(RULE.format(triton=configuration.TRITON) + "".join(rules))
-    configuration.reload()
+    ruled = write_rules(only_this_directory / "a.yaml")[kind]
     dtype, is_seeded = kind
     state, seed = torch.empty(1, dtype=dtype), torch.empty(1) if is_seeded else None
     for tokens in (1, 2, 3):
         k, v = (torch.empty(8, tokens, 4, width, dtype=torch.bfloat16) for width in (64, 96))
         default = default_config(k.dtype, 64, 96, 32, tokens, dtype.itemsize)
-        ruled = StepConfig(BV=8 << kernels.index(step.KERNELS[kind]), num_warps=8)
         assert ruled != default
         assert step.config_for(k, v, state, seed) == (ruled if tokens < 3 else default)
 

@@ -22,11 +22,15 @@ from steps import (
     assert_rounded_once,
     assert_steps_match,
     assert_unbiased,
+    write_rules,
 )
 from torch import Tensor
 
 from generated import configuration, retention_step
 from generated.retention import step, step_kernel
+from tuning.compilation import ARCHS
+from tuning.problems import STEPS, Problem
+from tuning.proof import prove, prove_whole
 
 pytestmark = [
     pytest.mark.gpu,
@@ -325,6 +329,34 @@ def test_inputs_of_a_known_kind_may_lie_anywhere(name: str) -> None:
     assert all(torch.equal(given[written], expected[written]) for written in ("state", "states_out"))
     if name not in (*WRITTEN, "g_gamma"):
         assert kernels_compiled() == before
+
+
+@pytest.mark.parametrize("kind", step.KERNELS, ids=str)
+@pytest.mark.parametrize("G", [1, 3])
+def test_calls_go_by_the_rules_of_their_kind_of_states(
+    kind: tuple[torch.dtype, bool], G: int, only_this_directory: Path
+) -> None:
+    config = write_rules(only_this_directory / "a.yaml")[kind]
+    dtype, is_seeded = kind
+    problem = make_problem(8, 1, 4 * G, 64, 96, torch.bfloat16, device="cuda")
+    k, v = problem.k[:, :, :4].contiguous(), problem.v[:, :, :4].contiguous()
+    state = torch.randn(8, 4, 64, 96, device="cuda").to(dtype)
+    seed = torch.ones(1, dtype=torch.int64, device="cuda") if is_seeded else None
+    for _ in range(3):
+        retention_step(problem.q, k, v, state, seed=seed)
+    launches = [*step._launches.values(), *(known.launch for known in step._known.values())]
+    assert [launch and launch._constants["BV"] for launch in launches] == [config.BV] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", STEPS)
+def test_the_smallest_and_the_largest_tiles_that_are_tuned_are_proven(form: str) -> None:
+    problem = Problem(form, "bfloat16", 5, 1, 6, 128, 72)
+    candidates = [c for c in problem.sift(ARCHS["sm90"]).candidates if c.num_warps in (1, 8)]
+    sizes = [config.BV for config in candidates]
+    for config in [config for config in candidates if config.BV in (min(sizes), max(sizes))]:
+        assert 0 < prove(problem, config, {}, "cuda") < 1e-2
+        assert 0 < prove_whole(problem, config, {}, problem.inputs("cuda")) < 1e-2
 
 
 def kernels_of(call: Callable[[], Any]) -> list[str]:

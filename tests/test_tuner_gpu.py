@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from generated.configuration_file import parse_file
 from tuning.device import describe_gpu
+from tuning.problems import STEPS
 from tuning.rules import slowness
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -41,6 +43,28 @@ def count(stage: str, text: str) -> int:
 def rules_of(path: Path) -> dict[str, list[Any]]:
     """Each kernel's rules."""
     return {kernel: entry.rules for kernel, entry in parse_file(path).kernels.items()}
+
+
+def test_a_step_is_tuned_for_each_kind_of_states_and_verified(tmp_path: Path, measures_alone: None) -> None:
+    path = tmp_path / "gpu.yaml"
+    selected = ("--form", "step", "--workload", "B=16,T=1,H=8,K=64,V=80")
+    out = tuning(tmp_path, "run", *selected, "--storage", str(tmp_path / "record"), "--out", str(path))
+    assert count("proven", out) == len(STEPS)
+    found = rules_of(path)
+    assert found.keys() == {f"retention_{form}" for form in STEPS}
+    for (rule,) in found.values():
+        assert rule.proof == "measured"
+        assert 0 < rule.figures["ms"] <= 1.02 * rule.figures["default_ms"]
+        assert 0 < rule.figures["error"] < 1e-2
+    verified = tuning(tmp_path, "verify", "--all", "--kernel", "retention_step", "--tolerance", "0.5", ends=(0, 1))
+    lines = [line for line in verified.splitlines() if "K=64 V=80 BH=128 T=1" in line]
+    assert len(lines) == len(STEPS)
+    assert all("fresh" in line for line in lines)
+    figures = tmp_path / "bench.json"
+    tuning(tmp_path, "bench", *selected, "--json", str(figures))
+    rows = [row for row in json.loads(figures.read_text())["rows"] if row["variant"] != "fla"]
+    assert {(row["form"], row["variant"]) for row in rows} == {(f, v) for f in STEPS for v in ("tuned", "default")}
+    assert all(row["forward"]["gpu_ms"] > row["forward"]["floor_ms"] / 2 and row["both"] is None for row in rows)
 
 
 def test_what_is_tuned_is_faster_than_the_default_proven_and_still_so_when_looked_at(
