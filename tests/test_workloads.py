@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tuning.coverage import Point, box
 from tuning.workloads import Workload, WorkloadError, groups, parse
 
 SHAPES = """
@@ -19,6 +20,15 @@ B=4, T=4096, H=16, K=128, V=128   # attention of every layer
 def test_a_group_stands_for_its_workloads() -> None:
     assert parse(["train"]) == list(groups()["train"].values())
     assert "small" in groups()["train"]
+
+
+def test_rules_of_the_decoding_workloads_hold_for_every_batch() -> None:
+    shapes = {(w.H, w.K, w.V, w.T, w.form) for w in groups()["decode"].values()}
+    assert shapes == {(8, 256, 512, 1, "step"), (64, 128, 128, 1, "step")}
+    for H, K, V, T, _ in shapes:
+        points = [Point("bfloat16", K, V, w.B * H, T) for w in groups()["decode"].values() if w.H == H]
+        held = [box(point)["BH"] for point in points]
+        assert all(any(low <= B * H <= high for low, high in held) for B in range(1, 513))
 
 
 def test_spaces_around_commas_and_signs_do_not_matter() -> None:
@@ -42,6 +52,13 @@ def test_any_file_is_read_a_shape_a_line(tmp_path: Path, name: str) -> None:
         Workload("B=4,T=4096,H=16,K=128,V=128", 4, 4096, 16, 128, 128),
         Workload("B=1,T=1,H=16,K=128,V=128,dtype=float16", 1, 1, 16, 128, 128, "float16"),
     ]
+
+
+def test_a_workload_may_be_for_one_form_alone() -> None:
+    (workload,) = parse(["B=4,T=8,H=2,K=16,V=16,form=step"])
+    assert (workload.form, workload.dtype) == ("step", "bfloat16")
+    with pytest.raises(WorkloadError, match=r"form is 'steps'; it must be one of fused_chunk, .*, step"):
+        parse(["B=4,T=8,H=2,K=16,V=16,form=steps"])
 
 
 @pytest.mark.parametrize(

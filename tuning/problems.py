@@ -201,7 +201,7 @@ class Problem:
             states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
         found: dict[str, dict[str, Any]] = {PLAIN: {}}
         if self.form in STEPS:
-            found |= {"kept": {"kept": True}, "grouped": {"group": 2}, "grouped, kept": {"kept": True, "group": 2}}
+            found |= {"kept": {"kept": True}, "grouped": {"group": 3}, "grouped, kept": {"kept": True, "group": 3}}
             return found | {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
         if self.form == HOPPER:
             longest = fused_chunk_hopper.LONGEST

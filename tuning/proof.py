@@ -137,7 +137,7 @@ def step_draws(problem: Problem) -> list[Draw]:
         Draw("tiny numbers", (3,), log2_size=-size),
         Draw("states after each token", (5,), only=("kept",)),
         Draw("grouped heads", (3,), group=3),
-        Draw("grouped heads, states after each token", (3,), group=2, only=("kept",)),
+        Draw("grouped heads, states after each token", (3,), group=3, only=("kept",)),
         Draw("rows in their own slots", (2,), only=("in_rows",)),
         Draw("slots of 32 bits", (2,), only=("int32",)),
     ]

@@ -38,7 +38,6 @@ from tuning.problems import (
     FORM_KERNEL,
     GRADIENTS,
     GRADIENTS_FORM_KERNEL,
-    HOPPER,
     STEPS,
     Problem,
     problem_at,
@@ -52,7 +51,7 @@ from tuning.storage import VARIABLE, Database, check_place, is_url, named
 from tuning.tuner import Tuner
 from tuning.winners import MODEL_NOISE, Winner
 from tuning.workers import SESSION, chosen, run_all, without
-from tuning.workloads import Workload, WorkloadError, parse
+from tuning.workloads import FORMS, Workload, WorkloadError, parse
 
 FOREVER = 10 * 365 * 86400.0
 RULES = re.compile(r"\A# Written by `python -m tuning run`|^kernels:", re.MULTILINE)  # also in a damaged file
@@ -267,8 +266,7 @@ def problems_for(workloads: list[Workload], forms: list[str], arch: Arch) -> lis
     """
     passes = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk", GRADIENTS)}
     passes["step"] = tuple(STEPS)
-    wanted = forms or ["fused_chunk", HOPPER, "chunk", "parallel", "fused_recurrent", "step"]
-    parts = [part for form in wanted for part in passes.get(form, (form,))]
+    parts = [part for form in forms or FORMS for part in passes.get(form, (form,))]
     found = [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
     problems = [problem for problem in dict.fromkeys(found) if problem.space.is_for(arch)]
     if not problems:

@@ -15,6 +15,14 @@ import yaml
 from generated.launch import MAX_WIDTH
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FORMS = (
+    "fused_chunk",
+    "fused_chunk_hopper",
+    "chunk",
+    "parallel",
+    "fused_recurrent",
+    "step",
+)  # as they are tuned in turn
 COPY_BYTES_PER_MS = 3.0e9  # an H100's measured device-to-device copy, bytes read and written
 MAX_SIZE = 2**31 - 1
 MAX_ELEMENTS = 2**38  # of one tensor: 512 GiB in bfloat16
@@ -153,20 +161,23 @@ def parse_shape(text: str, names: Iterable[str] = ()) -> Workload:
         raise WorkloadError(f"workload {text!r} is {what}; use one of {either}")
     text = re.sub(r"\s*([,=])\s*", r"\1", text.strip())
     pairs = [part.partition("=")[::2] for part in text.split(",")]
-    names = sorted(name for name, _ in pairs if name != "dtype")
-    if names != sorted("BTHKV") or len(pairs) - len(names) > 1:
-        raise WorkloadError(f"workload {text!r} must give each of B, T, H, K and V once, and nothing else but dtype")
-    fields = dict(pairs)
-    dtype = fields.pop("dtype", "bfloat16")
-    if dtype not in DTYPES:
-        raise WorkloadError(f"workload {text!r}: dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    names, fields = sorted(name for name, _ in pairs), dict(pairs)
+    if names != sorted(["B", "T", "H", "K", "V", *({"dtype", "form"} & fields.keys())]):
+        raise WorkloadError(
+            f"workload {text!r} must give each of B, T, H, K and V once, and nothing else but dtype and form"
+        )
+    dtype, form = fields.pop("dtype", "bfloat16"), fields.pop("form", "")
+    for name, value, allowed in (("dtype", dtype, DTYPES), ("form", form, ("", *FORMS))):
+        if value not in allowed:
+            choices = ", ".join(filter(None, allowed))
+            raise WorkloadError(f"workload {text!r}: {name} is {value!r}; it must be one of {choices}")
     for name, value in fields.items():
         limit = MAX_WIDTH if name in "KV" else MAX_SIZE
         # At most ten digits are looked at, so that no text takes long.
         if not re.fullmatch(r"0*[1-9][0-9]{0,9}", value, re.ASCII) or int(value) > limit:
             raise WorkloadError(f"workload {text!r}: {name} is {value!r}; it must be a whole number from 1 to {limit}")
     B, T, H, K, V = (int(fields[name]) for name in "BTHKV")
-    workload = Workload(text, B, T, H, K, V, dtype)
+    workload = Workload(text, B, T, H, K, V, dtype, form)
     if workload.B * workload.T * workload.H * max(workload.K, workload.V) > MAX_ELEMENTS:
         raise WorkloadError(f"workload {text!r}: B * T * H * K or V is over {MAX_ELEMENTS}, more than a GPU holds")
     return workload
