@@ -72,7 +72,7 @@ def shortened(claim: Claim) -> Claim:
 def steps(arch: str) -> list[tuple[Problem, Any]]:
     """A step whose heads fill no tile, with each configuration: in float32, and where random bits round both others."""
     forms = [form for form, (dtype, is_seeded) in STEPS.items() if is_seeded or dtype == torch.float32]
-    problems = [Problem(form, "bfloat16", 1, 1, 1, 40, 72) for form in forms]
+    problems = [Problem(form, "bfloat16", 1, 1, 1, 24, 72) for form in forms]
     return [(problem, config) for problem in problems for config in problem.sift(ARCHS[arch]).candidates]
 
 

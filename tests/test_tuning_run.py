@@ -20,9 +20,10 @@ from generated import configuration
 from generated.configuration_file import File, Rule, parse_file
 from generated.retention import fused_chunk
 from generated.tiles import PRODUCTS
+from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
-from tuning.problems import FORMS, GRADIENTS, PLAIN, Problem
+from tuning.problems import FORMS, GRADIENTS, PLAIN, STEPS, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOAD = "B=2,T=128,H=2,K=16,V=16"
@@ -127,6 +128,18 @@ def test_every_form_is_tuned_for_another_architecture(directory: Path) -> None:
         problem = Problem(form, "bfloat16", 2, 128, 2, 16, 16)
         (rule,) = file.kernels[problem.kernel].rules
         check_resources(problem, FORMS[form].config_type(**rule.use), "sm80")
+
+
+def test_a_step_is_modelled_with_each_kind_of_states_and_holds(directory: Path) -> None:
+    selected = ("--workload", "B=2,T=1,H=2,K=16,V=24", "--form", "step")
+    file, _ = tune(directory, "step.yaml", *selected, "--arch", "sm89")
+    assert file.kernels.keys() == {f"retention_{form}" for form in STEPS}
+    for form in STEPS:
+        problem = Problem(form, "bfloat16", 2, 1, 2, 16, 24)
+        (rule,) = file.kernels[problem.kernel].rules
+        assert rule.proof == "modelled"
+        check_resources(problem, FORMS[form].config_type(**rule.use), "sm89")
+    assert main(["check", str(file.path)]) == 0
 
 
 @pytest.fixture

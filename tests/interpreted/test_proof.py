@@ -419,6 +419,20 @@ def test_the_sanitizer_is_shown_every_draw(form: str, monkeypatch: pytest.Monkey
         assert ("initial_state" in options) is draw.states
 
 
+@pytest.mark.forms("step")
+def test_the_sanitizer_is_shown_every_draw_of_a_step_with_every_configuration(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "MOST_STEPS", 3)
+    problem = Problem("step", "float16", 1, 1, 1, 16, 24)
+    assert sanitized.launch(problem, STEP_CONFIG, "cpu") == len(proof.draws(problem, STEP_CONFIG))
+    shown = sanitized.steps("sm90")
+    assert {problem.form for problem, _ in shown} == {"step", "step_bf16_seed", "step_f16_seed"}
+    assert {(config.BV, config.num_warps) for _, config in shown} == {
+        (BV, num_warps) for BV in (8, 16, 32, 64, 128) for num_warps in (1, 2, 4, 8)
+    }
+
+
 @pytest.mark.forms("fused_chunk")
 def test_planting_alone_breaks_nothing(form: str, plant: Plant, either_order: None) -> None:
     plant(form, "b_h *= b_dh", "b_h = b_h * b_dh")
