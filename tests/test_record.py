@@ -85,6 +85,26 @@ def test_shapes_on_the_cpu_are_recorded_too(
     )
 
 
+A_STEP = """
+import torch
+from generated import retention, retention_step
+q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 32)
+for dtype in (torch.float32, torch.bfloat16):
+    retention_step(q, k, v, torch.zeros(2, 2, 16, 32, dtype=dtype))
+retention_step(v, v, k, torch.zeros(2, 2, 32, 16))
+retention(k, k, v)
+"""
+
+
+def test_steps_are_recorded_by_the_heads_of_their_states_and_are_for_the_step_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, monkeypatch, sys.executable, "-c", A_STEP) == 0
+    found = [(w.B, w.T, w.H, w.K, w.V, w.form) for w in read(tmp_path / "seen.yaml")]
+    assert found == [(2, 1, 2, 16, 32, "step"), (2, 1, 2, 32, 16, "step"), (2, 1, 2, 16, 32, "")]
+    assert "step alone" in capsys.readouterr().out
+
+
 def test_append_adds_what_is_new_and_leaves_the_rest_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "seen.yaml"
     before = "# mine\nrecorded:\n  known: {B: 2, T: 100, H: 4, K: 64, V: 128, dtype: bfloat16}  # attention"

@@ -193,7 +193,7 @@ def test_tiles_are_powers_of_two_from_8(BV: int) -> None:
 def test_rules_are_those_of_the_kind_of_states(
     kind: tuple[torch.dtype, bool], only_this_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def choose(kernel: str, config_type: Any, default: Any, k: Tensor, v: Tensor, none: None) -> Any:
+    def choose(kernel: str, config_type: Any, default: Any, k: Tensor, v: Tensor, *_: Any) -> Any:
         (rows, tokens, heads, width), device = k.shape, torch.device("cuda", 0)
         shape = {"K": width, "V": v.shape[3], "BH": rows * heads, "T": tokens}
         return configuration.select_config(kernel, config_type, default, device=device, dtype=k.dtype, **shape)

@@ -68,7 +68,8 @@ def _write(path: Path, found: dict[Workload, int], known: list[Workload], consol
 
 
 def _line(workload: Workload, longest: int) -> str:
-    shape = ", ".join(f"{axis}: {getattr(workload, axis)}" for axis in ("B", "T", "H", "K", "V", "dtype"))
+    axes = ("B", "T", "H", "K", "V", "dtype", *(["form"] if workload.form else []))
+    shape = ", ".join(f"{axis}: {getattr(workload, axis)}" for axis in axes)
     note = f"  # packed: T is the mean length, the longest is {longest}" if longest > workload.T else ""
     return f"  {_name(workload)}: {{{shape}}}{note}"
 
@@ -112,17 +113,21 @@ def shapes(lines: list[str]) -> tuple[dict[Workload, int], list[str]]:
 
 
 def _key(workload: Workload) -> object:
-    return workload.B, workload.T, workload.H, frozenset((workload.K, workload.V)), workload.dtype
+    both = (workload.K, workload.V)
+    widths = both if workload.form else frozenset(both)
+    return workload.B, workload.T, workload.H, widths, workload.dtype, workload.form
 
 
 def _name(workload: Workload) -> str:
-    return "_".join([*(f"{axis}{getattr(workload, axis)}" for axis in "BTHKV"), workload.dtype])
+    sizes = (f"{axis}{getattr(workload, axis)}" for axis in "BTHKV")
+    return "_".join(filter(None, [*sizes, workload.dtype, workload.form]))
 
 
 def _table(found: dict[Workload, int]) -> Table:
     table = Table(*"BTHKV", "dtype", "")
     for workload, longest in found.items():
         notes = ["odd K or V in 16 bits: runs the defaults, is not tuned"] if _runs_defaults(workload) else []
+        notes += [f"{workload.form} alone"] if workload.form else []
         notes += [f"packed: mean T, longest {longest}"] if longest > workload.T else []
         table.add_row(*(str(getattr(workload, axis)) for axis in "BTHKV"), workload.dtype, "; ".join(notes))
     return table
