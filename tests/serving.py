@@ -108,16 +108,20 @@ class Server:
         tokens = torch.arange(T, device=device)
         is_right, places = tokens < accepted[:, None], (first[:, None] + tokens).clamp(max=LONGEST - 1)
         inputs = [self.drafts(x[numbers[:, None], places], is_right, slots) for x in (s.q, s.k, s.v)]
-        before = self.pool[slots, None]
-        kept = before.new_full((self.rows, T, *before.shape[2:]), NAN)
-        needs_kept = any(slot >= 0 and accepted < T for slot, _, _, accepted in batch)
-        o = step(*inputs, self.pool, state_indices=slots, states_out=kept if needs_kept else None)
+        o = self.call(step, inputs, slots, accepted)
         self.outputs[numbers[:, None].expand(-1, T)[is_right], places[is_right]] = o[is_right]
-        back = (slots >= 0) & (accepted < T)
-        self.pool[slots[back]] = torch.cat([before, kept], 1)[back, accepted[back]]
-        for slot, i, read, accepted in batch:
+        for slot, i, read, count in batch:
             if slot >= 0:
-                self.read[i] = read + accepted
+                self.read[i] = read + count
+
+    def call(self, step: Step, inputs: list[Tensor], slots: Tensor, accepted: Tensor) -> Tensor:
+        """Step, and put back the states of those that did not accept all tokens."""
+        T, before = inputs[0].shape[1], self.pool[slots, None]
+        kept = before.new_full((self.rows, T, *before.shape[2:]), NAN)
+        back = (slots >= 0) & (accepted < T)
+        o = step(*inputs, self.pool, state_indices=slots, states_out=kept if back.any() else None)
+        self.pool[slots[back]] = torch.cat([before, kept], 1)[back, accepted[back]]
+        return o
 
     def drafts(self, x: Tensor, is_right: Tensor, slots: Tensor) -> Tensor:
         """The tokens, noise where they are not right, and NaN in rows that are skipped."""
@@ -126,10 +130,12 @@ class Server:
         return torch.where(slots[:, None, None, None] < 0, NAN, drafts)
 
 
-def assert_served_as_alone(step: Step, count: int, rows: int, device: str = "cpu", V: int = 6, seed: int = 0) -> None:
+def assert_served_as_alone(
+    step: Step, count: int, rows: int, device: str = "cpu", V: int = 6, seed: int = 0, kind: type[Server] = Server
+) -> None:
     """Fail unless so many sequences have the outputs and last states that the formulas give each without the others."""
     draws = random.Random(seed)  # noqa: S311 - what is drawn is no secret
-    server = Server(Sequences.draw(count, V, draws, device), rows, draws)
+    server = kind(Sequences.draw(count, V, draws, device), rows, draws)
     server.serve(step)
     o, last = server.sequences.alone()
     is_token = torch.arange(LONGEST) < torch.tensor(server.sequences.lengths)[:, None]

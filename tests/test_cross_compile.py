@@ -22,7 +22,7 @@ from cross_compile import Case, Problem
 
 from generated import configuration
 from generated.launch import padded
-from generated.retention import step
+from generated.retention import step, step_buffered
 from tuning.compilation import ARCHS, offline, resources
 from tuning.problems import FORM_KERNEL, FORMS, GRADIENTS, GRADIENTS_FORM_KERNEL, HOPPER
 from tuning.problems import STEPS as STEP_FORMS
@@ -301,3 +301,52 @@ def test_on_hopper_a_groups_queries_are_served_without_spills(K: int, V: int, G:
         )  # 1.3 times or fewer but for the widest states kept in float32
         for access in ("ld.global.v4.b32", "st.global.v4.b32"):
             assert kernel.asm["ptx"].count(access) == alone.asm["ptx"].count(access)
+
+
+# Steps whose last tokens lie in buffers, by their default too
+
+
+def compile_buffered(
+    arch: str, B: int, K: int, V: int, dtype: torch.dtype, stored: torch.dtype, G: int = 1
+) -> tuple[Any, step.StepConfig]:
+    """The kernel for 8 heads, each of G queries, and 16 buffered tokens; 16 bits are rounded stochastically."""
+    empty = functools.partial(torch.empty, device="meta")
+    k, v = (empty(B, 1, 8, width, dtype=dtype) for width in (K, V))
+    q, o = (empty(B, 1, 8 * G, width, dtype=dtype) for width in (K, V))
+    buffers = (empty(B, 32, 8, width, dtype=dtype) for width in (K, V))
+    counts, seed = [empty(B, dtype=torch.int32)] * 3, empty(1, dtype=torch.int64) if stored in HALVES else None
+    config = step_buffered.default_config(dtype, K, V, 8 * B, 1, stored.itemsize)
+    with offline(ARCHS[arch].target) as compiled:
+        state = empty(B, 8, K, V, dtype=stored)
+        step_buffered.step_buffered_update(q, k, v, empty(8), None, state, *buffers, *counts, seed, o, config)
+    (kernel,) = compiled
+    return kernel, config
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (80, 80), (128, 128), (256, 512), (512, 512)])
+def test_the_buffered_step_compiles_and_fits(arch: str, K: int, V: int) -> None:
+    for dtype, stored in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+    ):
+        needs = resources(compile_buffered(arch, 128, K, V, dtype, stored)[0])
+        assert needs.fits(ARCHS[arch])
+        assert needs.spills <= 64
+
+
+@pytest.mark.parametrize("B", [1, 64, 256])
+@pytest.mark.parametrize(("K", "V"), [(80, 80), (128, 128), (256, 512), (512, 512)])
+def test_on_hopper_the_buffered_steps_state_goes_from_memory_to_registers(B: int, K: int, V: int) -> None:
+    """By 16 bytes, all before anything waits, without spills, not through shared memory; two programs have room."""
+    for stored, G in ((torch.float32, 1), (torch.float32, 8), (torch.bfloat16, 1)):
+        kernel, config = compile_buffered("sm90", B, K, V, torch.bfloat16, stored, G)
+        needs, tile = resources(kernel), padded(K) * config.BV * stored.itemsize
+        assert needs.spills <= 8
+        assert needs.shared <= max(tile // 8, 2048)
+        assert needs.registers * 32 * config.num_warps <= 65536 // 2
+        before, fold, _ = kernel.asm["ptx"].partition("bra")
+        assert fold
+        assert before.count("ld.global.v4.b32") >= tile // 16 // (32 * config.num_warps)
+        assert kernel.asm["ptx"].count("st.global.v4.b32") >= tile // 16 // (32 * config.num_warps)

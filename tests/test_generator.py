@@ -582,13 +582,40 @@ for step in run:
     torch.testing.assert_close(o, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-4)
 """
+LINEAR_STEP_BUFFERED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from linear import linear_attention_step_buffered, linear_attention_step_flush, naive_linear_attention
+from linear.linear_attention.step_buffered import step_buffered_update
+
+q, k, v = (torch.randn(2, 7, 3, width) for width in (16, 16, 8))
+wanted, final = naive_linear_attention(q, k, v, output_final_state=True)
+for kernel in (False, True):
+    state, o = torch.zeros(2, 3, 16, 8), torch.empty(2, 1, 3, 8)
+    buffers, counts = (torch.empty(2, 8, 3, 16), torch.empty(2, 8, 3, 8)), [torch.tensor([0, 5])] * 2
+    for t in range(7):
+        token = [x[:, t : t + 1].contiguous() for x in (q, k, v)]
+        if kernel:
+            step_buffered_update(*token, None, state, *buffers, *counts, None, None, o)
+        else:
+            linear_attention_step_buffered(*token, state, *buffers, *counts, out=o)
+        torch.testing.assert_close(o[:, 0], wanted[:, t], rtol=1e-4, atol=1e-4)
+        counts = [counts[0] + 1, counts[0] if t == 4 else counts[1]]
+    if kernel:
+        step_buffered_update(*(x[:, :0] for x in token), None, state, *buffers, *counts, None, None, o[:, :0])
+    else:
+        linear_attention_step_flush(state, *buffers, *counts)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-4)
+"""
 
 
-@pytest.mark.parametrize("form", [*FORMS, "step"])
+@pytest.mark.parametrize("form", [*FORMS, "step", "step_buffered"])
 def test_the_decay_kind_none_is_linear_attention(tmp_path: Path, form: str) -> None:
     out = tmp_path / "linear"
     assert main(["build", "--templates", str(TEMPLATES), "--family", "linear_attention", "--out", str(out)]) == 0
-    program = LINEAR_STEP if form == "step" else LINEAR.format(form=form)
+    steps = {"step": LINEAR_STEP, "step_buffered": LINEAR_STEP_BUFFERED}
+    program = steps.get(form) or LINEAR.format(form=form)
     command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
@@ -596,7 +623,7 @@ def test_the_decay_kind_none_is_linear_attention(tmp_path: Path, form: str) -> N
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("form", [*FORMS, "step", "step_kernel"])
+@pytest.mark.parametrize("form", [*FORMS, "step", "step_kernel", "step_buffered", "step_buffered_kernel"])
 def test_two_decay_kinds_differ_in_the_lines_of_the_decay_alone(form: str) -> None:
     head, none = (
         decay_trace(form, replace(RETENTION, decay=decay)) for decay in (RETENTION.decay, LINEAR_ATTENTION.decay)

@@ -13,7 +13,9 @@ FOLDER = Path(__file__).resolve().parent / "interpreted"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["parallel", "chunk", "fused_chunk", "fused_recurrent", "auto", "step"])
+@pytest.mark.parametrize(
+    "form", ["parallel", "chunk", "fused_chunk", "fused_recurrent", "auto", "step", "step_buffered"]
+)
 def test_kernels_match_the_oracle_under_the_interpreter(form: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER), "--form", form]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

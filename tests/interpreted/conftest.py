@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("set TRITON_INTERPRET=1 before these tests start: Triton reads it where it decorates a kernel")
 
 FORMS = ("parallel", "chunk", "fused_chunk", "fused_recurrent", "auto")
-CHOICES = (*FORMS, "step")
+STEPS = ("step", "step_buffered")
+CHOICES = (*FORMS, *STEPS)
 
 
 def _call_once_patched(function: Any, *args: Any, **options: Any) -> Any:
@@ -67,8 +68,8 @@ def function(form: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         chunk = importlib.import_module("generated.retention.chunk")
         monkeypatch.setattr(chunk, "TO_POOL", _interpreted_operator("to_pool"))
     importlib.import_module("generated.configuration").clear_caches()  # a test may choose configurations
-    if form == "step":
-        return package.retention_step
+    if form in STEPS:
+        return getattr(package, f"retention_{form}")
     return package.retention if form == "auto" else getattr(owner, f"{form}_retention")
 
 
@@ -76,10 +77,11 @@ _operators: dict[str, Any] = {}
 
 
 def _interpreted_operator(form: str) -> Any:
-    if form == "step" and form not in _operators:
-        module = importlib.import_module("generated.retention.step")
+    if form in STEPS and form not in _operators:
+        module = importlib.import_module(f"generated.retention.{form}")
         define = importlib.import_module("generated.retention.operators").define_in_place
-        _operators[form] = define("interpreted_step", module.SCHEMA, module.step_update, module.step_update)
+        update = getattr(module, f"{form}_update")
+        _operators[form] = define(f"interpreted_{form}", module.SCHEMA, update, update)
     if form == "to_pool" and form not in _operators:
         sweep = importlib.import_module("generated.retention.chunk").chunk_sweep
         define = importlib.import_module("generated.retention.operators").define_to_pool

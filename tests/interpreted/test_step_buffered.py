@@ -1,0 +1,172 @@
+"""Steps whose last tokens lie in buffers, the kernel run by the interpreter, give what the formulas say."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from buffered import BufferedServer, Buffers, assert_buffered_match, run_buffered, stored_alone
+from oracle import errors, make_problem, solve
+from serving import assert_served_as_alone
+from steps import assert_unbiased
+from torch import Tensor
+
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.forms("step_buffered")]
+
+Step = Callable[..., Tensor]
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture
+def step(function: Step) -> Step:
+    """The public function, through the kernel; so is the flush."""
+    return function
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "H", "K", "V"), [(1, 3, 1, 1), (2, 2, 20, 33), (1, 1, 130, 40)])
+@pytest.mark.parametrize(("lengths", "L"), [([1] * 9, 1), ([1] * 9, 4), ([1, 3, 3, 2], 3), ([16, 1, 15, 16, 2], 16)])
+def test_any_shape_gives_the_oracles_results(
+    step: Step, lengths: list[int], L: int, B: int, H: int, K: int, V: int, dtype: torch.dtype
+) -> None:
+    assert_buffered_match(step, make_problem(B, sum(lengths), H, K, V, dtype), lengths, L)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_own_decays_and_scale_are_used(step: Step, dtype: torch.dtype) -> None:
+    rates = torch.tensor([-60.0, -0.7, 0.0, -1e-9])
+    assert_buffered_match(step, make_problem(2, 6, 4, 8, 8, dtype, g_gamma=rates, scale=-1.5), [1] * 6, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("G", "H"), [(3, 1), (2, 2)])
+def test_query_heads_share_the_state_of_their_group(step: Step, G: int, H: int, dtype: torch.dtype) -> None:
+    assert_buffered_match(step, make_problem(2, 9, H, 20, 33, dtype, group=G), [1, 1, 3, 1, 2, 1], 3)
+
+
+def test_folded_states_are_those_of_steps_to_the_bit(step: Step) -> None:
+    """Of the interpreter, which fuses no products with sums."""
+    problem = make_problem(2, 24, 2, 20, 33)
+    steps = importlib.import_module("generated.retention.step")
+    whole = problem.h0.clone()
+    for t in range(24):
+        part = [x[:, t : t + 1].contiguous() for x in (problem.q, problem.k, problem.v)]
+        steps.step_update(*part, None, None, whole, None, None, None, torch.empty_like(part[2]))
+    assert torch.equal(run_buffered(step, problem, [1] * 24, 5)["final_state"], whole)
+
+
+def test_decays_are_exact_for_16_bits_too(step: Step) -> None:
+    problem = make_problem(1, 400, 1, 1, 9, torch.float16, g_gamma=torch.tensor([-(2.0**-11) / 3]))
+    problem.k.zero_()
+    state = run_buffered(step, problem, [1] * 400, 16)["final_state"]
+    assert errors(state, solve(problem)["final_state"])[0] < 2e-6
+
+
+@pytest.mark.parametrize("V", [6, 40])
+def test_sequences_in_a_pool_are_as_if_each_were_alone(step: Step, V: int) -> None:
+    assert_served_as_alone(step, count=20, rows=4, V=V, kind=BufferedServer)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_rows_use_their_slots_alone(step: Step, index: torch.dtype) -> None:
+    problem = make_problem(4, 3, 2, 5, 8)
+    slots = torch.tensor([4, -1, 0, 3])
+    used = slots >= 0
+    memory = torch.randn(6, 2, 2, 5, 8)
+    pool = memory[:, 1]
+    pool[slots[used]] = problem.h0[used]
+    before, buffers = memory.clone(), Buffers(pool, torch.float32, 4)
+    buffers.lengths, buffers.folded = buffers.lengths.to(index), buffers.folded.to(index)
+    wide = torch.stack([slots, slots + 99], 1).to(index)[:, 0]  # of any stride
+    o = buffers.step(step, problem.q, problem.k, problem.v, state=pool, state_indices=wide)
+    assert errors(o[used], solve(problem)["o"][used])[0] < 1e-5
+    assert o[1].count_nonzero() == 0
+    assert torch.equal(memory, before)  # nothing is folded yet
+    assert buffers.k[[1, 2, 5]].isnan().all()
+    assert buffers.v[[0, 3, 4]].isfinite().sum() == 3 * 3 * 2 * 8  # rows, tokens, heads, V
+    buffers.flush(pool)
+    assert errors(pool[slots[used]], solve(problem)["final_state"][used])[0] < 1e-5
+    pool[slots[used]] = problem.h0[used]
+    assert torch.equal(memory, before)  # nothing else was written
+
+
+@pytest.mark.parametrize(("slot", "lengths", "folded"), [(2, 7, 5), (-3, 7, 5), (1, 5, 7), (1, 9, 4), (1, -2, -3)])
+def test_a_row_without_slot_or_tokens_is_neither_read_nor_written(
+    step: Step, slot: int, lengths: int, folded: int
+) -> None:
+    """As on a GPU, where nobody looks at the values."""
+    module = importlib.import_module("generated.retention.step_buffered")
+    x, memory = torch.full((1, 1, 1, 16), torch.nan), torch.ones(6, 1, 16, 16)
+    o, k, v = torch.full_like(x, torch.nan), torch.ones(6, 8, 1, 16), torch.ones(6, 8, 1, 16)
+    counts = (torch.tensor([lengths]), torch.tensor([folded]), torch.tensor([slot]))
+    places = (memory[2:4], k[2:4], v[2:4])
+    for most in (1, 0):  # a step, and a flush
+        given = (*(x[:, :most] for _ in range(3)), torch.zeros(1), 1.0, *places, *counts, None, o[:, :most])
+        module.step_buffered_update(*given)
+    assert o.count_nonzero() == 0
+    assert all((y == 1).all() for y in (memory, k, v))
+
+
+@pytest.mark.parametrize("layout", ["fused", "heads_first", "broadcast"])
+def test_inputs_may_have_any_strides(step: Step, layout: str) -> None:
+    problem = make_problem(2, 3, 2, 8, 8)
+    inputs = (problem.q, problem.k, problem.v)
+    if layout == "fused":
+        inputs = torch.cat(inputs, -1).chunk(3, -1)
+    elif layout == "heads_first":
+        inputs = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
+    else:
+        inputs = tuple(x[:1, :, :1].expand(2, -1, 2, -1) for x in inputs)
+    expected = [Buffers(problem.h0, torch.float32, 4) for _ in range(2)]
+    found = [
+        one.step(step, *given, state=problem.h0.clone())
+        for one, given in zip(expected, (inputs, tuple(x.contiguous() for x in inputs)), strict=True)
+    ]
+    assert torch.equal(*found)
+    assert torch.equal(expected[0].k.nan_to_num(7), expected[1].k.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stochastic_rounding_has_no_bias(step: Step, dtype: torch.dtype) -> None:
+    assert_unbiased(stored_alone(step), dtype, seeds=20)
+
+
+def test_a_seed_rounds_as_it_does_in_a_step(step: Step) -> None:
+    problem = make_problem(2, 3, 2, 20, 33)
+    steps = importlib.import_module("generated.retention.step")
+    whole, folded = (problem.h0.to(torch.float16) for _ in range(2))
+    for t in range(3):
+        part = [x[:, t : t + 1].contiguous() for x in (problem.q, problem.k, problem.v)]
+        before = folded.clone()
+        steps.step_update(*part, None, None, whole, None, torch.tensor([t]), None, torch.empty_like(part[2]))
+        stored_alone(step)(*part, folded, seed=torch.tensor([t]))
+        assert torch.equal(folded, whole)
+        assert not torch.equal(folded, before)
+
+
+def test_other_tiles_are_right(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("generated.retention.step_buffered")
+    for BV in (8, 64):
+        monkeypatch.setattr(module, "default_config", lambda *_, BV=BV: module.StepConfig(BV=BV, num_warps=1))
+        importlib.import_module("generated.configuration").clear_caches()
+        assert_buffered_match(step, make_problem(1, 5, 2, 5, 17), [1] * 5, 2)
+
+
+def test_steps_and_buffered_steps_may_take_turns(step: Step) -> None:
+    problem = make_problem(2, 6, 2, 5, 7)
+    parts = [x.split(3, 1) for x in (problem.q, problem.k, problem.v)]
+    state, buffers = problem.h0.clone(), Buffers(problem.h0, torch.float32, 4)
+    first = buffers.step(step, *(x[0] for x in parts), state=state)
+    buffers.flush(state)
+    package = importlib.import_module("generated")
+    o = torch.cat([first, package.retention_step(*(x[1] for x in parts), state)], 1)
+    assert errors(o, solve(problem)["o"])[0] < 1e-5
+    assert errors(state, solve(problem)["final_state"])[0] < 1e-5
+
+
+def test_wider_heads_than_a_program_can_hold_are_refused(step: Step) -> None:
+    q, v, state = torch.ones(1, 1, 1, 513), torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 513, 1)
+    with pytest.raises(ValueError, match="retention_step_buffered: K is 513 and V is 1; on a GPU both are at most 512"):
+        Buffers(state, torch.float32, 4).step(step, q, q, v, state=state)
