@@ -125,7 +125,7 @@ def test_a_captured_step_goes_on_with_other_slots_and_counts(T: int) -> None:
         o = step(given, accepted)
     counts = torch.arange(6, device="cuda") + 7
     lengths, folded = counts.clone(), counts.clone()
-    for i in range(40):
+    for i in range(100):
         slots = torch.randperm(6, device="cuda")[:3]
         skipped = slots == i % 7
         for one in (given, eager):
@@ -241,7 +241,8 @@ def test_a_state_may_lie_anywhere() -> None:
         memory = torch.zeros(given[name].numel() + 1, dtype=given[name].dtype, device="cuda")
         given[name] = memory[1:].view_as(given[name]).copy_(given[name])
     assert errors(retention_step_buffered(**given), o.double())[0] < 1e-2
-    assert all(torch.equal(given[name], expected[name]) for name in WRITTEN)
+    assert errors(given["state"], expected["state"].double())[0] < 1e-6
+    assert all(torch.equal(given[name], expected[name]) for name in WRITTEN[1:])
 
 
 @pytest.mark.parametrize(("lengths", "folded"), [(9, 10), (9, 4), (1, -1)])
