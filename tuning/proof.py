@@ -365,7 +365,7 @@ def _step_error(
 
 
 def _growth(got: Tensor, exact: Tensor, *, is_seeded: bool) -> float:
-    """By how many units of their last places states [..., K, V] are too large in all; near 0 of float32's error instead.
+    """By how many units of their last places states [..., K, V] are too large in all; near 0 of float32's error.
 
     ArithmeticError where one is off by more than one for a seed, half a one to the nearest, and what float32's sum is.
     """
