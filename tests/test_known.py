@@ -527,6 +527,8 @@ OTHER_THAN_DEFAULT = {
     "chunk_size": 16,
     "form": "naive",
     "output_attentions": True,
+    "final_state": torch.zeros(1, 3, 8, 8),
+    "state_indices": torch.tensor([0]),
 }
 
 
@@ -539,7 +541,9 @@ def test_a_call_with_any_option_is_not_looked_up(module: str, monkeypatch: pytes
     tensors = [x[:1] for x in inputs()]
     known_by = {"q": tensors[0], "k": tensors[1], "v": tensors[2], "scale": 0.3, "g_gamma": torch.full((3,), -0.1)}
     for name in inspect.signature(function).parameters.keys() - known_by:
-        function(**known_by, **{name: OTHER_THAN_DEFAULT[name]})
+        pool = {"final_state": OTHER_THAN_DEFAULT["final_state"]} if name == "state_indices" else {}
+        with torch.no_grad():
+            function(**known_by, **pool, **{name: OTHER_THAN_DEFAULT[name]})
     assert not looked_up
     function(**known_by)
     assert looked_up == [tuple(known_by.values())]
