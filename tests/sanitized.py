@@ -3,6 +3,7 @@
     compute-sanitizer --tool memcheck python tests/sanitized.py
     compute-sanitizer --tool racecheck python tests/sanitized.py --part 0 8     an eighth of them
     compute-sanitizer --tool memcheck python tests/sanitized.py --planted NAME  what it must find
+    compute-sanitizer --tool racecheck python tests/sanitized.py --handed       what it cannot follow
 
 What is launched is what tuning/proof.py launches: ragged and packed sequences, states, both directions, large and tiny
 numbers; once each, and not compared with anything: below the sanitizer every other kernel and allocation takes its time
@@ -14,6 +15,7 @@ own, beside which nothing is anybody's.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import sys
 import time
@@ -93,13 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Launch what the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every Nth, from the Ith")
+    parser.add_argument("--without", metavar="FORM", help="leave this form out")
     parser.add_argument("--planted", metavar="NAME", help="a kernel of this name that writes beside a tensor instead")
+    parser.add_argument("--handed", action="store_true", help="numbers handed over in shared memory instead")
     options = parser.parse_args(argv)
     if options.planted:
         run_planted(options.planted)
         return 0
+    if options.handed:
+        importlib.import_module("handed_over").hand_over()
+        return 0
     first, step = options.part
-    every = [*((claim.problem, claim.config) for claim in shipped()), *steps(describe_gpu().arch)][first::step]
+    every = [*((claim.problem, claim.config) for claim in shipped()), *steps(describe_gpu().arch)]
+    every = [(problem, config) for problem, config in every if problem.form != options.without][first::step]
     for problem, config in every:
         begin = time.monotonic()
         launched = launch(problem, config, "cuda")

@@ -10,14 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_hopper import needs_hopper
 
 from generated import configuration
+from tuning.problems import HOPPER
 
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 SCRIPT = Path(__file__).with_name("sanitized.py")
 FOUND = 86  # the exit status by which the sanitizer tells of a finding
 SECONDS = 500  # for one process, less than pytest gives a test
 PARTS = 6  # of the configurations, each in a process of its own
+WITHOUT = {"memcheck": "", "racecheck": HOPPER}  # see `test_racecheck_cannot_follow_groups_of_warps`
 OURS = ("chunk", "parallel", "recurrent", "step")  # in the names of the kernels that it looks at
 
 needs_sanitizer = pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer, of the CUDA toolkit")
@@ -62,9 +65,23 @@ def test_what_is_planted_is_found(part: str, tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.slow
 @needs_sanitizer
+@needs_hopper
+def test_racecheck_cannot_follow_groups_of_warps(tmp_path: Path) -> None:
+    """It finds races in a kernel that has none, where numbers are handed over as HOPPER's kernel hands them over.
+
+    Once it does not, HOPPER is to be left in.
+    """
+    done = sanitized(tmp_path, "racecheck", "--handed")
+    assert done.returncode == FOUND, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "Race reported" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@needs_sanitizer
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_nothing_is_found_in_what_is_shipped(tool: str, part: int, tmp_path: Path) -> None:
-    done = sanitized(tmp_path, tool, "--part", str(part), str(PARTS))
+    done = sanitized(tmp_path, tool, "--part", str(part), str(PARTS), "--without", WITHOUT[tool])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"^[1-9]\d* configurations$", done.stdout, re.MULTILINE)
