@@ -129,6 +129,8 @@ def _time(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, 
     path = Path(options.json).resolve() if options.json else None
     if path:
         check_writable(path)
+    if not any(forms_for(workload, options.form) for workload in workloads):
+        raise RunError("nothing to time: no form that was chosen is for any of these workloads")
     gpu, peers = describe_gpu(), [find(name) for name in options.against]
     software = {"torch": torch.__version__, "triton": version("triton")}
     versions = {peer.name: peer.version for peer in peers}

@@ -166,10 +166,10 @@ def parse_shape(text: str, names: Iterable[str] = ()) -> Workload:
         raise WorkloadError(
             f"workload {text!r} must give each of B, T, H, K and V once, and nothing else but dtype and form"
         )
-    dtype, form = fields.pop("dtype", "bfloat16"), fields.pop("form", "")
-    for name, value, allowed in (("dtype", dtype, DTYPES), ("form", form, ("", *FORMS))):
-        if value not in allowed:
-            choices = ", ".join(filter(None, allowed))
+    dtype, form = fields.pop("dtype", "bfloat16"), fields.pop("form", None)
+    for name, value, allowed in (("dtype", dtype, DTYPES), ("form", form, FORMS)):
+        if value is not None and value not in allowed:
+            choices = ", ".join(allowed)
             raise WorkloadError(f"workload {text!r}: {name} is {value!r}; it must be one of {choices}")
     for name, value in fields.items():
         limit = MAX_WIDTH if name in "KV" else MAX_SIZE
@@ -177,7 +177,7 @@ def parse_shape(text: str, names: Iterable[str] = ()) -> Workload:
         if not re.fullmatch(r"0*[1-9][0-9]{0,9}", value, re.ASCII) or int(value) > limit:
             raise WorkloadError(f"workload {text!r}: {name} is {value!r}; it must be a whole number from 1 to {limit}")
     B, T, H, K, V = (int(fields[name]) for name in "BTHKV")
-    workload = Workload(text, B, T, H, K, V, dtype, form)
+    workload = Workload(text, B, T, H, K, V, dtype, form or "")
     if workload.B * workload.T * workload.H * max(workload.K, workload.V) > MAX_ELEMENTS:
         raise WorkloadError(f"workload {text!r}: B * T * H * K or V is over {MAX_ELEMENTS}, more than a GPU holds")
     return workload
