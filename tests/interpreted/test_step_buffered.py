@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,15 +47,20 @@ def test_query_heads_share_the_state_of_their_group(step: Step, G: int, H: int, 
     assert_buffered_match(step, make_problem(2, 9, H, 20, 33, dtype, group=G), [1, 1, 3, 1, 2, 1], 3)
 
 
-def test_folded_states_are_those_of_steps_to_the_bit(step: Step) -> None:
-    """Of the interpreter, which fuses no products with sums."""
-    problem = make_problem(2, 24, 2, 20, 33)
-    steps = importlib.import_module("generated.retention.step")
-    whole = problem.h0.clone()
-    for t in range(24):
-        part = [x[:, t : t + 1].contiguous() for x in (problem.q, problem.k, problem.v)]
-        steps.step_update(*part, None, None, whole, None, None, None, torch.empty_like(part[2]))
-    assert torch.equal(run_buffered(step, problem, [1] * 24, 5)["final_state"], whole)
+def test_a_fold_is_as_exact_as_float32(step: Step) -> None:
+    rates = torch.tensor([-60.0, -3.0, -0.3, -0.2, -0.02, -0.01, -1e-9, 0.0])
+    problem = make_problem(2, 16, 8, 20, 33, g_gamma=rates)
+    state = run_buffered(step, problem, [1] * 16, 16)["final_state"]
+    exact = solve(problem)["final_state"]
+    assert all(errors(state[:, i], exact[:, i])[0] < 1e-6 for i in range(8))
+
+
+def test_a_slow_decay_is_not_lost_beside_a_state_that_grows(step: Step) -> None:
+    """Where the decay's part is under half a unit of the state, and alone would be rounded away."""
+    problem = make_problem(1, 4000, 1, 1, 24, g_gamma=torch.tensor([-(2.0**-26)]))
+    problem = replace(problem, h0=problem.h0 * 4096)
+    state = run_buffered(step, problem, [16] * 250, 16)["final_state"]
+    assert errors(state, solve(problem)["final_state"])[0] < 2e-6
 
 
 def test_decays_are_exact_for_16_bits_too(step: Step) -> None:
