@@ -8,7 +8,7 @@
 What is launched is what tuning/proof.py launches: ragged and packed sequences, states, both directions, large and tiny
 numbers; once each, and not compared with anything: below the sanitizer every other kernel and allocation takes its time
 too. Segments are as short as can be, which changes no kernel, and saves tens of thousands of tokens. Of steps it
-is every configuration that may be tuned. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its
+is every configuration that may be tuned, and of buffered ones the default and tiles of other sizes. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its
 own, beside which nothing is anybody's.
 """
 
@@ -31,6 +31,8 @@ import triton
 import triton.language as tl
 
 from generated.configuration import ActiveRule, active_rules
+from generated.retention import step_buffered
+from generated.retention.step import StepConfig
 from tuning.check import TUNED
 from tuning.compilation import ARCHS
 from tuning.compile_pool import same_kernel
@@ -91,6 +93,23 @@ def launch(whole: Problem, config: Any, device: str) -> int:
     return len(found)
 
 
+def launch_buffered(config: StepConfig | None, T: int, dtype: torch.dtype, device: str) -> None:
+    """Steps of so many tokens until all rows have folded but one, which is skipped, and a flush; 16 bits with a seed."""
+    B, H, K, V, L = 3, 2, 24, 72, 16
+    q, k, v = (torch.randn(B, T, heads, width).to(device) for heads, width in ((2 * H, K), (H, K), (H, V)))
+    state = torch.randn(B, H, K, V).to(device, dtype)
+    buffers = [torch.empty(B, 2 * L, H, width, device=device) for width in (K, V)]
+    lengths, folded = torch.tensor([5, 0, 30], device=device), torch.tensor([5, 0, 30], device=device)
+    given = {"state_indices": torch.tensor([2, -1, 0], device=device)}
+    given["seed"] = None if dtype == torch.float32 else torch.tensor([1], device=device)
+    rates, scale, o = torch.full((H,), -0.1, device=device), None, torch.empty(B, T, 2 * H, V, device=device)
+    for _ in range(L // T + 1):
+        tensors = (state, *buffers, lengths, folded, *given.values(), o)
+        step_buffered.step_buffered_update(q, k, v, rates, scale, *tensors, config)
+        folded, lengths = torch.where(lengths - folded + T > L, lengths, folded), lengths + T
+    step_buffered.retention_step_flush(state, *buffers, lengths, folded, **given)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch what the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,6 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.synchronize()
         print(f"{problem} {config}: launched {launched}, {time.monotonic() - begin:.1f} s", flush=True)
     print(f"{len(every)} configurations", flush=True)
+    if first == 0:
+        tiles = (None, StepConfig(BV=16, num_warps=2), StepConfig(BV=64, num_warps=8))
+        for config, T, dtype in itertools.product(tiles, (1, 3, 16), (torch.float32, torch.bfloat16)):
+            launch_buffered(config, T, dtype, "cuda")
+        torch.cuda.synchronize()
     return 0
 
 
