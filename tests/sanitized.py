@@ -8,8 +8,8 @@
 What is launched is what tuning/proof.py launches: ragged and packed sequences, states, both directions, large and tiny
 numbers; once each, and not compared with anything: below the sanitizer every other kernel and allocation takes its time
 too. Segments are as short as can be, which changes no kernel, and saves tens of thousands of tokens. Of steps it
-is every configuration that may be tuned, and of buffered ones the default and tiles of other sizes. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its
-own, beside which nothing is anybody's.
+is every configuration that may be tuned, and of buffered ones the default and tiles of other sizes. With
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, beside which nothing is anybody's.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def launch(whole: Problem, config: Any, device: str) -> int:
 
 
 def launch_buffered(config: StepConfig | None, T: int, dtype: torch.dtype, device: str) -> None:
-    """Steps of so many tokens until all rows have folded but one, which is skipped, and a flush; 16 bits with a seed."""
+    """Steps of so many tokens until all rows have folded but one, which is skipped, and a flush."""
     B, H, K, V, L = 3, 2, 24, 72, 16
     q, k, v = (torch.randn(B, T, heads, width).to(device) for heads, width in ((2 * H, K), (H, K), (H, V)))
     state = torch.randn(B, H, K, V).to(device, dtype)
