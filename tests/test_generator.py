@@ -593,7 +593,7 @@ q, k, v = (torch.randn(2, 7, 3, width) for width in (16, 16, 8))
 wanted, final = naive_linear_attention(q, k, v, output_final_state=True)
 for kernel in (False, True):
     state, o = torch.zeros(2, 3, 16, 8), torch.empty(2, 1, 3, 8)
-    buffers, counts = (torch.empty(2, 8, 3, 16), torch.empty(2, 8, 3, 8)), [torch.tensor([0, 5])] * 2
+    buffers, counts = (torch.empty(2, 8, 3, 16), torch.empty(2, 8, 3, 8)), [torch.tensor([0, 5]) for _ in range(2)]
     for t in range(7):
         token = [x[:, t : t + 1].contiguous() for x in (q, k, v)]
         if kernel:
@@ -601,7 +601,8 @@ for kernel in (False, True):
         else:
             linear_attention_step_buffered(*token, state, *buffers, *counts, out=o)
         torch.testing.assert_close(o[:, 0], wanted[:, t], rtol=1e-4, atol=1e-4)
-        counts = [counts[0] + 1, counts[0] if t == 4 else counts[1]]
+        counts[1].copy_(counts[0] if t == 4 else counts[1])
+        counts[0] += 1
     if kernel:
         step_buffered_update(*(x[:, :0] for x in token), None, state, *buffers, *counts, None, None, o[:, :0])
     else:

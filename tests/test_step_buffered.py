@@ -173,6 +173,11 @@ def change(name: str, function: Callable[[Tensor], Any]) -> Change:
     return lambda given: given.update({name: function(given[name])})
 
 
+def in_the_state(given: dict[str, Any]) -> None:
+    """The state lies at the beginning of a buffer."""
+    given["state"] = given["v_buffer"].flatten()[: given["state"].numel()].view_as(given["state"])
+
+
 BAD = {
     "k_of_another_dtype": (change("k", Tensor.half), TypeError, "k is torch.float16, q is torch.float32"),
     "decays_of_more_heads": (put(g_gamma=torch.zeros(3)), ValueError, "g_gamma is [3]"),
@@ -212,6 +217,12 @@ BAD = {
         ValueError,
         "T is 2; it must be at most 1, half of the buffers' 2 rows",
     ),
+    "one_tensor_for_both_counts": (
+        lambda given: given.update(folded=given["lengths"]),
+        ValueError,
+        "lengths and folded are one memory; each must have its own",
+    ),
+    "buffer_in_the_state": (in_the_state, ValueError, "state and v_buffer are one memory"),
     "lengths_in_a_list": (put(lengths=[9, 0]), TypeError, "lengths is a list; it must be a tensor [B]"),
     "lengths_of_int16": (change("lengths", Tensor.short), TypeError, "lengths is torch.int16", "int32 or int64"),
     "lengths_of_slots": (put(folded=torch.zeros(4).long()), ValueError, "folded is [4]; it must be [B] = [2]"),

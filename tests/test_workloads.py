@@ -59,6 +59,8 @@ def test_a_workload_may_be_for_one_form_alone() -> None:
     assert (workload.form, workload.dtype) == ("step", "bfloat16")
     with pytest.raises(WorkloadError, match=r"form is 'steps'; it must be one of fused_chunk, .*, step"):
         parse(["B=4,T=8,H=2,K=16,V=16,form=steps"])
+    with pytest.raises(WorkloadError, match="form is ''; it must be one of"):
+        parse(["B=4,T=8,H=2,K=16,V=16,form="])
 
 
 @pytest.mark.parametrize(
