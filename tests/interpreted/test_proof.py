@@ -49,7 +49,7 @@ OUTPUTS_MASK = "m_o = m_t[:, None] & m_v[None, :]"
 UPDATE = "b_h = product(tl.trans(b_k), b_v, b_h, TRANSPOSED, PRECISION)"
 START = "b_h = tl.zeros([BK, BV], dtype=tl.float32)"
 LOADED = "b_h += tl.load(p_h0, mask=m_h & (i_h % G_q == 0), other=0.0).to(tl.float32)"
-STORED = "tl.store(p_ht, b_h, mask=m_h & (i_h % G_kv == 0))"
+STORED = "tl.store(p_ht, b_h, mask=m_h & (i_h % G_kv == 0) & (i_to >= 0) & (i_to < slots))"
 OUTPUT = "o += (bos * H + i_h) * V + i_v * BV"
 # The last tile ends where the columns do, as is done to save a mask; each program rounds in its own way.
 OVERLAP = f"""{OUTPUT}
@@ -142,7 +142,7 @@ PARALLEL_FAULTS = {
     "mask of one token too few": ("o_d >= 0", "o_d > 0", WRONG),
 }
 RECURRENT_FAULTS = {
-    "decay after the addition": ("b_k[:, None] * b_v[None, :]", "b_k[:, None] * b_v[None, :] * b_d", WRONG),
+    "decay after the addition": ("b_k[:, None] * b_v[None, :]", "b_k[:, None] * b_v[None, :] * (b_a + b_e)", WRONG),
 }
 # Of a step the form too.
 SLOT = "tl.load(state_indices + i_n).to(tl.int64)"
