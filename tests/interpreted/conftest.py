@@ -37,6 +37,9 @@ interpreter.InterpretedFunction.__call__ = _call_once_patched
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the outer test choose a form."""
     parser.addoption("--form", choices=CHOICES, action="append", help="test this form only")
+    parser.addoption(
+        "--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every Nth test, from the Ith"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,10 +50,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the forms that were not chosen."""
-    chosen = config.getoption("--form") or CHOICES
-    config.hook.pytest_deselected(items=[item for item in items if item.callspec.params["form"] not in chosen])
-    items[:] = [item for item in items if item.callspec.params["form"] in chosen]
+    """Leave out the forms and parts that were not chosen."""
+    forms, (first, step) = config.getoption("--form") or CHOICES, config.getoption("--part")
+    chosen = [item for item in items if item.callspec.params["form"] in forms][first::step]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 def pytest_configure(config: pytest.Config) -> None:
