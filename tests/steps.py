@@ -116,17 +116,23 @@ def store(step: Callable[..., Tensor], x: Tensor, dtype: torch.dtype, seed: int 
     return state
 
 
-def assert_unbiased(step: Callable[..., Tensor], dtype: torch.dtype, device: str = "cpu", seeds: int = 50) -> None:
-    """Fail unless states of any size are rounded to one of the numbers next to them, in the mean to themselves."""
+def assert_unbiased(
+    step: Callable[..., Tensor], dtype: torch.dtype, device: str = "cpu", seeds: int = 50, smallest: float = 0.0
+) -> None:
+    """Fail unless states of any size are rounded to one of the numbers next to them, in the mean to themselves.
+
+    smallest: to multiples of this number they may be rounded beforehand.
+    """
     limits, generator = torch.finfo(dtype), torch.Generator(device).manual_seed(0)
     normal = torch.randn(16, generator=generator, device=device)
     x = torch.cat([normal, normal * limits.tiny, normal * (limits.max / 8), normal * limits.tiny * limits.eps])
     x = x.expand(1, 1, 64, -1)
     unit = spacing(x.double(), dtype)
     errors = torch.stack([(store(step, x, dtype, seed).double() - x.double()) / unit for seed in range(seeds)])
-    assert (errors.abs() < 1).all()
-    assert (errors.mean((0, 1, 2, 3)).abs() < 5 * 0.5 / (seeds * 64) ** 0.5).all()  # of each of the numbers
-    assert errors.mean().abs() < 5 * 0.5 / errors.numel() ** 0.5
+    before = smallest / 2 / unit[0, 0, 0]  # in units of each number
+    assert (errors.abs() < 1 + before).all()
+    assert (errors.mean((0, 1, 2, 3)).abs() < 5 * 0.5 / (seeds * 64) ** 0.5 + before).all()  # of each of the numbers
+    assert errors.mean().abs() < 5 * 0.5 / errors.numel() ** 0.5 + before.mean()
 
 
 def assert_independent(step: Callable[..., Tensor], dtype: torch.dtype, device: str = "cpu") -> None:

@@ -333,20 +333,23 @@ def test_the_buffered_step_compiles_and_fits(arch: str, K: int, V: int) -> None:
     ):
         needs = resources(compile_buffered(arch, 128, K, V, dtype, stored)[0])
         assert needs.fits(ARCHS[arch])
-        assert needs.spills <= 128
+        assert needs.spills <= 192
 
 
 @pytest.mark.parametrize("B", [1, 64, 256])
 @pytest.mark.parametrize(("K", "V"), [(80, 80), (128, 128), (256, 512), (512, 512)])
-def test_on_hopper_the_buffered_steps_state_goes_from_memory_to_registers(B: int, K: int, V: int) -> None:
-    """By 16 bytes, all before anything waits, hardly a spill, and four programs have room; three of grouped queries."""
+def test_on_hopper_the_buffered_steps_state_is_asked_for_ahead(B: int, K: int, V: int) -> None:
+    """By 16 bytes, of one output piece by piece, of more all at once; three or four programs have room."""
     for stored, G in ((torch.float32, 1), (torch.float32, 8), (torch.bfloat16, 1)):
         kernel, config = compile_buffered("sm90", B, K, V, torch.bfloat16, stored, G)
-        needs, tile = resources(kernel), padded(K) * config.BV * stored.itemsize
-        assert needs.spills <= (0 if G == 1 else 64)
-        assert needs.blocks_per_sm(ARCHS["sm90"]) >= (2 if K > 256 else 4 if G == 1 else 3)
-        before, fold, after = kernel.asm["ptx"].partition("bra")
-        assert fold
-        assert before.count("ld.global.v4.b32") >= tile // 16 // (32 * config.num_warps)
-        folded = min(tile, step_buffered.FOLDED * stored.itemsize)
-        assert after.count("st.global.v4.b32") >= folded // 16 // (32 * config.num_warps)
+        needs, ptx = resources(kernel), kernel.asm["ptx"]
+        loads = stored.itemsize * config.BV // 16 / (32 * config.num_warps)  # of a row, by a thread
+        assert needs.spills <= (192 if B == 1 or K == 80 else 32)
+        assert needs.blocks_per_sm(ARCHS["sm90"]) >= (4 if G == 1 else 2 if K > 256 else 3)
+        if G > 1:
+            assert ptx.count("ld.global.v4.b32") >= loads * padded(K)
+        elif B > 1:  # or there is one piece alone
+            rows = min(
+                padded(K), step_buffered.PIECE // config.BV
+            )  # a piece, of which two loops ask for the first ones
+            assert ptx.count("cp.async.cg.shared.global") >= loads * rows * 2 * (step_buffered.STAGES - 1)

@@ -245,8 +245,12 @@ def test_a_launch_is_told_by_its_tiles_and_its_code() -> None:
 def test_the_choices_of_what_is_fused_are_the_packages_and_their_defaults_too() -> None:
     assert sorted(SWEEPS.values) == sorted(auto.SWEEPS)
     assert auto.default_config(torch.bfloat16, 64, 64, 8, 1024) == auto.FormConfig(SWEEPS.values[0])
-    for BH, way in ((8, "sweeps"), (64, "fused_chunk")):  # in segments, and whole
-        assert auto.default_gradients_config(torch.bfloat16, 64, 64, BH, 1024) == auto.GradientsFormConfig(way)
+    for BH, T, way in (
+        (8, 1024, "fused_chunk"),
+        (8, 2048, "sweeps"),
+        (64, 2048, "fused_chunk"),
+    ):  # the second in segments
+        assert auto.default_gradients_config(torch.bfloat16, 64, 64, BH, T) == auto.GradientsFormConfig(way)
     assert [auto.GradientsFormConfig(way).form for way in GRADIENTS.values] == ["sweeps", "fused_chunk"]
 
 

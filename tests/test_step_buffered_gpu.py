@@ -107,7 +107,8 @@ def test_ten_thousand_sequences_in_a_pool_are_as_if_each_were_alone(V: int) -> N
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_stochastic_rounding_has_no_bias(half: torch.dtype) -> None:
-    assert_unbiased(stored_alone(retention_step_buffered), half, device="cuda", seeds=400)
+    """But for what is under TF32's smallest number, 2^-136, which the product that folds tokens rounds away."""
+    assert_unbiased(stored_alone(retention_step_buffered), half, device="cuda", seeds=400, smallest=2.0**-136)
 
 
 @pytest.mark.parametrize("half", [torch.float32, torch.bfloat16], ids=str)
@@ -291,6 +292,7 @@ torch.cuda.synchronize()
     assert "device-side assert" in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_a_seed_that_a_graph_would_keep_is_refused() -> None:
     given = serving()
     given["state"] = given["state"].bfloat16()
