@@ -349,7 +349,5 @@ def test_on_hopper_the_buffered_steps_state_is_asked_for_ahead(B: int, K: int, V
         if G > 1:
             assert ptx.count("ld.global.v4.b32") >= loads * padded(K)
         elif B > 1:  # or there is one piece alone
-            rows = min(
-                padded(K), step_buffered.PIECE // config.BV
-            )  # a piece, of which two loops ask for the first ones
+            rows = min(padded(K), step_buffered.PIECE // config.BV)  # of a piece: two loops ask for the first ones
             assert ptx.count("cp.async.cg.shared.global") >= loads * rows * 2 * (step_buffered.STAGES - 1)

@@ -1,6 +1,6 @@
 """Retention as Helion would have it written: one sweep over chunks, whose tiles Helion's own autotuner chooses.
 
-For `bench --against helion` alone, with Helion 1.5. The first call of a shape tunes, for minutes; the variable
+For `bench --against helion` alone, with Helion 1.4 or later. The first call of a shape tunes, for minutes; the variable
 HELION_AUTOTUNE_EFFORT says how long (https://helionlang.com).
 """
 
@@ -19,7 +19,7 @@ from tuning.oracle import retnet_rates
 
 @helion.kernel(static_shapes=True)  # type: ignore[untyped-decorator]
 def sweep(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, scale: float, reverse: hl.constexpr) -> Tensor:
-    """Retention of q, k [B, T, H, K] and v [B, T, H, V], whose heads decay by 2 ** rates [H] a token."""
+    """Retention of q, k [B, T, H, K] and v [B, T, H, V], whose heads decay by 2 ** rates [H] a token; reverse: 0 or 1."""
     B, T, H, K = q.size()
     K = hl.specialize(K)
     BT = hl.register_block_size(16, 128)
@@ -30,7 +30,7 @@ def sweep(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, scale: float, reverse:
         b_h = hl.zeros([K, tile_v], dtype=torch.float32)
         for tile_t in hl.tile(T, block_size=BT):
             o_t = (tile_t.index - tile_t.begin).to(torch.float32)
-            i_t = T - 1 - tile_t.index if reverse else tile_t.index
+            i_t = (T - 1) * reverse + (1 - 2 * reverse) * tile_t.index
             b_q, b_k, b_v = q[b, i_t, h, :], k[b, i_t, h, :], v[b, i_t, h, tile_v]
             distance = o_t[:, None] - o_t[None, :]
             b_s = hl.dot(b_q, b_k.T) * torch.where(distance >= 0, torch.exp2(distance * rate), 0.0)
@@ -49,16 +49,16 @@ class _Retention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v, rates)
-        o: Tensor = sweep(q, k, v, rates, q.shape[3] ** -0.5, False)
+        o: Tensor = sweep(q, k, v, rates, q.shape[3] ** -0.5, 0)
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, rates = ctx.saved_tensors
         scale = q.shape[3] ** -0.5
-        dq = sweep(do, v, k, rates, scale, False)
-        dk = sweep(v, do, q, rates, scale, True)
-        return dq, dk, sweep(k, q, do, rates, scale, True), None
+        dq = sweep(do, v, k, rates, scale, 0)
+        dk = sweep(v, do, q, rates, scale, 1)
+        return dq, dk, sweep(k, q, do, rates, scale, 1), None
 
 
 _rates: dict[tuple[int, torch.device], Tensor] = {}
