@@ -224,7 +224,13 @@ class Compiled:
 
 
 def fake_tensor(address: int) -> Any:
-    return SimpleNamespace(data_ptr=lambda: address, dtype=torch.bfloat16, device=torch.device("cuda", 1), is_cuda=True)
+    return SimpleNamespace(
+        data_ptr=lambda: address,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda", 1),
+        get_device=lambda: 1,
+        is_cuda=True,
+    )
 
 
 def test_triton_dispatches_a_kernel_once_and_then_it_is_launched_by_address(monkeypatch: pytest.MonkeyPatch) -> None:

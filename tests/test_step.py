@@ -509,7 +509,7 @@ def test_what_was_found_by_rules_that_changed_meanwhile_is_not_kept(
     checked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(step, "_known_launch", lambda *_: configuration.clear_caches())
+        patch.setattr(step, "_known_launch", lambda *_: (configuration.clear_caches(), ()))
         retention_step(**good())
     assert not step._known
     for _ in range(3):

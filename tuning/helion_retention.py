@@ -19,7 +19,7 @@ from tuning.oracle import retnet_rates
 
 @helion.kernel(static_shapes=True)  # type: ignore[untyped-decorator]
 def sweep(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, scale: float, reverse: hl.constexpr) -> Tensor:
-    """Retention of q, k [B, T, H, K] and v [B, T, H, V], whose heads decay by 2 ** rates [H] a token; reverse: 0 or 1."""
+    """Retention of q, k [B, T, H, K] and v [B, T, H, V], heads decaying by 2 ** rates [H] a token; reverse: 0 or 1."""
     B, T, H, K = q.size()
     K = hl.specialize(K)
     BT = hl.register_block_size(16, 128)
