@@ -511,7 +511,7 @@ def test_what_was_found_by_rules_that_changed_meanwhile_is_not_kept(
     with monkeypatch.context() as patch:
         patch.setattr(step, "_known_launch", lambda *_: (configuration.clear_caches(), ()))
         retention_step(**good())
-    assert not step._known
+    assert not step.KNOWN.kinds
     for _ in range(3):
         retention_step(**good())
     assert len(checked) == 2
@@ -537,7 +537,7 @@ def test_one_tensor_given_twice_is_checked_and_not_remembered(checked: list[str]
 @pytest.mark.parametrize("case", ["autocast", "negated", "one_twice"])
 def test_no_guard_is_built_where_nothing_is_remembered(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    monkeypatch.setattr(step, "guard_of", lambda tensors: built.append(len(tensors)))
+    monkeypatch.setattr("generated.known.guard_of", lambda tensors: built.append(len(tensors)))
     given = good()
     if case == "autocast":
         with torch.autocast("cpu", dtype=torch.bfloat16):

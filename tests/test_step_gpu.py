@@ -76,7 +76,7 @@ def make_known(given: dict[str, Tensor]) -> None:
     configuration.clear_caches()
     for _ in range(2):
         retention_step(**fresh(given))
-    ((known,),) = step._known.values()
+    ((known,),) = step.KNOWN.kinds.values()
     assert known.launch is not None
 
 
@@ -221,7 +221,7 @@ def test_a_captured_step_goes_on_with_other_slots(is_known: bool, monkeypatch: p
     given = serving()
     make_known(given)
     if not is_known:
-        step._known.clear()
+        step.KNOWN.kinds.clear()
     eager = copy(given)
     graph = torch.cuda.CUDAGraph()
     with monkeypatch.context() as patch, torch.cuda.graph(graph):
@@ -349,7 +349,7 @@ def test_calls_go_by_the_rules_of_their_kind_of_states(
     seed = torch.ones(1, dtype=torch.int64, device="cuda") if is_seeded else None
     for _ in range(3):
         retention_step(problem.q, k, v, state, seed=seed)
-    launches = [*step._launches.values(), *(known.launch for (known,) in step._known.values())]
+    launches = [*step._launches.values(), *(known.launch for (known,) in step.KNOWN.kinds.values())]
     assert [launch and launch._constants["BV"] for launch in launches] == [config.BV] * 2
 
 
