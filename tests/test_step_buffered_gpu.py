@@ -16,8 +16,8 @@ from serving import assert_served_as_alone
 from steps import assert_unbiased
 from torch import Tensor
 
-from generated import retention_step, retention_step_buffered, retention_step_flush
-from generated.retention import step_buffered_kernel
+from generated import configuration, retention_step, retention_step_buffered, retention_step_flush
+from generated.retention import step_buffered, step_buffered_kernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -306,3 +306,58 @@ def test_decays_are_exact_over_thousands_of_tokens() -> None:
     problem = replace(problem, k=problem.k * 0)
     got = run_buffered(retention_step_buffered, problem, [16] * 300, 16)
     assert errors(got["final_state"], solve(problem)["final_state"])[0] < 1e-5
+
+
+# Calls like one before, which run straight
+
+
+def make_known(given: dict[str, Tensor]) -> None:
+    """Call once, and fail unless what calls of this kind come to is known then."""
+    configuration.clear_caches()
+    retention_step_buffered(**copy(given))
+    ((known,),) = step_buffered.KNOWN.kinds.values()
+    assert known.launch is not None
+
+
+@pytest.mark.parametrize("case", ["plain", "out", "seed", "decays", "many tokens", "grouped"])
+def test_a_known_call_runs_straight_and_gives_the_same_bits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = serving(T=3 if case == "many tokens" else 1)
+    if case == "out":
+        given["out"] = torch.full_like(given["v"], float("nan"))
+    if case == "seed":
+        given |= {"state": given["state"].bfloat16(), "seed": torch.tensor([7], device="cuda")}
+    if case == "decays":
+        given["g_gamma"] = -torch.arange(4, device="cuda") / 8
+    if case == "grouped":
+        given["q"] = torch.cat([given["q"], -given["q"]], 2)
+    configuration.clear_caches()
+    first, again = copy(given), copy(given)
+    o = retention_step_buffered(**first)
+    monkeypatch.setattr(step_buffered, "OPERATOR", None)
+    assert torch.equal(retention_step_buffered(**again), o)
+    assert all(torch.equal(first[name], again[name]) for name in WRITTEN)
+    assert all(again[name]._version > 0 for name in WRITTEN)
+
+
+@pytest.mark.parametrize("name", ["q", "v", "state", "lengths", "state_indices"])
+def test_a_known_call_whose_tensors_are_not_aligned_gives_the_same(name: str) -> None:
+    given = serving()
+    make_known(given)
+    wanted, moved = copy(given), copy(given)
+    x = given[name]
+    room = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
+    moved[name] = room[1:].view(x.shape).copy_(x)
+    assert moved[name].data_ptr() % 16
+    o = retention_step_buffered(**wanted)
+    torch.testing.assert_close(retention_step_buffered(**moved), o, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(moved["state"], wanted["state"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("one", "other"), [("folded", "lengths"), ("v_buffer", "k_buffer"), ("k_buffer", "state")])
+def test_a_known_call_whose_tensors_begin_together_is_refused(one: str, other: str) -> None:
+    given = serving()
+    given["state"] = torch.randn(6, 4, 64, 64, device="cuda").bfloat16()
+    make_known(given)
+    given[one] = given[other].view(-1)[: given[one].numel()].view(given[one].shape)
+    with pytest.raises(ValueError, match="are one memory"):
+        retention_step_buffered(**given)
