@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +34,42 @@ def _call_once_patched(function: Any, *args: Any, **options: Any) -> Any:
 
 call = interpreter.InterpretedFunction.__call__
 interpreter.InterpretedFunction.__call__ = _call_once_patched
+# It would compute with 64 bits whether sums and products overflow, and, as `debug` is off, throw away what it finds.
+builder = interpreter.interpreter_builder
+builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+
+# The types of tensors are few: what the interpreter would work out for each tensor is kept.
+_np_dtypes: dict[str, Any] = {}
+_blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
+_shapes: dict[str, tuple[Any, ...]] = {}
+
+
+def _known_np_dtype(dtype: Any) -> Any:
+    name = dtype.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = find_np_dtype(dtype)
+    return _np_dtypes[name]
+
+
+def _known_block(self: Any, element_ty: Any, shape: Any) -> None:
+    key = (element_ty.name, *map(tl.core._unwrap_if_constexpr, shape))
+    if key not in _blocks:
+        make_block(self, element_ty, shape)
+        _blocks[key] = dict(vars(self))
+    vars(self).update(_blocks[key])
+
+
+def _known_shape(self: Any, handle: Any, type: Any) -> None:  # noqa: A002
+    if type.name not in _shapes:
+        make_tensor(self, handle, type)
+        _shapes[type.name] = (self.shape, self.numel, self.dtype)
+    self.handle, self.type = handle, type
+    self.shape, self.numel, self.dtype = _shapes[type.name]
+
+
+find_np_dtype, interpreter._get_np_dtype = interpreter._get_np_dtype, _known_np_dtype
+make_block, tl.core.block_type.__init__ = tl.core.block_type.__init__, _known_block
+make_tensor, tl.core.tensor.__init__ = tl.core.tensor.__init__, _known_shape
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,6 +93,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if item.callspec.params["form"] in forms][first::step]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+    gc.freeze()  # what was imported stays, and is much to look through
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:
