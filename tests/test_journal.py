@@ -911,7 +911,8 @@ def test_a_torn_line_does_not_end_a_tuner_that_still_runs(path: Path) -> None:
     assert [again.remembered(PROBLEM, config, {}) for config in (FIRST, SECOND)] == [Outcome(1.0), Outcome(2.0)]
 
 
-def test_a_full_disk_costs_the_record_and_not_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tune_on_a_full_disk(path: Path, timed: Path) -> None:
+    """Tune, in a process of its own that then ends: while it lived, others would wait for what it had open."""
     append, calls = storage_module._Backend.append_logs, []
 
     def fill(self: Any, logs: list[dict[str, Any]]) -> None:
@@ -920,14 +921,22 @@ def test_a_full_disk_costs_the_record_and_not_the_run(path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(self, logs)
 
-    monkeypatch.setattr(storage_module._Backend, "append_logs", fill)
+    storage_module._Backend.append_logs = fill
     said = Said()
     tuner = tune(Judge(), journal=Journal(path, {"gpu": "H100"}, said))
     assert tuner.winners == tune(Judge()).winners
     assert said == [f"{path}: No space left on device: what is measured from here on is not remembered"]
-    monkeypatch.undo()
+    timed.write_text(str(tuner.funnel.timed))
+
+
+def test_a_full_disk_costs_the_record_and_not_the_run(path: Path, tmp_path: Path) -> None:
+    timed = tmp_path / "timed"
+    process = forkserver.context().Process(target=tune_on_a_full_disk, args=(path, timed))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
     again = tune(Judge(), journal=open_journal(path))
-    assert 0 < again.funnel.remembered < tuner.funnel.timed
+    assert 0 < again.funnel.remembered < int(timed.read_text())
     assert again.winners[PROBLEM].config == min(candidates(), key=landscape)
 
 
