@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -93,12 +94,15 @@ def test_groups_may_be_taken_in_segments(
 
 
 @pytest.mark.forms("chunk")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("chunk_size", [None, 32])
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(
+    ("layout", "chunk_size", "group", "dtype"),
+    [
+        (layout, chunk_size, group, DTYPES[(LAYOUTS.index(layout) + (chunk_size is None) + group) % 2])
+        for layout, chunk_size, group in itertools.product(LAYOUTS, [None, 32], [1, 2])
+    ],
+)
 def test_states_go_to_their_slots_alone(
-    function: Function, group: int, chunk_size: int | None, layout: str, dtype: torch.dtype
+    function: Function, layout: str, chunk_size: int | None, group: int, dtype: torch.dtype
 ) -> None:
     options = {"dtype": dtype, "layout": layout, "chunk_size": chunk_size}
     packed = make_problem(1, 60, 2, 20, 17, group=group, lengths=[1, 40, 19])
@@ -290,21 +294,23 @@ def saving(configs: dict[tuple[int, int], Any]) -> None:
     configs.update({sizes: replace(config, save_states=1) for sizes, config in configs.items()})
 
 
+SHARED = [  # V, lengths, what there is not, options
+    (20, None, [], {}),
+    (16, None, [], {}),
+    (20, None, ["h0", "dht"], {}),
+    (20, None, ["dht"], {}),
+    (20, None, ["h0"], {}),
+    (20, [5, 64, 1], [], {"chunk_size": 32}),
+    (20, [5, 64, 1], ["h0", "dht"], {"chunk_size": 32}),
+    (20, None, [], {"chunk_size": 64}),
+]
+SAVES = [(False, 1), (True, 1), (True, 2)]  # whether the outputs' are saved, and the query heads of each
+
+
 @pytest.mark.forms("chunk", "auto")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("saves", "group"), [(False, 1), (True, 1), (True, 2)])
 @pytest.mark.parametrize(
-    ("V", "lengths", "without", "options"),
-    [
-        (20, None, [], {}),
-        (16, None, [], {}),
-        (20, None, ["h0", "dht"], {}),
-        (20, None, ["dht"], {}),
-        (20, None, ["h0"], {}),
-        (20, [5, 64, 1, 30], [], {"chunk_size": 32}),
-        (20, [5, 64, 1, 30], ["h0", "dht"], {"chunk_size": 32}),
-        (20, None, [], {"chunk_size": 64}),
-    ],
+    ("V", "lengths", "without", "options", "saves", "group", "dtype"),
+    [(*case, *saves, DTYPES[(i + j) % 2]) for i, case in enumerate(SHARED) for j, saves in enumerate(SAVES)],
 )
 def test_dk_reads_the_states_of_dv_and_dq_those_that_the_outputs_saved(
     function: Function,
@@ -320,7 +326,7 @@ def test_dk_reads_the_states_of_dv_and_dq_those_that_the_outputs_saved(
     configs, made = segments
     if saves:
         saving(configs)
-    problem = replace(make_problem(1, 100, 2, 16, V, dtype, group=group, lengths=lengths), **dict.fromkeys(without))
+    problem = replace(make_problem(1, 70, 2, 16, V, dtype, group=group, lengths=lengths), **dict.fromkeys(without))
     got = run(function, problem, **options)
     assert_matches(got, problem)
     assert made == [options.get("chunk_size", 32)] * (2 if saves else 3)  # outputs', dq's, dv's
@@ -486,10 +492,18 @@ def test_other_tiles_of_fused_chunk_are_right(
 
 @pytest.mark.forms("chunk", "fused_chunk", "auto")
 @pytest.mark.parametrize(
-    ("T", "K", "V", "lengths"), [(48, 24, 40, None), (44, 24, 40, None), (48, 24, 24, None), (40, 24, 40, [17, 1, 22])]
+    ("T", "K", "V", "lengths", "group", "states"),
+    [
+        (48, 24, 40, None, 1, False),
+        (48, 24, 40, None, 2, True),
+        (44, 24, 40, None, 1, True),
+        (44, 24, 40, None, 2, False),
+        (48, 24, 24, None, 1, False),
+        (48, 24, 24, None, 2, True),
+        (40, 24, 40, [17, 1, 22], 1, True),
+        (40, 24, 40, [17, 1, 22], 2, False),
+    ],
 )
-@pytest.mark.parametrize("group", [1, 2])
-@pytest.mark.parametrize("states", [False, True])
 def test_scores_may_be_read_and_a_wide_k_taken_in_parts(
     function: Function,
     T: int,
