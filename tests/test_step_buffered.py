@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from generated import arguments, retention_step, retention_step_buffered, retent
 
 B, T, H, K, V, L = 2, 2, 2, 4, 5, 3
 OPERATOR = torch.ops.retgen.retention_step_buffered.default
+README = Path(__file__).resolve().parent.parent / "README.md"
 Change = Callable[[dict[str, Any]], Any]
 halves = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 
@@ -114,6 +118,31 @@ def test_any_of_a_calls_tokens_may_be_taken_back_also_where_it_folds(accepted: i
         assert errors(o, solve(problem)["o"][:, t : t + 1])[0] < 1e-5
     buffers.flush(state)
     assert errors(state, solve(problem)["final_state"])[0] < 1e-5
+
+
+@pytest.mark.parametrize("where", ["README", "docstring"])
+def test_counts_go_on_as_is_written(where: str) -> None:
+    """In slots of a pool, one row skipped, some tokens taken back: the lines are those that a caller copies."""
+    text = README.read_text(encoding="utf-8") if where == "README" else str(retention_step_buffered.__doc__)
+    lines = re.search(r"^ *n = lengths - folded\n.*\n *lengths \+= accepted", text, re.MULTILINE)
+    assert lines is not None
+    count = textwrap.dedent(lines.group())
+    slots, T, L, state = torch.tensor([3, -1, 0]), 2, 3, torch.randn(4, H, K, V)
+    lengths, folded, expected = torch.tensor([7, 0, 2]), torch.tensor([7, 0, 2]), state.clone()
+    buffers = [torch.full((4, 2 * L, H, width), float("nan")) for width in (K, V)]
+    for accepted in torch.randint(0, T + 1, (12, 3)):
+        accepted[1] = 0
+        inputs = [torch.randn(3, T, H, width) for width in (K, K, V)]
+        kept = torch.empty(3, T, H, K, V)
+        wanted = retention_step(*inputs, expected.clone(), state_indices=slots, states_out=kept)
+        o = retention_step_buffered(*inputs, state, *buffers, lengths, folded, state_indices=slots)
+        torch.testing.assert_close(o, wanted, rtol=1e-4, atol=1e-4)
+        for row in (0, 2):
+            if accepted[row]:
+                expected[slots[row]] = kept[row, accepted[row] - 1]
+        exec(count, {"torch": torch}, dict(locals(), slots_of_rows=slots, state_indices=slots))  # noqa: S102
+    retention_step_flush(state, *buffers, lengths, folded, state_indices=slots)
+    torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rows", "V"), [(1, 6), (7, 40), (32, 6)])
