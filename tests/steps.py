@@ -108,6 +108,16 @@ def assert_rounded_once(
         assert (distance <= units * spacing(exact, dtype) + 1e-5 * exact.abs().max()).all()
 
 
+def counted(launch: Callable[..., bool], launches: list[bool]) -> Callable[..., bool]:
+    """A launch that adds to a list what it returns."""
+
+    def run(*tensors: Any, **options: Any) -> bool:
+        launches.append(launch(*tensors, **options))
+        return launches[-1]
+
+    return run
+
+
 def store(step: Callable[..., Tensor], x: Tensor, dtype: torch.dtype, seed: int | Tensor | None) -> Tensor:
     """What a step stores, in states of a dtype, where they are x [B, H, K, V] of float32, whose rows must be equal."""
     k = torch.ones(len(x), 1, *x.shape[1:3], device=x.device)

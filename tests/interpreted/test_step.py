@@ -17,6 +17,7 @@ from steps import (
     assert_rounded_once,
     assert_steps_match,
     assert_unbiased,
+    counted,
     group_heads,
     run_step,
     store,
@@ -109,11 +110,12 @@ def test_a_launch_that_is_known_is_the_same(step: Step, kept: bool, grouped: boo
         given |= {"states_out": torch.zeros(3, 2, given["k"].shape[2], 5, 8), "out": torch.empty(3, 2, 4, 8)}
     first, second = ({name: None if x is None else x.clone() for name, x in given.items()} for _ in range(2))
     expected = step(**first)
-    ((kind, (known,)),) = module._known.items()
+    ((kind, (known,)),) = module.KNOWN.kinds.items()
     tensors = (*(second[name] for name in "qkv"), None, second["state"], second["state_indices"], None)
     launch = module.prepare_step(*tensors, given.get("states_out"), module.StepConfig(BV=8, num_warps=1))
     launches = []
-    module._known[kind] = (replace(known, launch=lambda *inputs: launches.append(launch(*inputs))),)
+    decays = (module.prepare_decay(None, second["k"]),)
+    module.KNOWN.kinds[kind] = (replace(known, launch=counted(launch, launches), decays=decays),)
     version = second["state"]._version
     assert torch.equal(step(**second), expected)
     assert len(launches) == 1

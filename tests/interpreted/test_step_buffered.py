@@ -11,7 +11,7 @@ import torch
 from buffered import BufferedServer, Buffers, assert_buffered_match, run_buffered, stored_alone
 from oracle import errors, make_problem, solve
 from serving import assert_served_as_alone
-from steps import assert_unbiased
+from steps import assert_unbiased, counted
 from torch import Tensor
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.forms("step_buffered")]
@@ -45,6 +45,30 @@ def test_own_decays_and_scale_are_used(step: Step, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("G", "H"), [(3, 1), (2, 2)])
 def test_query_heads_share_the_state_of_their_group(step: Step, G: int, H: int, dtype: torch.dtype) -> None:
     assert_buffered_match(step, make_problem(2, 9, H, 20, 33, dtype, group=G), [1, 1, 3, 1, 2, 1], 3)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_launch_that_is_known_is_the_same(step: Step, T: int) -> None:
+    """As it is kept on a GPU from the first call of its kind on."""
+    module = importlib.import_module("generated.retention.step_buffered")
+    problem = make_problem(3, T, 4, 5, 8)
+    given = {"q": problem.q, "k": problem.k, "v": problem.v, "state": problem.h0}
+    given |= {f"{name}_buffer": torch.randn(3, 6, 4, width) for name, width in (("k", 5), ("v", 8))}
+    given |= {"lengths": torch.tensor([9, 4, 7]), "folded": torch.tensor([7, 1, 7])}
+    given["state_indices"] = torch.tensor([2, -1, 0])
+    first, second = ({name: x.clone() for name, x in given.items()} for _ in range(2))
+    expected = step(**first)
+    ((kind, (known,)),) = module.KNOWN.kinds.items()
+    written = ("state", "k_buffer", "v_buffer")
+    tensors = (*(second[name] for name in "qkv"), None, *(second[name] for name in (*written, "state_indices")), None)
+    launch, launches, decays = module.prepare_step_buffered(*tensors), [], (module.prepare_decay(None, second["k"]),)
+    module.KNOWN.kinds[kind] = (replace(known, launch=counted(launch, launches), decays=decays),)
+    versions = {name: second[name]._version for name in written}
+    assert torch.equal(step(**second), expected)
+    assert launches == [True]
+    for name in written:
+        assert torch.equal(second[name], first[name])
+        assert second[name]._version > versions[name]
 
 
 def test_a_fold_is_as_exact_as_float32(step: Step) -> None:
