@@ -525,6 +525,34 @@ def test_two_kinds_in_turn_are_checked_once_each(name: str, checked: list[str]) 
     assert len(checked) == 2
 
 
+def copy_outside(given: dict[str, Any]) -> dict[str, Any]:
+    with torch.inference_mode(False):
+        return copy(given)
+
+
+def test_what_was_made_in_inference_mode_is_not_taken_for_what_was_given_there(checked: list[str]) -> None:
+    given = good()
+    with torch.inference_mode():
+        for _ in range(2):
+            retention_step(**copy_outside(given))
+        made_inside = copy(given)
+    assert len(checked) == 1
+    with torch.no_grad(), pytest.raises(ValueError, match="was made in inference mode"):
+        retention_step(**made_inside)
+
+
+@pytest.mark.usefixtures("checked")
+def test_calls_on_pools_of_many_sizes_are_all_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, guard_of = [], known.guard_of
+    monkeypatch.setattr(known, "guard_of", lambda tensors: built.append(1) or guard_of(tensors))
+    for _ in range(3):
+        for slots in range(4, 24):
+            given = good(pool=True)
+            given["state"] = given["state"].new_zeros(slots, *given["state"].shape[1:])
+            retention_step(**given)
+    assert len(built) == 20
+
+
 def test_one_tensor_given_twice_is_checked_and_not_remembered(checked: list[str]) -> None:
     for _ in range(2):
         shared = good()

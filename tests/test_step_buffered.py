@@ -262,6 +262,11 @@ BAD = {
         ValueError,
         "out shares memory with v_buffer",
     ),
+    "counts_in_out": (
+        lambda given: given.update(lengths=given["out"].view(torch.int32).view(-1)[:B]),
+        ValueError,
+        "out shares memory with lengths",
+    ),
 }
 
 
