@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from oracle import Problem, assert_matches, errors, retnet_rates, solve
 from torch import Tensor
 
-from generated import configuration
+from generated import configuration, known
+from generated.known import KnownLaunches
+from generated.launch import Launch
 from generated.retention import step as step_module
 
 HEAD = """format: 1
@@ -31,9 +35,9 @@ RULE = """  {kernel}:
 
 def write_rules(path: Path) -> dict[tuple[torch.dtype, bool], step_module.StepConfig]:
     """Write and read a file of a rule a kind of states, and say what each uses: tiles of another size."""
-    kernels, known = step_module.KERNELS, configuration.kernel_registry()
+    kernels, registry = step_module.KERNELS, configuration.kernel_registry()
     configs = {kind: step_module.StepConfig(BV=8 << number, num_warps=8) for number, kind in enumerate(kernels)}
-    rules = [RULE.format(kernel=k, source=known[k].source, BV=configs[kind].BV) for kind, k in kernels.items()]
+    rules = [RULE.format(kernel=k, source=registry[k].source, BV=configs[kind].BV) for kind, k in kernels.items()]
     path.write_text(HEAD.format(triton=configuration.TRITON) + "".join(rules))
     configuration.reload()
     return configs
@@ -108,14 +112,14 @@ def assert_rounded_once(
         assert (distance <= units * spacing(exact, dtype) + 1e-5 * exact.abs().max()).all()
 
 
-def counted(launch: Callable[..., bool], launches: list[bool]) -> Callable[..., bool]:
-    """A launch that adds to a list what it returns."""
-
-    def run(*tensors: Any, **options: Any) -> bool:
-        launches.append(launch(*tensors, **options))
-        return launches[-1]
-
-    return run
+def as_on_a_gpu(calls: KnownLaunches, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Have the one kind of call that is known launched straight, as if the CPU were a GPU; return its launches."""
+    launches: list[Any] = []
+    straight = SimpleNamespace(at=lambda _, tensors: launches.append(launch(*tensors)))
+    ((kind, (call,)),) = calls.kinds.items()
+    calls.kinds[kind] = (call._replace(launch=straight),)
+    monkeypatch.setattr(known, "current_device", lambda: call.device)
+    return launches
 
 
 def store(step: Callable[..., Tensor], x: Tensor, dtype: torch.dtype, seed: int | Tensor | None) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import generated
-from generated import configuration
+from generated import configuration, known
 from generated import launch as launching
 from generated.launch import choose_config, dot_precision, has_aligned_rows, padded, use_descriptors
-from generated.retention import auto, chunk, fused_chunk, operators, parallel
+from generated.retention import auto, chunk, fused_chunk, fused_recurrent, operators, parallel
 from tuning.compilation import ARCHS, offline
 
 
@@ -353,6 +353,49 @@ def test_a_profilers_hook_sees_the_launch(monkeypatch: pytest.MonkeyPatch) -> No
     assert grid == (7, 1, 1)
     assert arguments[1:] == (0.5, 3, 8, 1, 64, True)
     assert not device.launched
+
+
+def test_the_recurrence_is_launched_straight_by_calls_like_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, as if that were a GPU; nothing is computed."""
+    device, ran = Device(monkeypatch), []
+    q, k, rates = torch.randn(2, 1, 3, 16), torch.randn(2, 1, 3, 16), torch.tensor([-0.1, -0.2, -0.3])
+    v, state = torch.randn(2, 1, 3, 8), torch.randn(2, 3, 16, 8)
+    configuration.clear_caches()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(launching, "current_device", lambda: None)
+    monkeypatch.setattr(known, "current_device", lambda: -1)
+    monkeypatch.setattr(fused_recurrent, "fused_recurrent_kernel", device)
+    monkeypatch.setattr(fused_recurrent, "check_decay", lambda *_: None)
+    monkeypatch.setattr(fused_recurrent, "OPERATOR", lambda *_: ran.append(1) or (v.clone(), state.clone()))
+    monkeypatch.setattr(launching, "_compiled", {})
+
+    def call(**options: Any) -> Any:
+        inputs = {"q": q, "k": k, "v": v, "g_gamma": rates, "initial_state": state, "output_final_state": True}
+        return generated.fused_recurrent_retention(**inputs | options)
+
+    call()
+    results = [call() for _ in range(3)]
+    assert len(ran) == 1
+    for o, final_state in results:
+        assert (o.shape, o.dtype, final_state.shape) == (v.shape, v.dtype, state.shape)
+    monkeypatch.setattr(launching, "_compiled", launching._compiled | dict.fromkeys(launching._compiled, device.kernel))
+    for other in ({"q": q.clone().requires_grad_()}, {"reverse": True}, {"scale": 2.0}, {"g_gamma": rates[:2]}):
+        call(**other)
+    assert len(ran) == 5
+    misaligned = torch.zeros(q.numel() + 1)[1:].view(q.shape)
+    call(q=misaligned)
+    assert len(ran) == 6
+    launched = [[x if x is None else x.data_ptr() for x in arguments[:8]] for _, arguments, _ in device.dispatched]
+    for tensors, (o, final_state) in zip(launched, results, strict=True):
+        assert tensors == [*(x.data_ptr() for x in (q, k, v, o, rates, state, final_state)), None]
+
+
+def test_room_for_results_is_like_one_that_was_made() -> None:
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            like = torch.zeros(2, 1, 3, 5, dtype=torch.bfloat16)
+            room = known.maker_of(like)()
+            assert known._looks(room) == known._looks(like)
 
 
 def test_states_are_saved_where_a_sweep_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:

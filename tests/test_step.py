@@ -35,7 +35,7 @@ from generated import arguments, configuration, fused_recurrent_retention, known
 from generated.configuration_file import use_problem
 from generated.launch import blocks, padded
 from generated.retention import step
-from generated.retention.step import StepConfig, default_config
+from generated.retention.step import StepConfig, default_config, prepare_known
 
 B, T, H, K, V = 2, 3, 2, 4, 5
 OPERATOR = torch.ops.retgen.retention_step.default
@@ -509,7 +509,7 @@ def test_what_was_found_by_rules_that_changed_meanwhile_is_not_kept(
     checked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(step, "_known_launch", lambda *_: (configuration.clear_caches(), ()))
+        patch.setattr(step, "prepare_known", lambda *call: configuration.clear_caches() or prepare_known(*call))
         retention_step(**good())
     assert not step.KNOWN.kinds
     for _ in range(3):

@@ -12,12 +12,12 @@ import torch
 from oracle import errors, make_problem, solve
 from serving import assert_served_as_alone
 from steps import (
+    as_on_a_gpu,
     assert_grouped_steps_match,
     assert_independent,
     assert_rounded_once,
     assert_steps_match,
     assert_unbiased,
-    counted,
     group_heads,
     run_step,
     store,
@@ -99,7 +99,9 @@ def test_sequences_in_a_pool_are_as_if_each_were_alone(step: Step, V: int, count
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_a_launch_that_is_known_is_the_same(step: Step, kept: bool, grouped: bool) -> None:
+def test_a_launch_that_is_known_is_the_same(
+    step: Step, kept: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As it is kept on a GPU from the first call of its kind on."""
     module = importlib.import_module("generated.retention.step")
     whole = make_problem(3, 2, 4, 5, 8)
@@ -110,12 +112,9 @@ def test_a_launch_that_is_known_is_the_same(step: Step, kept: bool, grouped: boo
         given |= {"states_out": torch.zeros(3, 2, given["k"].shape[2], 5, 8), "out": torch.empty(3, 2, 4, 8)}
     first, second = ({name: None if x is None else x.clone() for name, x in given.items()} for _ in range(2))
     expected = step(**first)
-    ((kind, (known,)),) = module.KNOWN.kinds.items()
     tensors = (*(second[name] for name in "qkv"), None, second["state"], second["state_indices"], None)
     launch = module.prepare_step(*tensors, given.get("states_out"), module.StepConfig(BV=8, num_warps=1))
-    launches = []
-    decays = (module.prepare_decay(None, second["k"]),)
-    module.KNOWN.kinds[kind] = (replace(known, launch=counted(launch, launches), decays=decays),)
+    launches = as_on_a_gpu(module.KNOWN, launch, monkeypatch)
     version = second["state"]._version
     assert torch.equal(step(**second), expected)
     assert len(launches) == 1

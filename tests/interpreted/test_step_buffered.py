@@ -11,7 +11,7 @@ import torch
 from buffered import BufferedServer, Buffers, assert_buffered_match, run_buffered, stored_alone
 from oracle import errors, make_problem, solve
 from serving import assert_served_as_alone
-from steps import assert_unbiased, counted
+from steps import as_on_a_gpu, assert_unbiased
 from torch import Tensor
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.forms("step_buffered")]
@@ -48,7 +48,7 @@ def test_query_heads_share_the_state_of_their_group(step: Step, G: int, H: int, 
 
 
 @pytest.mark.parametrize("T", [1, 2])
-def test_a_launch_that_is_known_is_the_same(step: Step, T: int) -> None:
+def test_a_launch_that_is_known_is_the_same(step: Step, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is kept on a GPU from the first call of its kind on."""
     module = importlib.import_module("generated.retention.step_buffered")
     problem = make_problem(3, T, 4, 5, 8)
@@ -58,14 +58,12 @@ def test_a_launch_that_is_known_is_the_same(step: Step, T: int) -> None:
     given["state_indices"] = torch.tensor([2, -1, 0])
     first, second = ({name: x.clone() for name, x in given.items()} for _ in range(2))
     expected = step(**first)
-    ((kind, (known,)),) = module.KNOWN.kinds.items()
     written = ("state", "k_buffer", "v_buffer")
     tensors = (*(second[name] for name in "qkv"), None, *(second[name] for name in (*written, "state_indices")), None)
-    launch, launches, decays = module.prepare_step_buffered(*tensors), [], (module.prepare_decay(None, second["k"]),)
-    module.KNOWN.kinds[kind] = (replace(known, launch=counted(launch, launches), decays=decays),)
+    launches = as_on_a_gpu(module.KNOWN, module.prepare_step_buffered(*tensors), monkeypatch)
     versions = {name: second[name]._version for name in written}
     assert torch.equal(step(**second), expected)
-    assert launches == [True]
+    assert len(launches) == 1
     for name in written:
         assert torch.equal(second[name], first[name])
         assert second[name]._version > versions[name]
