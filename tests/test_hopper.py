@@ -337,10 +337,11 @@ def test_every_segment_has_programs_and_a_state(
 ) -> None:
     made: list[tuple[Any, ...]] = []
 
-    def launch_states(k: torch.Tensor, v: torch.Tensor, hs: torch.Tensor, *args: Any, **order: Any) -> None:
-        made.append((hs, args[2], order["reverse"]))
+    def run_states(launches: Any, k: torch.Tensor, v: torch.Tensor, hs: torch.Tensor, *_: Any) -> None:
+        *_, length, step = launches.own._arguments[:5]
+        made.append((hs, length, step))
 
-    monkeypatch.setattr(hopper, "launch_chunk_states", launch_states)
+    monkeypatch.setattr(hopper, "run_states", run_states)
     monkeypatch.setattr(hopper, "run_output", lambda launches, *given: (launches, given[-1]))
     q, v = inputs(T)
     config = replace(MADE, L=L)
@@ -352,7 +353,7 @@ def test_every_segment_has_programs_and_a_state(
     assert sweep._arguments[:6] == (1.0, T, 3, -1, *((sequences or 2, L) if L < T else (None, None)))
     assert (hs is not None) is (L < T)
     if hs is not None:
-        assert made == [(hs, L, True)]
+        assert made == [(hs, L, -1)]
         assert (hs.shape, hs.dtype) == ((slots, 3, 256, 128), torch.float32)
     prepared = hopper.fused_chunk_hopper_prepared(1.0, order["cu_seqlens"], q, v, config)
     assert (prepared is None) is (L < T)

@@ -201,7 +201,8 @@ def test_a_state_may_lie_anywhere(offset: int) -> None:
     given = serving()
     layers[:, 1] = given["state"]
     expected = retention_step(**copy(given))
-    assert torch.equal(retention_step(**{**given, "state": layers[:, 1]}), expected)
+    o = retention_step(**{**given, "state": layers[:, 1]})
+    torch.testing.assert_close(o, expected, rtol=1e-2, atol=1e-2)  # other loads, and sums in another order
     assert layers[:, 0].count_nonzero() == layers[:, 2].count_nonzero() == 0
 
 

@@ -49,7 +49,8 @@ def _chunk_states_sweep(q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale:
     """The pass of chunk that stores states, alone; returns all but the first segments', [B, segments - 1, H, K, V]."""
     hs = chunk.segment_states(k, v, None, STATES_SEGMENT)
     config = options["config"]
-    chunk.launch_chunk_states(k, v, hs, g_gamma, scale, STATES_SEGMENT, config, reverse=options["reverse"])
+    launches = chunk.states_launches(k, v, scale, STATES_SEGMENT, config, reverse=options["reverse"])
+    chunk.run_states(launches, k, v, hs, g_gamma, None)
     return hs.view(len(k), -1, *hs.shape[1:])[:, 1:]
 
 

@@ -179,7 +179,7 @@ def test_what_decay_hides_from_a_segments_end_is_not_read(function: Function, re
 
     def states(v: torch.Tensor) -> torch.Tensor:
         hs = chunk.segment_states(k, v, None, 64)
-        chunk.launch_chunk_states(k, v, hs, rates, 1.0, 64, config, reverse=reverse)
+        chunk.run_states(chunk.states_launches(k, v, 1.0, 64, config, reverse=reverse), k, v, hs, rates, None)
         return hs[1]
 
     hidden, poisoned = states(v), v.clone()
@@ -261,15 +261,21 @@ def test_packed_sequences_much_longer_than_the_mean_are_cut(
     function: Function, states: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk = importlib.import_module("generated.retention.chunk")
-    launch, lengths = chunk.launch_chunk_states, list[int]()
-
-    def launch_chunk_states(*arguments: Any, **options: Any) -> None:
-        lengths.append(arguments[5])
-        launch(*arguments, **options)
-
-    monkeypatch.setattr(chunk, "launch_chunk_states", launch_chunk_states)
+    lengths = states_made(chunk, monkeypatch)
     check(function, make_problem(1, 976, 1, 16, 20, lengths=[5, 300, 600, 1, 40, 30], states=states))
     assert lengths == [256] * 3  # of the outputs, dq and dv: dk's sweep reads those of dv's
+
+
+def states_made(chunk: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which is added, wherever states are made, the tokens of a segment."""
+    run, lengths = chunk.run_states, list[int]()
+
+    def run_states(launches: Any, *tensors: Any) -> None:
+        lengths.append(launches.own._arguments[3])
+        run(launches, *tensors)
+
+    monkeypatch.setattr(chunk, "run_states", run_states)
+    return lengths
 
 
 @pytest.fixture
@@ -278,13 +284,7 @@ def segments(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[tuple[int, int], Any
     chunk = importlib.import_module("generated.retention.chunk")
     config = chunk.ChunkConfig(L=32, BT=16, BV=16, num_warps=4, num_stages=1)
     configs: dict[tuple[int, int], Any] = dict.fromkeys([(16, 20), (20, 16), (16, 16)], config)
-    launch, made = chunk.launch_chunk_states, list[int]()
-
-    def launch_chunk_states(*arguments: Any, **options: Any) -> None:
-        made.append(arguments[5])
-        launch(*arguments, **options)
-
-    monkeypatch.setattr(chunk, "launch_chunk_states", launch_chunk_states)
+    made = states_made(chunk, monkeypatch)
     monkeypatch.setattr(chunk, "default_config", lambda dtype, K, V, *_: configs[K, V])
     return configs, made
 
