@@ -295,6 +295,43 @@ def test_bad_buffers_are_not_flushed(case: str) -> None:
         retention_step_flush(**{name: given[name] for name in FLUSHED})
 
 
+BAD_TO_FLUSH = {
+    "lengths_of_slots": (put(lengths=torch.zeros(4).long()), "lengths is [4]; it must be [B] = [2]"),
+    "folded_of_slots": (put(folded=torch.zeros(4).long()), "folded is [4]; it must be [B] = [2]"),
+    "indices_of_a_row_more": (put(state_indices=torch.arange(3)), "state_indices is [3]; it must be [B] = [2]"),
+    "counts_of_fewer_rows_without_indices": (put(state_indices=None), "lengths is [2]; it must be [B] = [4]"),
+    "lengths_of_a_row_more_without_indices": (
+        put(state_indices=None, lengths=torch.zeros(5).long(), folded=torch.zeros(4).long()),
+        "lengths is [5]; it must be [B] = [4]",
+    ),
+    "folded_without_dimensions": (put(folded=torch.tensor(7)), "folded is []; it must be a tensor of 1 dimensions"),
+    "no_state": (put(state=None), "state is a NoneType; it must be a tensor of 4 dimensions"),
+    "keys_of_values": (
+        lambda given: given.update(k_buffer=given["v_buffer"]),
+        "k_buffer is [4, 6, 2, 5]; it must be [slots, rows, H, K] = [4, 6, 2, 4]",
+    ),
+    "values_of_keys": (
+        lambda given: given.update(v_buffer=given["k_buffer"]),
+        "v_buffer is [4, 6, 2, 4]; it must be [slots, rows, H, V] = [4, 6, 2, 5]",
+    ),
+    "values_of_16_bits": (
+        change("v_buffer", Tensor.half),
+        "v_buffer is torch.float16; for a k_buffer of torch.float32 it must be torch.float32",
+    ),
+    "folded_elsewhere": (change("folded", lambda x: x.to("meta")), "folded is on meta, k_buffer on cpu"),
+    "decays_elsewhere": (put(g_gamma=torch.zeros(2, device="meta")), "g_gamma is on meta, k_buffer on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TO_FLUSH)
+def test_a_flush_says_which_argument_is_wrong(case: str) -> None:
+    given = {name: x for name, x in good().items() if name in FLUSHED}
+    spoil, message = BAD_TO_FLUSH[case]
+    spoil(given)
+    with pytest.raises((TypeError, ValueError), match=re.escape(f"retention_step_flush: {message}")), NoStep():
+        retention_step_flush(**given)
+
+
 WRONG_COUNTS = [([9, 0], [10, 0]), ([9, 0], [5, 0]), ([1, 0], [-1, 0])]
 
 
@@ -309,7 +346,15 @@ def test_wrong_counts_are_refused_on_the_cpu_before_anything_is_written(
     for call in (retention_step_buffered, torch.compile(retention_step_buffered, backend="eager")):
         with pytest.raises(ValueError, match=message):
             call(**given)
+    with pytest.raises(ValueError, match=f"retention_step_flush: {message}"):
+        retention_step_flush(**{name: given[name] for name in FLUSHED})
     torch.testing.assert_close(given, before, rtol=0, atol=0)
+
+
+def test_wrong_slots_are_not_flushed() -> None:
+    given = good(state_indices=torch.tensor([3, 4]))
+    with pytest.raises(ValueError, match=r"retention_step_flush: state_indices\[1\] is 4; it must be from 0 to 3"):
+        retention_step_flush(**{name: given[name] for name in FLUSHED})
 
 
 @pytest.mark.parametrize(("lengths", "folded"), WRONG_COUNTS)
