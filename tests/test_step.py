@@ -835,6 +835,18 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert torch.equal(given["state"], lowered["state"])
 
 
+def test_errors_tell_autocasts_dtype_from_the_callers() -> None:
+    given = good(kept=True)
+    wide = {name: given[name].double() for name in "qkv"}
+    for changed, message in (
+        ({}, "out is torch.float32; for a q of torch.bfloat16, as autocast makes it, it must be torch.bfloat16"),
+        ({"state": given["state"].double()}, "state is torch.float64; for a q of torch.bfloat16, as autocast makes it"),
+        (wide, "state is torch.float32; for a q of torch.float64 it must be"),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=message):
+            retention_step(**given | changed)
+
+
 def test_inference_mode_is_fine() -> None:
     with torch.inference_mode():
         assert retention_step(**good(pool=True, kept=True)).is_inference()

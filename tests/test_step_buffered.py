@@ -463,6 +463,16 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert all(torch.equal(given[name], lowered[name]) for name in WRITTEN)
 
 
+def test_errors_tell_autocasts_dtype_from_the_callers() -> None:
+    message = "k_buffer is torch.float32; for a q of torch.bfloat16, as autocast makes it, it must be torch.bfloat16"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=message):
+        retention_step_buffered(**good(out=None))
+    given = good(v_buffer=torch.ones(4, 2 * L, H, V).half())
+    message = "v_buffer is torch.float16; for a k_buffer of torch.float32 it must be"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=message):
+        retention_step_flush(**{name: given[name] for name in FLUSHED})
+
+
 def test_the_operator_itself_refuses_a_gradient() -> None:
     given = good()
     tensors = (given["q"].requires_grad_(), given["k"], given["v"], None, None)
