@@ -407,6 +407,18 @@ def test_wrong_slots_are_refused_on_the_cpu_before_anything_is_written(
     assert torch.equal(given["state"], before)
 
 
+def test_a_negative_seed_in_a_tensor_is_refused_on_the_cpu_before_anything_is_written() -> None:
+    given = low(**good(pool=True, kept=True))
+    retention_step(**given, seed=torch.tensor([0]))  # now such calls are known
+    before = copy(given)
+    for call in (retention_step, torch.compile(retention_step, backend="eager")):
+        with pytest.raises(ValueError, match=r"retention_step: seed is -1; it must be from 0 to 2\^63 - 1"):
+            call(**given, seed=torch.tensor([-1]))
+    torch.testing.assert_close(given, before, rtol=0, atol=0)
+    with FakeTensorMode() as mode:
+        retention_step(**{name: mode.from_tensor(x) for name, x in given.items()}, seed=torch.tensor([-1]))
+
+
 @pytest.mark.parametrize("slots", [[4, 0], [0, -2], [2, 2], [1, -1, -1, 1]])
 def test_the_debug_switch_checks_slots_without_reading_them(slots: list[int]) -> None:
     """On a GPU these are assertions on the device; on the CPU they raise at once."""

@@ -357,6 +357,16 @@ def test_wrong_slots_are_not_flushed() -> None:
         retention_step_flush(**{name: given[name] for name in FLUSHED})
 
 
+def test_a_negative_seed_in_a_tensor_is_refused_on_the_cpu_before_anything_is_written() -> None:
+    given = good(state=torch.randn(4, H, K, V).bfloat16())
+    before, seed = copy(given), torch.tensor([-1])
+    with pytest.raises(ValueError, match=r"retention_step_buffered: seed is -1; it must be from 0 to 2\^63 - 1"):
+        retention_step_buffered(**given, seed=seed)
+    with pytest.raises(ValueError, match=r"retention_step_flush: seed is -1; it must be from 0 to 2\^63 - 1"):
+        retention_step_flush(**{name: given[name] for name in FLUSHED}, seed=seed)
+    torch.testing.assert_close(given, before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("lengths", "folded"), WRONG_COUNTS)
 def test_the_debug_switch_checks_counts_without_reading_them(lengths: list[int], folded: list[int]) -> None:
     """On a GPU these are assertions on the device; on the CPU they raise at once."""
