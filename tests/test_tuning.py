@@ -1239,6 +1239,11 @@ def test_a_form_that_runs_none_of_the_workloads_is_an_error(arch: str, capsys: p
     assert f"nothing to tune on {arch}" in capsys.readouterr().err
 
 
+def test_a_step_of_more_tokens_than_it_takes_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--arch", "sm90", "--workload", "B=1,T=17,H=2,K=64,V=64", "--form", "step"]) == 2
+    assert "a step takes 1 to 16 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [[], ["run"], ["check"], ["verify"], ["show"], ["bench"]])
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from generated import configuration
+from generated.arguments import MOST_STEPS
 from generated.launch import has_aligned_rows
 from tuning import nvml, rules
 from tuning.compilation import ARCHS, Arch, Resources
@@ -270,8 +271,9 @@ def problems_for(workloads: list[Workload], forms: list[str], arch: Arch) -> lis
     found = [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
     problems = [problem for problem in dict.fromkeys(found) if problem.space.is_for(arch)]
     if not problems:
+        tokens = f"; a step takes 1 to {MOST_STEPS} tokens" if "step" in forms else ""
         raise WorkloadError(
-            f"nothing to tune on {arch.name}: no form that was chosen runs any of these workloads there"
+            f"nothing to tune on {arch.name}: no form that was chosen runs any of these workloads there{tokens}"
         )
     return problems
 
