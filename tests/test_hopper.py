@@ -114,6 +114,7 @@ def rule(only_this_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return select(*given, device=torch.device("cuda", 0), **shape)
 
     monkeypatch.setattr(launch, "select_config", on_gpu)
+    monkeypatch.setattr(auto, "default_config", lambda *_: auto.FormConfig("chunk"))  # for however little work
 
 
 RULE = FusedChunkHopperConfig(32, 3)

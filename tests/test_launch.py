@@ -153,8 +153,43 @@ def test_auto_prepares_the_gradients_that_its_rules_choose(
     assert ready is not None
     assert ready.gradients.func is gradients  # type: ignore[union-attr]
     own = parallel if form == "parallel" else fused_chunk
-    sweeps = [ready.output, *(ready.gradients.args[1:] if gradients is operators._run_sweeps else [])]  # type: ignore[union-attr]
+    sweeps = [ready.output, *(ready.gradients.args[2:] if gradients is operators._run_sweeps else [])]  # type: ignore[union-attr]
     assert [sweep.func for sweep in sweeps] == [own.run_output] * len(sweeps)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("save_states", [0, 1])
+def test_sweeps_in_segments_are_prepared_unless_they_save_their_states(
+    save_states: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = {"BT": 16, "BV": 16, "num_warps": 4, "num_stages": 1, "save_states": save_states}
+    configuration.clear_caches()
+    monkeypatch.setattr(chunk, "default_config", lambda *_: chunk.ChunkConfig(L=32, **tiles))
+    q, v = torch.randn(2, 64, 4, 16), torch.randn(2, 64, 4, 32)
+    ready = chunk.chunk_ready(q, v, 1.0, None, False, None)
+    assert (ready is None) == bool(save_states)
+    if ready is not None:
+        share, have_states, *sweeps = ready.gradients.args  # type: ignore[union-attr]
+        assert (share, have_states) == (None, True)
+        assert [sweep.func for sweep in (ready.output, *sweeps)] == [chunk.run_segments] * 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "K", "V", "BH", "T", "form", "L"),
+    [
+        (torch.bfloat16, 256, 512, 1, 512, "parallel", 128),
+        (torch.bfloat16, 256, 512, 9, 512, "chunk", chunk.WHOLE),
+        (torch.bfloat16, 512, 256, 1, 256, "chunk", 128),
+        (torch.bfloat16, 64, 64, 16, 1024, "chunk", 128),
+        (torch.bfloat16, 64, 64, 17, 1024, "chunk", 256),
+        (torch.bfloat16, 64, 64, 1, 128, "parallel", chunk.WHOLE),
+        (torch.float32, 64, 32, 1, 512, "chunk", chunk.WHOLE),
+    ],
+)
+def test_little_work_is_in_parallel_or_in_short_segments(
+    dtype: torch.dtype, K: int, V: int, BH: int, T: int, form: str, L: int
+) -> None:
+    assert auto.default_config(dtype, K, V, BH, T).form == form
+    assert chunk.default_config(dtype, K, V, BH, T).L == L
 
 
 @pytest.mark.parametrize(
