@@ -171,6 +171,7 @@ def test_sweeps_in_segments_are_prepared_unless_they_save_their_states(
         share, have_states, *sweeps = ready.gradients.args  # type: ignore[union-attr]
         assert (share, have_states) == (None, True)
         assert [sweep.func for sweep in (ready.output, *sweeps)] == [chunk.run_segments] * 4  # type: ignore[attr-defined]
+    configuration.clear_caches()
 
 
 @pytest.mark.parametrize(
