@@ -47,6 +47,9 @@ def test_a_known_recurrence_runs_straight_and_gives_the_same_bits(case: str, mon
     monkeypatch.setattr(fused_recurrent, "OPERATOR", None)
     again = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
     got, state = fused_recurrent_retention(**again)
+    other, other_state = fused_recurrent_retention(**again)
+    assert got.data_ptr() not in (o.data_ptr(), other.data_ptr())
+    assert h is None or state.data_ptr() not in (h.data_ptr(), other_state.data_ptr())
     assert torch.equal(got, o)
     assert (state is None) == (h is None)
     assert h is None or torch.equal(state, h)

@@ -164,13 +164,13 @@ def test_sweeps_in_segments_are_prepared_unless_they_save_their_states(
     tiles = {"BT": 16, "BV": 16, "num_warps": 4, "num_stages": 1, "save_states": save_states}
     configuration.clear_caches()
     monkeypatch.setattr(chunk, "default_config", lambda *_: chunk.ChunkConfig(L=32, **tiles))
-    q, v = torch.randn(2, 64, 4, 16), torch.randn(2, 64, 4, 32)
-    ready = chunk.chunk_ready(q, v, 1.0, None, False, None)
-    assert (ready is None) == bool(save_states)
-    if ready is not None:
-        share, have_states, *sweeps = ready.gradients.args  # type: ignore[union-attr]
-        assert (share, have_states) == (None, True)
-        assert [sweep.func for sweep in (ready.output, *sweeps)] == [chunk.run_segments] * 4  # type: ignore[attr-defined]
+    for V in (16, 32):
+        ready = chunk.chunk_ready(torch.randn(2, 64, 4, 16), torch.randn(2, 64, 4, V), 1.0, None, False, None)
+        assert (ready is None) == bool(save_states)
+        if ready is not None:
+            share, have_states, *sweeps = ready.gradients.args  # type: ignore[union-attr]
+            assert (share, have_states) == (None, True)
+            assert [sweep.func for sweep in (ready.output, *sweeps)] == [chunk.run_segments] * 4  # type: ignore[attr-defined]
     configuration.clear_caches()
 
 
@@ -412,6 +412,7 @@ def test_the_recurrence_is_launched_straight_by_calls_like_one_before(monkeypatc
     call()
     results = [call() for _ in range(3)]
     assert len(ran) == 1
+    assert len({x.data_ptr() for pair in results for x in pair}) == 6
     for o, final_state in results:
         assert (o.shape, o.dtype, final_state.shape) == (v.shape, v.dtype, state.shape)
     monkeypatch.setattr(launching, "_compiled", launching._compiled | dict.fromkeys(launching._compiled, device.kernel))

@@ -286,6 +286,8 @@ def segments(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[tuple[int, int], Any
     configs: dict[tuple[int, int], Any] = dict.fromkeys([(16, 20), (20, 16), (16, 16)], config)
     made = states_made(chunk, monkeypatch)
     monkeypatch.setattr(chunk, "default_config", lambda dtype, K, V, *_: configs[K, V])
+    auto = importlib.import_module("generated.retention.auto")
+    monkeypatch.setattr(auto, "default_config", lambda *_: auto.FormConfig("chunk"))
     return configs, made
 
 
@@ -603,6 +605,7 @@ def test_gradients_of_one_shape_share_a_launch(
             super().__call__(*tensors)
 
     monkeypatch.setattr(fused_chunk, "Launch", Recorded)
+    monkeypatch.setattr(auto, "default_config", lambda *_: auto.FormConfig("chunk"))
     monkeypatch.setattr(auto, "default_gradients_config", lambda *_: auto.GradientsFormConfig("fused_chunk"))
     problem = make_problem(1, 70, 2, 24, 24, dtype, lengths=lengths, states=False)
     check(function, problem)
