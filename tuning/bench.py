@@ -2,7 +2,8 @@
 
 Each call is timed in two ways: as a program makes it, with the host's share where the GPU waits for it ("ms"), and as
 a CUDA graph, which leaves the GPU's work alone ("GPU ms"). Steps, which have no backward, are timed on states of each
-dtype, in slots of a pool.
+dtype, in slots of a pool; beside them `retention_step_buffered`, where half of its buffers is in use ("buffered"), and
+where all that lies in them is folded ("folding").
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from tuning.workers import gpu_alone
 from tuning.workloads import Workload, parse
 
 FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto", "step")
+BUFFERED = 16  # tokens, of a buffered step
+HELD = {"buffered": BUFFERED // 2, "folding": BUFFERED}  # before it, by variant
 DEVICE = "cuda"
 BUDGET_MS = 300.0
 ROUNDS = 5
@@ -217,7 +220,11 @@ def _steps(workload: Workload, form: str, peers: Sequence[Peer]) -> list[Contend
     q, k, v, state, slots, *seed, _ = problem.inputs(DEVICE)
     heads, size = _heads(q), state.element_size()
     rates, start = retnet_rates(workload.H)[heads].to(q.device), state[slots[:1]][:, heads]
-    o, _ = steps_reference(_sample(q), _sample(k), _sample(v), start, rates, workload.K**-0.5)
+    tokens, scale = (_sample(q), _sample(k), _sample(v)), workload.K**-0.5
+
+    def expected(held: int) -> dict[str, Tensor]:
+        decayed = start.double() * (held * rates).exp()[:, None, None]
+        return {"o": steps_reference(*tokens, decayed, rates, scale)[0]}
 
     def own(q: Tensor, k: Tensor, v: Tensor, pool: Tensor) -> tuple[Tensor, None]:
         return generated.retention_step(q, k, v, pool, state_indices=slots, seed=seed[0] if seed else None), None
@@ -226,13 +233,31 @@ def _steps(workload: Workload, form: str, peers: Sequence[Peer]) -> list[Contend
         ("tuned", partial(own, pool=state.clone()), contextlib.nullcontext),
         ("default", partial(own, pool=state.clone()), defaults_only),
     ]
+    if workload.T == 1 and not seed:
+        variants += [(name, _buffered(k, v, state, slots, held), contextlib.nullcontext) for name, held in HELD.items()]
     rows = state[slots]
     variants += [
         (peer.name, partial(peer.functions[form], initial_state=rows), contextlib.nullcontext)
         for peer in peers
         if form in peer.functions
     ]
-    return [Contender(name, call, (q, k, v), {"o": o}, context, form, size) for name, call, context in variants]
+    return [
+        Contender(name, call, (q, k, v), expected(HELD.get(name, 0)), context, form, size)
+        for name, call, context in variants
+    ]
+
+
+def _buffered(k: Tensor, v: Tensor, state: Tensor, slots: Tensor, held: int) -> Callable[..., tuple[Tensor, None]]:
+    """Buffered steps on a pool of their own, with so many tokens in the buffers, which are zeros."""
+    k_buffer, v_buffer = (x.new_zeros(len(state), 2 * BUFFERED, *x.shape[2:]) for x in (k, v))
+    lengths = torch.full_like(slots, held)
+    given: dict[str, Any] = {"state": state.clone(), "k_buffer": k_buffer, "v_buffer": v_buffer, "lengths": lengths}
+    given |= {"folded": torch.zeros_like(slots), "state_indices": slots}
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        return generated.retention_step_buffered(q, k, v, **given), None
+
+    return step
 
 
 def make_inputs(workload: Workload, device: str) -> tuple[Tensor, ...]:
