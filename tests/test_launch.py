@@ -193,6 +193,14 @@ def test_little_work_is_in_parallel_or_in_short_segments(
     assert chunk.default_config(dtype, K, V, BH, T).L == L
 
 
+@pytest.mark.parametrize("form", ["fused_chunk", "parallel", "chunk"])
+def test_packed_sequences_are_chunks_whatever_their_mean(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "choose_config", lambda *_: auto.FormConfig(form))
+    q = torch.empty(1, 300, 2, 16)
+    assert auto.chosen_form(q, q, None) == form
+    assert auto.chosen_form(q, q, torch.tensor([0, 1, 2, 300])) == "chunk"
+
+
 @pytest.mark.parametrize(
     ("sequences", "mean", "K", "L"),
     [
