@@ -213,6 +213,7 @@ def test_packed_sequences_are_chunks_whatever_their_mean(form: str, monkeypatch:
         (4096, 16, 128, chunk.WHOLE),
         (1024, 64, 512, chunk.WHOLE),
         (1, 131072, 128, 4096),
+        (2, 4096, 64, 256),  # little work
     ],
 )
 def test_packed_sequences_are_cut_unless_the_states_would_take_more_than_v(

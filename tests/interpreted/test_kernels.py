@@ -586,6 +586,7 @@ def test_a_rule_for_parallel_is_not_followed_where_states_are_wanted(
     monkeypatch.setattr(auto, "choose_config", lambda *_: auto.FormConfig("parallel"))
     problem = make_problem(1, 20, 1, 8, 8)
     check(function, problem)
+    check(function, replace(problem, dht=None))  # the sweep for dk alone has none
     check(function, replace(problem, h0=None, dht=None))
 
 
