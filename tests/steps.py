@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,12 +113,13 @@ def assert_rounded_once(
         assert (distance <= units * spacing(exact, dtype) + 1e-5 * exact.abs().max()).all()
 
 
-def as_on_a_gpu(calls: KnownLaunches, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def as_on_a_gpu(calls: KnownLaunches, launch: Launch, o: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Have the one kind of call that is known launched straight, as if the CPU were a GPU; return its launches."""
     launches: list[Any] = []
     straight = SimpleNamespace(at=lambda _, tensors: launches.append(launch(*tensors)))
     ((kind, (call,)),) = calls.kinds.items()
-    calls.kinds[kind] = (call._replace(launch=straight),)
+    made = [(place, partial(torch.empty_like, o)) for place in calls._results if place not in call.places]
+    calls.kinds[kind] = (call._replace(launch=straight, made=made),)
     monkeypatch.setattr(known, "current_device", lambda: call.device)
     return launches
 

@@ -114,7 +114,7 @@ def test_a_launch_that_is_known_is_the_same(
     expected = step(**first)
     tensors = (*(second[name] for name in "qkv"), None, second["state"], second["state_indices"], None)
     launch = module.prepare_step(*tensors, given.get("states_out"), module.StepConfig(BV=8, num_warps=1))
-    launches = as_on_a_gpu(module.KNOWN, launch, monkeypatch)
+    launches = as_on_a_gpu(module.KNOWN, launch, expected, monkeypatch)
     version = second["state"]._version
     assert torch.equal(step(**second), expected)
     assert len(launches) == 1

@@ -60,7 +60,7 @@ def test_a_launch_that_is_known_is_the_same(step: Step, T: int, monkeypatch: pyt
     expected = step(**first)
     written = ("state", "k_buffer", "v_buffer")
     tensors = (*(second[name] for name in "qkv"), None, *(second[name] for name in (*written, "state_indices")), None)
-    launches = as_on_a_gpu(module.KNOWN, module.prepare_step_buffered(*tensors), monkeypatch)
+    launches = as_on_a_gpu(module.KNOWN, module.prepare_step_buffered(*tensors), expected, monkeypatch)
     versions = {name: second[name]._version for name in written}
     assert torch.equal(step(**second), expected)
     assert len(launches) == 1
