@@ -17,7 +17,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,7 @@ def _steps(workload: Workload, form: str, peers: Sequence[Peer]) -> list[Contend
     rates, start = retnet_rates(workload.H)[heads].to(q.device), state[slots[:1]][:, heads]
     tokens, scale = (_sample(q), _sample(k), _sample(v)), workload.K**-0.5
 
+    @cache
     def expected(held: int) -> dict[str, Tensor]:
         decayed = start.double() * (held * rates).exp()[:, None, None]
         return {"o": steps_reference(*tokens, decayed, rates, scale)[0]}

@@ -19,9 +19,9 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from generated.known_bad import known_bad
-from generated.launch import ALIGNMENT, blocks, padded
+from generated.launch import ALIGNMENT, FULL, blocks, padded
 from generated.retention import fused_chunk_hopper as hopper
-from generated.retention.chunk import FULL, WHOLE
+from generated.retention.chunk import WHOLE
 from generated.retention.fused_chunk import WIDEST_PART, state_rows
 from generated.retention.step import KERNELS as STEP_KERNELS
 from tuning.compilation import Arch, Resources

@@ -521,9 +521,8 @@ def test_scores_may_be_read_and_a_wide_k_taken_in_parts(
     made = []
     monkeypatch.setattr(fused_chunk, "WIDEST_PART", 16)
     monkeypatch.setattr(fused_chunk, "share_a_launch", lambda *_: False)
-    for module in (fused_chunk, chunk):
-        make = module.make_scores
-        monkeypatch.setattr(module, "make_scores", lambda *args, make=make, **of: made.append(1) or make(*args, **of))
+    make = fused_chunk.make_scores
+    monkeypatch.setattr(fused_chunk, "make_scores", lambda *args, **of: made.append(1) or make(*args, **of))
     tiles = {"BT": 16, "BV": 32, "num_warps": 4, "num_stages": 1, "transposed": 1, "scores": 1}
     configs = {"chunk": chunk.ChunkConfig(L=32, **tiles), "fused_chunk": fused_chunk.FusedChunkConfig(**tiles)}
     for name, config in configs.items():
