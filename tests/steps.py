@@ -116,10 +116,11 @@ def assert_rounded_once(
 def as_on_a_gpu(calls: KnownLaunches, launch: Launch, o: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Have the one kind of call that is known launched straight, as if the CPU were a GPU; return its launches."""
     launches: list[Any] = []
-    straight = SimpleNamespace(at=lambda _, tensors: launches.append(launch(*tensors)))
+    straight = SimpleNamespace(straight=lambda tensors: launches.append(launch(*tensors)) or True)
     ((kind, (call,)),) = calls.kinds.items()
-    made = [(place, partial(torch.empty_like, o)) for place in calls._results if place not in call.places]
-    calls.kinds[kind] = (call._replace(launch=straight, made=made),)
+    makes = tuple(partial(torch.empty_like, o) for place in calls._results if place in call.absent)
+    calls.kinds[kind] = (call._replace(launch=straight, makes=makes),)
+    calls._latest.clear()
     monkeypatch.setattr(known, "current_device", lambda: call.device)
     return launches
 

@@ -620,10 +620,12 @@ def test_decays_on_the_cpu_are_looked_at_each_time() -> None:
         retention_step(**good(), g_gamma=rates)
 
 
-def test_the_debug_switch_may_be_set_at_any_time(checked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_the_debug_switch_all_calls_of_pools_are_checked(
+    checked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = good(pool=True)
     retention_step(**given)
-    monkeypatch.setenv("RETGEN_CHECK_STATE_INDICES", "1")
+    monkeypatch.setattr(arguments, "CHECKS_INDICES", True)
     retention_step(**given)
     assert len(checked) == 2
 
