@@ -206,7 +206,7 @@ def test_rules_are_those_of_the_kind_of_states(
         k, v = (torch.empty(8, tokens, 4, width, dtype=torch.bfloat16) for width in (64, 96))
         default = default_config(k.dtype, 64, 96, 32, tokens, dtype.itemsize)
         assert ruled != default
-        assert step.config_for(k, v, state, seed) == (ruled if tokens < 3 else default)
+        assert step.config_for(k, k, v, state, seed, None) == (ruled if tokens < 3 else default)
 
 
 def test_a_rule_with_tiles_that_no_random_bits_come_for_is_none() -> None:
