@@ -51,10 +51,10 @@ FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto",
 DEVICE = "cuda"
 BUDGET_MS = 300.0
 ROUNDS = 5
-WIDTH = 120
+WIDTH = 128
 FINE_MS = 0.1  # shorter times are told with one more digit
 HALF = f"{{:>10}} {'±':>6} {'GPU ms':>7} {'floor':>5} {'x tuned':>7}"
-HEAD = f"{'form':15} {'':8} {HALF.format('fwd ms')} {HALF.format('fwd+bwd ms')} {'MiB':>6} {'error':>7}"
+HEAD = f"{'form':23} {'':8} {HALF.format('fwd ms')} {HALF.format('fwd+bwd ms')} {'MiB':>6} {'error':>7}"
 
 Context = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -431,7 +431,7 @@ def _spread(times: list[float]) -> float:
 
 def line(row: Row | Failure) -> str:
     """A row below HEAD."""
-    head = f"{row.form:15} {row.variant:8}"
+    head = f"{row.form:23} {row.variant:8}"
     if isinstance(row, Failure):
         return f"{head} failed: {row.failure}"[:WIDTH]
     speedups = [f"{speedup:.2f}x" for speedup in row.speedups] + ["", ""]

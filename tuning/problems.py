@@ -57,12 +57,9 @@ STEPS = {
     for module in (step, step_buffered)
     for (dtype, is_seeded), kernel in module.KERNELS.items()
 }
-# The forms that the command line names, and the kernels of each, of which the first has its name.
-STEP_FORMS = {
-    next(iter(module.KERNELS.values())).removeprefix(f"{FAMILY}_"): tuple(
-        kernel.removeprefix(f"{FAMILY}_") for kernel in module.KERNELS.values()
-    )
-    for module in (step, step_buffered)
+STEP_FORMS = {  # as the command line names them, and the kernels of each, of which the first has its name
+    form: tuple(part for part, kind in STEPS.items() if kind.is_buffered is STEPS[form].is_buffered)
+    for form in ("step", "step_buffered")
 }
 
 
