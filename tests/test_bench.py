@@ -396,7 +396,7 @@ def test_an_error_that_is_no_number_is_the_largest() -> None:
 
 def test_a_failures_line_keeps_to_the_width() -> None:
     text = bench.line(Failure("small", "B=1", "chunk", "fla", "RuntimeError: " + "long " * 99))
-    assert text.startswith("chunk           fla      failed: RuntimeError: long")
+    assert text.startswith(f"{'chunk':23} fla      failed: RuntimeError: long")
     assert len(text) == WIDTH
 
 
@@ -445,7 +445,7 @@ def test_what_was_measured_is_written_before_the_run_ends(
     forms = ["--form", "chunk", "--form", "parallel", "--no-default", "--against", "none"]
     assert main(["bench", "--workload", SHAPE, *forms, "--json", str(path)]) == 130
     assert [row["form"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["chunk"]
-    assert "\nchunk           tuned" in capsys.readouterr().out
+    assert f"\n{'chunk':23} tuned" in capsys.readouterr().out
 
 
 def test_a_gpu_on_which_a_tuner_measures_is_left_alone(
