@@ -134,7 +134,8 @@ def _recurrent_registers(K: int, c: Any) -> float:
 
 def _buffered_registers(K: int, c: Any) -> float:
     BF, _ = pieces(K, c.BV, FLOAT)
-    return float(3.5 * BF * (c.BV + MOST_STEPS) / (32 * c.num_warps))  # of one output: as compiled, in the mean
+    used = 3.5 * BF * (c.BV + MOST_STEPS) / (32 * c.num_warps)  # of one output, as compiled
+    return float(min(used, 255 - BASE_REGISTERS))  # no piece is so large that it could not be tried
 
 
 def _buffered_shared(place: Place, c: Any) -> int:
