@@ -64,8 +64,9 @@ VARIANTS = {
         ),
     ),
 }
-OF_STEPS = Problem("step", "bfloat16", 1, 1, 1, 16, 16).variants(None)
-VARIANTS |= dict.fromkeys(STEPS, tuple((name,) for name in OF_STEPS if name != PLAIN))
+STEP = {form: Problem(form, "bfloat16", 1, 1, 1, 16, 16) for form in STEPS}
+OF_STEPS = {form: problem.variants(problem.default()) for form, problem in STEP.items()}
+VARIANTS |= {form: tuple((name,) for name in found if name != PLAIN) for form, found in OF_STEPS.items()}
 OF_CHUNK = (
     ("chunk_size", "int32"),
     ("chunk_size", "int64", "pool"),
@@ -89,7 +90,7 @@ class Case:
         p = self.problem
         knobs = knob_values(self.config) if self.config else {}
         words = [f"{name}={value}" for name, value in knobs.items()] or ["default"]
-        return f"{self.arch:5} {p.form:15} {p.dtype:8} K={p.K:<3} V={p.V:<3} {' '.join((*words, *self.variant))}"
+        return f"{self.arch:5} {p.form:23} {p.dtype:8} K={p.K:<3} V={p.V:<3} {' '.join((*words, *self.variant))}"
 
 
 # What to compile
@@ -113,7 +114,8 @@ def _rule_case(arch: str, form: str, rule: Rule) -> Case:
     config = FORMS[form].config_type(**rule.use)
     shape = {axis: getattr(rule.when, axis)[1] for axis in ("K", "V", "T")}
     shape |= {axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", str(rule.figures.get("point", "")))}
-    problem = Problem(form, rule.when.dtype, B=1, T=TOKENS, H=2, K=shape["K"], V=shape["V"])
+    tokens = shape["T"] if form in STEPS else TOKENS
+    problem = Problem(form, rule.when.dtype, B=1, T=tokens, H=2, K=shape["K"], V=shape["V"])
     if form == "chunk":  # all that the number of tokens decides is whether there are states to store
         problem = replace(problem, T=config.L + (shape["T"] > config.L))
     return Case(arch, problem, config)
@@ -122,13 +124,17 @@ def _rule_case(arch: str, form: str, rule: Rule) -> Case:
 def default_cases(*, every: bool = False) -> list[Case]:
     """The defaults at every combination, or at a seventh of them, in which any two values meet."""
     return [
-        Case(arch, Problem(form, dtype, B=1, T=TOKENS, H=1, K=K, V=V))
+        Case(arch, Problem(form, dtype, B=1, T=_tokens(form), H=1, K=K, V=V))
         for i, arch in enumerate(ARCHS)
         for j, form in enumerate(PUBLIC_FORMS)
         for n, dtype in enumerate(DTYPES)
         for m, (K, V) in enumerate(WIDTHS)
         if (form != GRADIENTS or K == V <= WIDEST_TOGETHER) and (every or (m - i - 2 * j - 3 * n) % len(WIDTHS) == 0)
     ]
+
+
+def _tokens(form: str) -> int:
+    return 1 if form in STEPS else TOKENS
 
 
 def variant_cases() -> list[Case]:
@@ -142,7 +148,7 @@ def variant_cases() -> list[Case]:
     in_segments = [(problem, replace(problem.default(), L=256)) for problem in wholes]
     cases += [Case("sm90", *one, variant) for one in in_segments for variant in ((), PACKED[0])]
     return cases + [
-        Case(archs[(i + j) % len(archs)], Problem(form, DTYPES[i % 3], 1, TOKENS, 1, 64, 64), None, variant)
+        Case(archs[(i + j) % len(archs)], Problem(form, DTYPES[i % 3], 1, _tokens(form), 1, 64, 64), None, variant)
         for j, form in enumerate(PUBLIC_FORMS)
         for i, variant in enumerate((*VARIANTS[form], *(OF_CHUNK if form == "chunk" else ())))
     ]
@@ -169,7 +175,7 @@ def launch_options(case: Case) -> dict[str, Any]:
     """The arguments of a sweep that a case's variant names."""
     problem, words = case.problem, case.variant
     if problem.form in STEPS:
-        return {name: value for word in words for name, value in OF_STEPS[word].items()}
+        return {name: value for word in words for name, value in OF_STEPS[problem.form][word].items()}
     rows = SEQUENCES if {"int32", "int64"} & {*words} else problem.B
     shape = (rows, problem.H, problem.K, problem.V)
     state = torch.empty(shape, device="meta")

@@ -8,7 +8,7 @@
 What is launched is what tuning/proof.py launches: ragged and packed sequences, states, both directions, large and tiny
 numbers; once each, and not compared with anything: below the sanitizer every other kernel and allocation takes its time
 too. Segments are as short as can be, which changes no kernel, and saves tens of thousands of tokens. Of steps it
-is every configuration that may be tuned, and of buffered ones the default and tiles of other sizes. With
+is every configuration that may be tuned, and of buffered ones flushes and a run of steps by the default too. With
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, beside which nothing is anybody's.
 """
 
@@ -32,7 +32,6 @@ import triton.language as tl
 
 from generated.configuration import ActiveRule, active_rules
 from generated.retention import step_buffered
-from generated.retention.step import StepConfig
 from tuning.check import TUNED
 from tuning.compilation import ARCHS
 from tuning.compile_pool import same_kernel
@@ -74,8 +73,8 @@ def shortened(claim: Claim) -> Claim:
 
 
 def steps(arch: str) -> list[tuple[Problem, Any]]:
-    """A step whose heads fill no tile, with each configuration: in float32, and where random bits round both others."""
-    forms = [form for form, (dtype, is_seeded) in STEPS.items() if is_seeded or dtype == torch.float32]
+    """Steps whose heads fill no tile, with each configuration: in float32, and where random bits round both others."""
+    forms = [form for form, kind in STEPS.items() if kind.is_seeded or kind.dtype == torch.float32]
     problems = [Problem(form, "bfloat16", 1, 1, 1, 24, 72) for form in forms]
     return [(problem, config) for problem in problems for config in problem.sift(ARCHS[arch]).candidates]
 
@@ -93,7 +92,7 @@ def launch(whole: Problem, config: Any, device: str) -> int:
     return len(found)
 
 
-def launch_buffered(config: StepConfig | None, T: int, dtype: torch.dtype, device: str) -> None:
+def launch_buffered(T: int, dtype: torch.dtype, device: str) -> None:
     """Steps of so many tokens until all rows have folded but one, which is skipped, and a flush."""
     B, H, K, V, L = 3, 2, 24, 72, 16
     q, k, v = (torch.randn(B, T, heads, width).to(device) for heads, width in ((2 * H, K), (H, K), (H, V)))
@@ -105,7 +104,7 @@ def launch_buffered(config: StepConfig | None, T: int, dtype: torch.dtype, devic
     rates, scale, o = torch.full((H,), -0.1, device=device), None, torch.empty(B, T, 2 * H, V, device=device)
     for _ in range(L // T + 1):
         tensors = (state, *buffers, lengths, folded, *given.values(), o)
-        step_buffered.step_buffered_update(q, k, v, rates, scale, *tensors, config)
+        step_buffered.step_buffered_update(q, k, v, rates, scale, *tensors)
         folded, lengths = torch.where(lengths - folded + T > L, lengths, folded), lengths + T
     step_buffered.retention_step_flush(state, *buffers, lengths, folded, **given)
 
@@ -134,9 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{problem} {config}: launched {launched}, {time.monotonic() - begin:.1f} s", flush=True)
     print(f"{len(every)} configurations", flush=True)
     if first == 0:
-        tiles = (None, StepConfig(BV=16, num_warps=2), StepConfig(BV=64, num_warps=8))
-        for config, T, dtype in itertools.product(tiles, (1, 3, 16), (torch.float32, torch.bfloat16)):
-            launch_buffered(config, T, dtype, "cuda")
+        for T, dtype in itertools.product((1, 3, 16), (torch.float32, torch.bfloat16)):
+            launch_buffered(T, dtype, "cuda")
         torch.cuda.synchronize()
     return 0
 

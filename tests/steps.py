@@ -34,9 +34,9 @@ RULE = """  {kernel}:
 """
 
 
-def write_rules(path: Path) -> dict[tuple[torch.dtype, bool], step_module.StepConfig]:
+def write_rules(path: Path, module: Any = step_module) -> dict[tuple[torch.dtype, bool], step_module.StepConfig]:
     """Write and read a file of a rule a kind of states, and say what each uses: tiles of another size."""
-    kernels, registry = step_module.KERNELS, configuration.kernel_registry()
+    kernels, registry = module.KERNELS, configuration.kernel_registry()
     configs = {kind: step_module.StepConfig(BV=8 << number, num_warps=8) for number, kind in enumerate(kernels)}
     rules = [RULE.format(kernel=k, source=registry[k].source, BV=configs[kind].BV) for kind, k in kernels.items()]
     path.write_text(HEAD.format(triton=configuration.TRITON) + "".join(rules))

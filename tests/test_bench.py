@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tuning.__main__ import main
 from tuning.bench import HEAD, WIDTH, Contender, Failure, Row, Times
 from tuning.measurement import Gpu
 from tuning.peers import Peer
-from tuning.problems import STEPS
+from tuning.problems import STEP_FORMS, STEPS
 from tuning.workers import gpu_alone
 from tuning.workloads import Workload, parse
 
@@ -230,16 +230,17 @@ def test_a_call_that_no_graph_can_hold_has_no_gpu_time(calls: list[int], monkeyp
 
 # Steps
 
-DECODE = Workload("decode", 2, 1, 4, 16, 24, "float32", "step")
+DECODE = Workload("decode", 2, 1, 4, 16, 24, "float32", "step+step_buffered")
 
 
 def test_a_workload_is_timed_with_the_forms_that_it_is_for() -> None:
     assert bench.forms_for(DECODE) == [*STEPS]
     assert bench.forms_for(DECODE, ["chunk", "auto"]) == []
     assert bench.forms_for(WORKLOAD, ["chunk", "step"]) == ["chunk"]
-    assert bench.forms_for(WORKLOAD) == [*bench.FORMS[:-1]]
+    assert bench.forms_for(WORKLOAD) == [*bench.FORMS[:-2]]
     (few,) = parse(["B=2,T=16,H=5,K=16,V=24"])
-    assert bench.forms_for(few, ["step", "chunk"]) == [*STEPS, "chunk"]
+    assert bench.forms_for(few, ["step", "chunk"]) == [*STEP_FORMS["step"], "chunk"]
+    assert bench.forms_for(replace(DECODE, form="step_buffered")) == [*STEP_FORMS["step_buffered"]]
 
 
 @pytest.mark.parametrize("form", STEPS)
@@ -251,12 +252,13 @@ def test_steps_are_timed_on_states_of_their_own_beside_one_read_and_write_of_the
         return generated.fused_recurrent_retention(q, k, v, initial_state=initial_state, output_final_state=True)
 
     (rows,) = bench._measure(DECODE, [form], [Peer("fla", "7.8", {"step": peer})], with_default=True)
-    buffered, others = ([] if STEPS[form][1] else [*bench.HELD]), (["fla"] if form == "step" else [])
-    assert [row.variant for row in rows] == ["tuned", "default", *buffered, *others]
-    size = STEPS[form][0].itemsize
+    kind = STEPS[form]
+    others = ["folding"] if kind.is_buffered else ["fla"] if form == "step" else []
+    assert [row.variant for row in rows] == ["tuned", "default", *others]
     for found in rows:
         assert isinstance(found, Row)
-        assert found.forward.floor_ms == 2 * size * (2 * 4 * 16 * 24) / 3.0e9
+        passes = 1 if kind.is_buffered and found.variant != "folding" else 2
+        assert found.forward.floor_ms == passes * kind.dtype.itemsize * (2 * 4 * 16 * 24) / 3.0e9
         assert (found.both, found.forward.gpu_ms) == (None, 40.0)
         assert found.errors["o"] < 1e-5
         assert len(bench.line(found)) == len(HEAD)
@@ -394,7 +396,7 @@ def test_an_error_that_is_no_number_is_the_largest() -> None:
 
 def test_a_failures_line_keeps_to_the_width() -> None:
     text = bench.line(Failure("small", "B=1", "chunk", "fla", "RuntimeError: " + "long " * 99))
-    assert text.startswith("chunk           fla      failed: RuntimeError: long")
+    assert text.startswith(f"{'chunk':23} fla      failed: RuntimeError: long")
     assert len(text) == WIDTH
 
 
@@ -443,7 +445,7 @@ def test_what_was_measured_is_written_before_the_run_ends(
     forms = ["--form", "chunk", "--form", "parallel", "--no-default", "--against", "none"]
     assert main(["bench", "--workload", SHAPE, *forms, "--json", str(path)]) == 130
     assert [row["form"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["chunk"]
-    assert "\nchunk           tuned" in capsys.readouterr().out
+    assert f"\n{'chunk':23} tuned" in capsys.readouterr().out
 
 
 def test_a_gpu_on_which_a_tuner_measures_is_left_alone(

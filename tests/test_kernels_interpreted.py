@@ -16,7 +16,7 @@ PARTS = {
     "fused_chunk": 2,
     "auto": 1,
     "step": 1,
-    "step_buffered": 1,
+    "step_buffered": 2,
     "fused_recurrent": 1,
     "parallel": 1,
 }

@@ -87,11 +87,16 @@ def test_shapes_on_the_cpu_are_recorded_too(
 
 A_STEP = """
 import torch
-from generated import retention, retention_step
+from generated import retention, retention_step, retention_step_buffered, retention_step_flush
 q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 32)
 for dtype in (torch.float32, torch.bfloat16):
     retention_step(q, k, v, torch.zeros(2, 2, 16, 32, dtype=dtype))
 retention_step(v, v, k, torch.zeros(2, 2, 32, 16))
+state, buffers = torch.zeros(2, 2, 16, 32), (torch.zeros(2, 32, 2, 16), torch.zeros(2, 32, 2, 32))
+counts = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+retention_step_buffered(k, k, v, state, *buffers, *counts)
+retention_step_buffered(q, k, v, state, *buffers, *counts)
+retention_step_flush(state, *buffers, *counts)
 retention(k, k, v)
 """
 
@@ -99,10 +104,14 @@ retention(k, k, v)
 def test_steps_are_recorded_by_the_heads_of_their_states_and_are_for_the_step_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Buffered ones of groups and flushes, for which rules are never used, are not."""
     assert run(tmp_path, monkeypatch, sys.executable, "-c", A_STEP) == 0
     found = [(w.B, w.T, w.H, w.K, w.V, w.form) for w in read(tmp_path / "seen.yaml")]
-    assert found == [(2, 1, 2, 16, 32, "step"), (2, 1, 2, 32, 16, "step"), (2, 1, 2, 16, 32, "")]
-    assert "step alone" in capsys.readouterr().out
+    steps = [(2, 1, 2, 16, 32, "step"), (2, 1, 2, 32, 16, "step"), (2, 1, 2, 16, 32, "step_buffered")]
+    assert found == [*steps, (2, 1, 2, 16, 32, "")]
+    said = capsys.readouterr().out
+    assert "step alone" in said
+    assert "step_buffered alone" in said
 
 
 def test_append_adds_what_is_new_and_leaves_the_rest_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,17 @@ import torch
 from buffered import BufferedServer, Buffers, assert_buffered_match, run_buffered, stored_alone
 from oracle import errors, make_problem, solve
 from serving import assert_served_as_alone
-from steps import assert_unbiased, group_heads, spacing
+from steps import assert_unbiased, group_heads, spacing, write_rules
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generated import arguments, retention_step, retention_step_buffered, retention_step_flush
+from generated import arguments, configuration, retention_step, retention_step_buffered, retention_step_flush
+from generated.retention import step_buffered
+from generated.retention.step import StepConfig
+from generated.retention.step_buffered import config_for, default_config, holds_tile
 
 B, T, H, K, V, L = 2, 2, 2, 4, 5, 3
 OPERATOR = torch.ops.retgen.retention_step_buffered.default
@@ -496,3 +499,74 @@ def test_grouped_heads_are_those_repeated() -> None:
     buffers = Buffers(grouped["state"], torch.float32, 4)
     o = buffers.step(retention_step_buffered, *(grouped.pop(name) for name in "qkv"), **grouped)
     assert errors(o, solve(whole)["o"])[0] < 1e-5
+
+
+# Rules
+
+
+@pytest.fixture
+def ruled(only_this_directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[torch.dtype, bool], StepConfig]:
+    """What rules, which hold for one and two tokens, say of each kind of states."""
+
+    def choose(kernel: str, config_type: Any, default: Any, k: Tensor, v: Tensor, *_: Any) -> Any:
+        (rows, tokens, heads, width), device = k.shape, torch.device("cuda", 0)
+        shape = {"K": width, "V": v.shape[3], "BH": rows * heads, "T": tokens}
+        return configuration.select_config(kernel, config_type, default, device=device, dtype=k.dtype, **shape)
+
+    monkeypatch.setattr(step_buffered, "choose_config", choose)
+    return write_rules(only_this_directory / "a.yaml", step_buffered)
+
+
+def chosen(kind: tuple[torch.dtype, bool], tokens: int, group: int = 1) -> tuple[StepConfig, StepConfig]:
+    """What a call on such states runs with, and the default."""
+    dtype, is_seeded = kind
+    state, seed = torch.empty(1, dtype=dtype), torch.empty(1) if is_seeded else None
+    k, v = (torch.empty(8, tokens, 4, width, dtype=torch.bfloat16) for width in (64, 96))
+    default = default_config(k.dtype, 64, 96, 32, tokens, dtype.itemsize, group)
+    return config_for(k, v, state, seed, group), default
+
+
+@pytest.mark.parametrize("kind", step_buffered.KERNELS, ids=str)
+def test_rules_are_those_of_the_kind_of_states(
+    kind: tuple[torch.dtype, bool], ruled: dict[tuple[torch.dtype, bool], StepConfig]
+) -> None:
+    for tokens in (1, 2, 3):
+        config, default = chosen(kind, tokens)
+        assert ruled[kind] != default
+        assert config == (ruled[kind] if tokens < 3 else default)
+
+
+def test_groups_and_flushes_run_the_default(ruled: dict[tuple[torch.dtype, bool], StepConfig]) -> None:
+    for tokens, group in ((1, 3), (2, 2), (0, 1)):
+        config, default = chosen((torch.float32, False), tokens, group)
+        assert config == default
+
+
+def test_a_rule_of_one_token_is_not_for_more_where_these_find_no_registers(
+    ruled: dict[tuple[torch.dtype, bool], StepConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = (torch.float16, True)
+    monkeypatch.setattr(step_buffered, "holds_tile", lambda *_: False)
+    assert chosen(kind, 1)[0] == ruled[kind]
+    config, default = chosen(kind, 2)
+    assert config == default != ruled[kind]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_default_finds_registers_for_more_outputs_than_one(size: int) -> None:
+    for heads, width, columns in ((8, 512, 512), (512, 512, 64), (512, 1, 512), (1, 256, 512), (4096, 80, 80)):
+        config = default_config(torch.bfloat16, width, columns, heads, 3, size)
+        assert holds_tile(width, config.BV, config.num_warps)
+
+
+def test_launches_are_found_anew_by_other_rules(only_this_directory: Path) -> None:
+    step_buffered._launches["kind"] = "launch"
+    configuration.reload()
+    assert not step_buffered._launches
+
+
+def test_rules_know_the_kernel_by_its_text_and_that_of_what_it_calls() -> None:
+    registry = configuration.kernel_registry()
+    sources = {registry[kernel].source for kernel in step_buffered.KERNELS.values()}
+    assert len(sources) == 1
+    assert sources != {registry["retention_step"].source}

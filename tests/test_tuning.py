@@ -38,7 +38,7 @@ from tuning.coverage import Point
 from tuning.funnel import Funnel
 from tuning.measurement import Gpu, MeasurementError, Measurer
 from tuning.model import RATES, predict
-from tuning.problems import FORMS, GRADIENTS, HOPPER, PLAIN, STEPS, Problem, problems_of
+from tuning.problems import FORMS, GRADIENTS, HOPPER, PLAIN, STEP_FORMS, STEPS, Problem, StepInputs, problems_of
 from tuning.rules import Entry
 from tuning.search import EFFORTS, Effort
 from tuning.space import knob_values
@@ -638,14 +638,18 @@ def test_a_form_is_tuned_with_the_passes_that_it_launches(forms: list[str], tune
 
 def test_a_step_is_tuned_for_every_kind_of_state_where_tokens_are_few() -> None:
     (decode,) = parse(["retnet_1.3b_b8"])
-    for forms in ([], ["step"], ["step", "chunk"]):
-        found = run_module.problems_for([decode, *parse(["small"])], forms, SM90)
+    for forms, tuned in (([], [*STEPS]), *(([form], parts) for form, parts in STEP_FORMS.items())):
+        assert len(STEP_FORMS["step"]) == len(STEP_FORMS["step_buffered"]) == 5
+        found = run_module.problems_for([decode, *parse(["small"])], [*forms, "chunk"] if forms else [], SM90)
         steps = [p for p in found if p.form in STEPS]
-        assert steps == [Problem(form, "bfloat16", 8, 1, 8, 256, 512) for form in STEPS]
-        assert all(p.T == 1024 for p in found if p.form not in STEPS)
+        assert steps == [Problem(form, "bfloat16", 8, 1, 8, 256, 512) for form in tuned]
+        assert {p.T for p in found if p.form not in STEPS} == {1024}
     (few,) = parse(["B=2,T=16,H=3,K=64,V=64"])
     assert {p.form for p in run_module.problems_for([few], [], SM90)} > {"chunk", *STEPS}
-    for forms, workloads in ((["chunk"], [decode]), (["step"], parse(["B=2,T=17,H=3,K=64,V=64"]))):
+    (own,) = parse(["B=2,T=1,H=3,K=64,V=64,form=step_buffered"])
+    assert {p.form for p in run_module.problems_for([own], [], SM90)} == {*STEP_FORMS["step_buffered"]}
+    long = parse(["B=2,T=17,H=3,K=64,V=64"])
+    for forms, workloads in ((["chunk"], [decode]), (["step"], long), (["step_buffered"], long), (["step"], [own])):
         with pytest.raises(WorkloadError, match="nothing to tune"):
             run_module.problems_for(workloads, forms, SM90)
 
@@ -724,16 +728,34 @@ def test_spills_cost() -> None:
 
 
 def test_a_steps_inputs_are_a_pool_with_free_slots_and_rows_of_their_own_in_it() -> None:
-    for form, (dtype, is_seeded) in STEPS.items():
+    for form, kind in STEPS.items():
         problem = Problem(form, "bfloat16", B=5, T=2, H=3, K=8, V=16)
-        q, k, v, state, slots, *seed, rates = problem.inputs("cpu")
-        assert (q.shape, k.shape, v.shape) == ((5, 2, 3, 8), (5, 2, 3, 8), (5, 2, 3, 16))
-        assert (state.dtype, len(seed), len(rates)) == (dtype, is_seeded, 3)
-        assert len(state) > len(set(slots.tolist())) == 5
+        x = StepInputs.of(form, problem.inputs("cpu"))
+        assert (x.q.shape, x.k.shape, x.v.shape) == ((5, 2, 3, 8), (5, 2, 3, 8), (5, 2, 3, 16))
+        assert (x.state.dtype, x.seed is not None, len(x.g_gamma)) == (kind.dtype, kind.is_seeded, 3)
+        assert len(x.state) > len(set(x.slots.tolist())) == 5
+        assert [pool.shape[:3] for pool in x.buffers] == [(len(x.state), 32, 3)] * (2 * kind.is_buffered)
+        assert all(one is other for one, other in zip(x.listed, StepInputs.of(form, x.listed).listed, strict=True))
         assert [(x.shape, x.dtype) for x in problem.inputs("meta")] == [
             (x.shape, x.dtype) for x in problem.inputs("cpu")
         ]
-        assert problem.floor_ms("NVIDIA H100") == 2 * 5 * 3 * 8 * 16 * dtype.itemsize / 3.0e9
+        passes = 1 if kind.is_buffered else 2
+        assert problem.floor_ms("NVIDIA H100") == passes * 5 * 3 * 8 * 16 * kind.dtype.itemsize / 3.0e9
+
+
+@pytest.mark.parametrize(
+    ("B", "held"), [(1, [8]), (2, [4, 12]), (4, [2, 6, 10, 14]), (16, [*range(1, 17)]), (40, None)]
+)
+def test_a_buffered_steps_rows_fold_in_turn(B: int, held: list[int] | None) -> None:
+    form = "step_buffered"
+    x = StepInputs.of(form, Problem(form, "bfloat16", B, T=1, H=1, K=8, V=8).inputs("cpu"))
+    lengths, folded = x.counts
+    found = sorted((lengths - folded).tolist())
+    assert found == (held or found)
+    assert found.count(16) == B // 16
+    assert {*found} == {*range(1, 17)} or B < 16
+    lengths, folded = x.all_folding.counts
+    assert (lengths - folded).tolist() == [16] * B
 
 
 def test_a_step_is_held_against_the_right_outputs_and_states() -> None:
@@ -745,6 +767,38 @@ def test_a_step_is_held_against_the_right_outputs_and_states() -> None:
     assert oracle.errors(pool[slots], expected["final_state"])[0] < 1e-12
     free = [slot for slot in range(len(state)) if slot not in slots]
     assert torch.equal(pool[free], state[free].double())
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_a_buffered_step_is_held_against_the_right_outputs_states_and_buffers(T: int) -> None:
+    form = "step_buffered"
+    problem = Problem(form, "float32", B=16, T=T, H=2, K=5, V=6)
+    x = StepInputs.of(form, problem.inputs("cpu"))
+    o, *buffers, pool = device.reference(problem, x.listed)
+    final = x.state.double()
+    for n, (slot, last, first) in enumerate(
+        zip(x.slots.tolist(), *(count.tolist() for count in x.counts), strict=True)
+    ):
+        rows = [p % 32 for p in range(first, last + T)]
+        k, v = (
+            torch.cat([buffer[slot, rows[: last - first]], new[n]])[None]
+            for buffer, new in zip(x.buffers, (x.k, x.v), strict=True)
+        )
+        q = torch.cat([torch.zeros(last - first, 2, 5), x.q[n]])[None]
+        given = oracle.Problem(q, k, v, torch.zeros_like(v), g_gamma=x.g_gamma, h0=x.state[slot][None])
+        assert oracle.errors(o[n], oracle.solve(given)["o"][0, last - first :])[0] < 1e-12
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            assert torch.equal(buffer[slot, rows], new[0])
+        if last - first + T > 16:
+            alone = replace(given, **{name: getattr(given, name)[:, : last - first] for name in ("q", "k", "v", "do")})
+            final[slot] = oracle.solve(alone)["final_state"][0]
+    assert oracle.errors(pool, final)[0] < 1e-12
+    assert not torch.equal(pool, x.state.double())
+    taken = torch.zeros(len(x.state), 32, dtype=torch.bool)
+    for n, slot in enumerate(x.slots.tolist()):
+        taken[slot, [(int(x.counts[0][n]) + t) % 32 for t in range(T)]] = True
+    for buffer, before in zip(buffers, x.buffers, strict=True):
+        assert torch.equal(buffer[~taken], before[~taken])
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -979,6 +1033,10 @@ def test_what_is_the_same_kernel_is_compiled_once() -> None:
     longer, shorter = replace(chunk, T=2 * chunk.T, B=1), replace(config, L=128)
     assert compile_pool.compile_key(chunk, config, extra) == compile_pool.compile_key(longer, shorter, extra)
     assert compile_pool.compile_key(chunk, config, extra) != compile_pool.compile_key(chunk, config)
+    for form, kernels in (("step", 1), ("step_buffered", 2)):  # of which that of one token is one
+        step = Problem(form, "bfloat16", 8, 1, 8, 256, 512)
+        keys = [compile_pool.compile_key(replace(step, T=T), step.default()) for T in (1, 2, 3, 16)]
+        assert len({*keys}) == kernels
     whole = compile_pool.compile_key(chunk, replace(config, L=chunk.T), extra)
     assert whole == compile_pool.compile_key(PROBLEM, config.whole)
     hopper = Problem(HOPPER, "bfloat16", 1, 1024, 8, 256, 512)
@@ -1226,7 +1284,7 @@ def test_run_offers_the_forms_of_sweeps_and_the_step(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["run", "--help"])
-    assert f"--form {{{','.join([*SWEEPS, 'step'])}}}" in capsys.readouterr().out
+    assert f"--form {{{','.join([*SWEEPS, *STEP_FORMS])}}}" in " ".join(capsys.readouterr().out.split())
     for form in SWEEPS:
         if form == HOPPER:
             continue
@@ -1239,8 +1297,9 @@ def test_a_form_that_runs_none_of_the_workloads_is_an_error(arch: str, capsys: p
     assert f"nothing to tune on {arch}" in capsys.readouterr().err
 
 
-def test_a_step_of_more_tokens_than_it_takes_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--arch", "sm90", "--workload", "B=1,T=17,H=2,K=64,V=64", "--form", "step"]) == 2
+@pytest.mark.parametrize("form", STEP_FORMS)
+def test_a_step_of_more_tokens_than_it_takes_is_an_error(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--arch", "sm90", "--workload", "B=1,T=17,H=2,K=64,V=64", "--form", form]) == 2
     assert "a step takes 1 to 16 tokens" in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ from generated.tiles import PRODUCTS
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
 from tuning.compile_pool import CompilePool
-from tuning.problems import FORMS, GRADIENTS, PLAIN, STEPS, Problem
+from tuning.problems import FORMS, GRADIENTS, PLAIN, STEP_FORMS, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOAD = "B=2,T=128,H=2,K=16,V=16"
@@ -130,11 +130,12 @@ def test_every_form_is_tuned_for_another_architecture(directory: Path) -> None:
         check_resources(problem, FORMS[form].config_type(**rule.use), "sm80")
 
 
-def test_a_step_is_modelled_with_each_kind_of_states_and_holds(directory: Path) -> None:
-    selected = ("--workload", "B=2,T=1,H=2,K=16,V=24", "--form", "step")
-    file, _ = tune(directory, "step.yaml", *selected, "--arch", "sm89")
-    assert file.kernels.keys() == {f"retention_{form}" for form in STEPS}
-    for form in STEPS:
+@pytest.mark.parametrize("of", STEP_FORMS)
+def test_a_step_is_modelled_with_each_kind_of_states_and_holds(directory: Path, of: str) -> None:
+    selected = ("--workload", "B=2,T=1,H=2,K=16,V=24", "--form", of)
+    file, _ = tune(directory, f"{of}.yaml", *selected, "--arch", "sm89")
+    assert file.kernels.keys() == {f"retention_{form}" for form in STEP_FORMS[of]}
+    for form in STEP_FORMS[of]:
         problem = Problem(form, "bfloat16", 2, 1, 2, 16, 24)
         (rule,) = file.kernels[problem.kernel].rules
         assert rule.proof == "modelled"

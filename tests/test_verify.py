@@ -319,7 +319,7 @@ def test_a_step_is_tuned_again_with_its_own_widths_and_by_the_name_of_its_form(m
     write(path, *steps)
     claims = verify.claims_of(configuration.active_rules(GPU.name, "sm90"))
     assert {claim.problem for claim in claims} == {Problem(form, "bfloat16", 2, 1, 32, 32, 16) for form in STEPS}
-    command = "python -m tuning run --fresh --form step --workload B=2,T=1,H=32,K=32,V=16"
+    command = "python -m tuning run --fresh --form step --form step_buffered --workload B=2,T=1,H=32,K=32,V=16"
     assert verify.command(claims) == command
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tuning.coverage import Point, box
-from tuning.workloads import Workload, WorkloadError, groups, parse
+from tuning.workloads import FORMS, Workload, WorkloadError, groups, parse
 
 SHAPES = """
 # what my model uses
@@ -24,7 +24,8 @@ def test_a_group_stands_for_its_workloads() -> None:
 
 def test_rules_of_the_decoding_workloads_hold_for_every_batch() -> None:
     shapes = {(w.H, w.K, w.V, w.T, w.form) for w in groups()["decode"].values()}
-    assert shapes == {(8, 256, 512, 1, "step"), (64, 128, 128, 1, "step")}
+    both = "step+step_buffered"
+    assert shapes == {(8, 256, 512, 1, both), (64, 128, 128, 1, both)}
     for H, K, V, T, _ in shapes:
         points = [Point("bfloat16", K, V, w.B * H, T) for w in groups()["decode"].values() if w.H == H]
         held = [box(point)["BH"] for point in points]
@@ -54,9 +55,13 @@ def test_any_file_is_read_a_shape_a_line(tmp_path: Path, name: str) -> None:
     ]
 
 
-def test_a_workload_may_be_for_one_form_alone() -> None:
-    (workload,) = parse(["B=4,T=8,H=2,K=16,V=16,form=step"])
-    assert (workload.form, workload.dtype) == ("step", "bfloat16")
+def test_a_workload_may_be_for_some_forms_alone() -> None:
+    for form, forms in (("step", {"step"}), ("step+step_buffered", {"step", "step_buffered"}), ("", {*FORMS})):
+        (workload,) = parse([f"B=4,T=8,H=2,K=16,V=16{form and ',form='}{form}"])
+        assert (workload.form, workload.dtype) == (form, "bfloat16")
+        assert {name for name in FORMS if workload.is_for(name)} == forms
+    with pytest.raises(WorkloadError, match=r"form is 'step\+'; it must be one of"):
+        parse(["B=4,T=8,H=2,K=16,V=16,form=step+"])
     with pytest.raises(WorkloadError, match=r"form is 'steps'; it must be one of fused_chunk, .*, step"):
         parse(["B=4,T=8,H=2,K=16,V=16,form=steps"])
     with pytest.raises(WorkloadError, match="form is ''; it must be one of"):

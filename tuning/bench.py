@@ -2,8 +2,8 @@
 
 Each call is timed in two ways: as a program makes it, with the host's share where the GPU waits for it ("ms"), and as
 a CUDA graph, which leaves the GPU's work alone ("GPU ms"). Steps, which have no backward, are timed on states of each
-dtype, in slots of a pool; beside them `retention_step_buffered`, where half of its buffers is in use ("buffered"), and
-where all that lies in them is folded ("folding").
+dtype, in slots of a pool, against one read and one write of these; buffered ones, whose rows fold in turn, against one
+read alone, and where all rows fold ("folding") against both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,16 @@ import generated
 from generated.configuration import ConfigurationWarning, active_rules, defaults_only
 from tuning import bench_plots, plots
 from tuning.measurement import describe_gpu, gpu_present
-from tuning.oracle import gradients_reference, relative_error, retnet_rates, steps_reference, sweep_reference
+from tuning.oracle import (
+    buffered_reference,
+    gradients_reference,
+    relative_error,
+    retnet_rates,
+    steps_reference,
+    sweep_reference,
+)
 from tuning.peers import PEERS, Peer, find, in_a_line
-from tuning.problems import STEPS, problems_of
+from tuning.problems import STEP_FORMS, STEPS, StepInputs, problems_of
 from tuning.proof import error_limit
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
@@ -40,16 +47,14 @@ from tuning.timing import Replay, time_calls
 from tuning.workers import gpu_alone
 from tuning.workloads import Workload, parse
 
-FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto", "step")
-BUFFERED = 16  # tokens, of a buffered step
-HELD = {"buffered": BUFFERED // 2, "folding": BUFFERED}  # before it, by variant
+FORMS = ("fused_chunk", "chunk", "parallel", "fused_recurrent", "naive", "auto", *STEP_FORMS)
 DEVICE = "cuda"
 BUDGET_MS = 300.0
 ROUNDS = 5
-WIDTH = 120
+WIDTH = 128
 FINE_MS = 0.1  # shorter times are told with one more digit
 HALF = f"{{:>10}} {'±':>6} {'GPU ms':>7} {'floor':>5} {'x tuned':>7}"
-HEAD = f"{'form':15} {'':8} {HALF.format('fwd ms')} {HALF.format('fwd+bwd ms')} {'MiB':>6} {'error':>7}"
+HEAD = f"{'form':23} {'':8} {HALF.format('fwd ms')} {HALF.format('fwd+bwd ms')} {'MiB':>6} {'error':>7}"
 
 Context = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -171,9 +176,9 @@ def _read(name: str) -> dict[str, Any]:
 
 def forms_for(workload: Workload, wanted: Sequence[str] = ()) -> list[str]:
     """Of the forms that are wanted (of all) those that the workload is for, steps by each kind of state."""
-    found = [form for form in wanted or FORMS if workload.form in ("", form)]
-    steps = [form for form in STEPS if problems_of(workload, form)]
-    return [each for form in found for each in (steps if form == "step" else [form])]
+    found = [form for form in wanted or FORMS if workload.is_for(form)]
+    parts = [part for form in found for part in STEP_FORMS.get(form, (form,))]
+    return [part for part in parts if part not in STEPS or problems_of(workload, part)]
 
 
 def _measure(
@@ -217,48 +222,46 @@ def _sweeps(
 def _steps(workload: Workload, form: str, peers: Sequence[Peer]) -> list[Contender]:
     """Steps on states of their own each, in slots of a pool; a peer's on those of the rows alone."""
     (problem,) = problems_of(workload, form)
-    q, k, v, state, slots, *seed, _ = problem.inputs(DEVICE)
-    heads, size = _heads(q), state.element_size()
-    rates, start = retnet_rates(workload.H)[heads].to(q.device), state[slots[:1]][:, heads]
-    tokens, scale = (_sample(q), _sample(k), _sample(v)), workload.K**-0.5
-
-    @cache
-    def expected(held: int) -> dict[str, Tensor]:
-        decayed = start.double() * (held * rates).exp()[:, None, None]
-        return {"o": steps_reference(*tokens, decayed, rates, scale)[0]}
-
-    def own(q: Tensor, k: Tensor, v: Tensor, pool: Tensor) -> tuple[Tensor, None]:
-        return generated.retention_step(q, k, v, pool, state_indices=slots, seed=seed[0] if seed else None), None
-
-    variants: list[tuple[str, Any, Context]] = [
-        ("tuned", partial(own, pool=state.clone()), contextlib.nullcontext),
-        ("default", partial(own, pool=state.clone()), defaults_only),
+    given = StepInputs.of(form, problem.inputs(DEVICE))
+    inputs, size = (given.q, given.k, given.v), given.state.element_size()
+    floor_ms = workload.step_floor_ms(size, is_written=not given.counts)
+    contenders = [
+        Contender(variant, _own_step(given), inputs, _step_reference(given), context, form, floor_ms)
+        for variant, context in (("tuned", contextlib.nullcontext), ("default", defaults_only))
     ]
-    if workload.T == 1 and not seed:
-        variants += [(name, _buffered(k, v, state, slots, held), contextlib.nullcontext) for name, held in HELD.items()]
-    rows = state[slots]
-    variants += [
-        (peer.name, partial(peer.functions[form], initial_state=rows), contextlib.nullcontext)
-        for peer in peers
-        if form in peer.functions
-    ]
-    return [
-        Contender(name, call, (q, k, v), expected(HELD.get(name, 0)), context, form, size)
-        for name, call, context in variants
+    if given.counts:
+        folding, floor_ms = given.all_folding, workload.step_floor_ms(size)
+        call, expected = _own_step(folding), _step_reference(folding)
+        return [*contenders, Contender("folding", call, inputs, expected, contextlib.nullcontext, form, floor_ms)]
+    rows, expected = given.state[given.slots], _step_reference(given)
+    calls = {peer.name: partial(peer.functions[form], initial_state=rows) for peer in peers if form in peer.functions}
+    return contenders + [
+        Contender(name, call, inputs, expected, contextlib.nullcontext, form, floor_ms) for name, call in calls.items()
     ]
 
 
-def _buffered(k: Tensor, v: Tensor, state: Tensor, slots: Tensor, held: int) -> Callable[..., tuple[Tensor, None]]:
-    """Buffered steps on a pool of their own, with so many tokens in the buffers, which are zeros."""
-    k_buffer, v_buffer = (x.new_zeros(len(state), 2 * BUFFERED, *x.shape[2:]) for x in (k, v))
-    lengths = torch.full_like(slots, held)
-    given: dict[str, Any] = {"state": state.clone(), "k_buffer": k_buffer, "v_buffer": v_buffer, "lengths": lengths}
-    given |= {"folded": torch.zeros_like(slots), "state_indices": slots}
+def _own_step(given: StepInputs) -> Callable[..., tuple[Tensor, None]]:
+    """Our own, on a pool of its own."""
+    state, buffers = given.state.clone(), [x.clone() for x in given.buffers]
+    step = generated.retention_step_buffered if given.counts else generated.retention_step
 
-    def step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
-        return generated.retention_step_buffered(q, k, v, **given), None
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        o = step(q, k, v, state, *buffers, *given.counts, state_indices=given.slots, seed=given.seed)
+        return o, None
 
-    return step
+    return call
+
+
+def _step_reference(given: StepInputs) -> dict[str, Tensor]:
+    """The outputs in float64, of the first row and the heads of `_sample`."""
+    heads, slot = _heads(given.q), given.slots[:1]
+    rates = retnet_rates(given.q.shape[2])[heads].to(given.q.device)
+    start = given.state[slot][:, heads]
+    if given.counts:
+        (k_buffer, v_buffer), (lengths, folded) = (x[slot][:, :, heads] for x in given.buffers), given.counts
+        start = buffered_reference(start, k_buffer, v_buffer, lengths[:1], folded[:1], rates)
+    q, k, v = map(_sample, (given.q, given.k, given.v))
+    return {"o": steps_reference(q, k, v, start, rates, q.shape[3] ** -0.5)[0]}
 
 
 def make_inputs(workload: Workload, device: str) -> tuple[Tensor, ...]:
@@ -296,7 +299,7 @@ def _heads(x: Tensor) -> list[int]:
 class Contender:
     """One variant of a form at one workload, and its times so far; `failure` says why it is out of the race.
 
-    state_size: of a step, which has no backward, the bytes of a number of its states.
+    step_floor_ms: of a step, which has no backward, the time that no kernel can beat.
     """
 
     def __init__(
@@ -307,12 +310,14 @@ class Contender:
         expected: dict[str, Tensor],
         context: Context = contextlib.nullcontext,
         form: str = "",
-        state_size: int = 0,
+        step_floor_ms: float = 0.0,
     ) -> None:
         self.variant, self.form, self.context, self.failure = variant, form, context, ""
         self._function, self._inputs, self._expected = function, inputs, expected
-        self._leaves, self._state_size = self._new_leaves(), state_size
-        self._calls: tuple[Callable[[], object], ...] = (self._forward,) if state_size else (self._forward, self._both)
+        self._leaves, self._step_floor_ms = self._new_leaves(), step_floor_ms
+        self._calls: tuple[Callable[[], object], ...] = (
+            (self._forward,) if step_floor_ms else (self._forward, self._both)
+        )
         self._samples: list[int] = []  # of each call in a turn
         self._times: tuple[list[float], ...] = ([], [])
         self._replays: list[Replay | None] = []
@@ -325,7 +330,7 @@ class Contender:
 
         ArithmeticError where a result of our own is wrong: a peer's error is printed beside its times.
         """
-        found = (self._forward(),) if self._state_size else self._both()
+        found = (self._forward(),) if self._step_floor_ms else self._both()
         results = dict(zip(("o", "dq", "dk", "dv"), found, strict=False))
         self._errors = errors_of(results, self._expected)
         del found, results
@@ -367,8 +372,8 @@ class Contender:
         return Row(*where, forward, both, speedups, self._extra_mib, self._errors)
 
     def _floors(self, workload: Workload) -> tuple[float, float]:
-        if self._state_size:
-            return (workload.step_floor_ms(self._state_size),) * 2
+        if self._step_floor_ms:
+            return (self._step_floor_ms,) * 2
         return workload.floor_ms(backward=False), workload.floor_ms(backward=True)
 
     def _forward(self) -> Tensor:
@@ -426,7 +431,7 @@ def _spread(times: list[float]) -> float:
 
 def line(row: Row | Failure) -> str:
     """A row below HEAD."""
-    head = f"{row.form:15} {row.variant:8}"
+    head = f"{row.form:23} {row.variant:8}"
     if isinstance(row, Failure):
         return f"{head} failed: {row.failure}"[:WIDTH]
     speedups = [f"{speedup:.2f}x" for speedup in row.speedups] + ["", ""]

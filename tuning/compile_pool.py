@@ -21,7 +21,7 @@ from generated.launch import blocks
 from generated.retention import fused_chunk_hopper
 from tuning import forkserver
 from tuning.compilation import ARCHS, Resources, compile_launch
-from tuning.problems import HOPPER, PLAIN, SEGMENTED, Problem, same_launch
+from tuning.problems import HOPPER, PLAIN, SEGMENTED, STEPS, Problem, same_launch
 from tuning.space import LONGEST
 
 COMPILE_SECONDS = 20
@@ -174,12 +174,15 @@ def compile_key(problem: Problem, config: Any, extra: Mapping[str, Any] = NOTHIN
 def same_kernel(problem: Problem, config: Any) -> tuple[Problem, Any]:
     """One problem and configuration for all that compile to one kernel, and one form for all that launch it.
 
-    Its arguments are B, T, H and L, which is no shorter than a chunk; HOPPER's has a part of its own for a ragged T.
+    Its arguments are B, T, H and L, which is no shorter than a chunk; HOPPER's has a part of its own for a ragged T,
+    and a buffered step's for more tokens than one.
     """
     problem, config = same_launch(problem, config)
     if problem.form in SEGMENTED and config.L < problem.T:
         config = replace(config, L=LONGEST)
     T = problem.T % fused_chunk_hopper.LONGEST if problem.form == HOPPER else 0
+    if problem.form in STEPS and STEPS[problem.form].is_buffered:
+        T = min(problem.T, 2)
     return replace(problem, B=1, T=T, H=1), config
 
 

@@ -26,7 +26,7 @@ from generated.configuration import memory_bandwidth
 from generated.retention import fused_chunk_hopper
 from tuning import forkserver
 from tuning.oracle import relative_error
-from tuning.problems import HOPPER, STEPS, Problem
+from tuning.problems import HOPPER, STEPS, Problem, StepInputs
 from tuning.proof import WHOLE_TOKENS, guarded_runs, limits_of, prove, prove_whole, reference, same_bits
 from tuning.space import LONGEST
 from tuning.timing import Replay, Timing, interleaved, race, timing_of, warm_up
@@ -213,6 +213,8 @@ def _made(problem: Problem) -> _Inputs:
         tokens = min(problem.T, WHOLE_TOKENS + problem.T % fused_chunk_hopper.LONGEST)
     alike = replace(problem, B=1, T=tokens, H=min(problem.H, 4))
     small = alike.inputs("cuda", seed=2)
+    if problem.form in STEPS:  # of which one row alone might not fold
+        small = StepInputs.of(problem.form, small).all_folding.listed
     expected = tuple(reference(alike, small, reverse=reverse) for reverse in (False, True))
     return _Inputs(problem.inputs("cuda", seed=1), small, expected)
 

@@ -98,7 +98,9 @@ def _work(problem: Problem, config: Any) -> Work:
     if problem.form in STEPS:
         programs = blocks(V, config.BV) * rows
         latency = T * TOKEN_LATENCY_MS * (1 + K * config.BV / (32 * config.num_warps) / 64)
-        state = 2 * K * config.BV * STEPS[problem.form][0].itemsize  # read and written, and shared with no neighbour
+        kind = STEPS[problem.form]
+        passes = 1 if kind.is_buffered else 2  # read, and written at each step, and shared with no neighbour
+        state = passes * K * config.BV * kind.dtype.itemsize
         return Work(programs, 1.0, 0.0, 2 * state + T * size * (2 * K + config.BV), latency)
     hidden = STEP_LATENCY_MS * (1.0 if config.num_stages == 1 else 0.7)
     if problem.form == "chunk_states":

@@ -57,6 +57,19 @@ def steps_reference(
     return torch.stack(outputs, 1), torch.stack(states, 1)
 
 
+def buffered_reference(
+    state: Tensor, k_buffer: Tensor, v_buffer: Tensor, lengths: Tensor, folded: Tensor, g_gamma: Tensor
+) -> Tensor:
+    """The states [B, H, K, V] in float64 once they have the buffered tokens too, of which p lies in row p % (2 L)."""
+    decay, rows = torch.exp(g_gamma.double())[:, None, None], torch.arange(len(state), device=state.device)
+    now = state.double()
+    for n in range(k_buffer.shape[1] // 2):
+        b_k, b_v = (x[rows, (folded + n) % x.shape[1]].double() for x in (k_buffer, v_buffer))
+        added = decay * now + b_k[..., None] * b_v[..., None, :]
+        now = torch.where((folded + n < lengths)[:, None, None, None], added, now)
+    return now
+
+
 def gradients_reference(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, g_gamma: Tensor, scale: float, *, reverse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,35 +5,96 @@ sweep's own widths: the output and the gradient of v sweep with K and V, the gra
 exchanged. Where the two are equal, one launch can run the gradients' three sweeps, which is a kernel of its own. The
 direction is an argument of the kernels and changes no instruction: it is checked both ways and timed forwards.
 
-A step is no sweep: its inputs hold states too, which it updates where they lie, in slots of a pool.
+A step is no sweep: its inputs hold states too, which it updates where they lie, in slots of a pool, and those of a
+buffered step buffers too. Its rows fold in turn, as they do where each has begun at another time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from generated.arguments import MOST_STEPS
+from generated.arguments import MOST_ROWS, MOST_STEPS
 from generated.launch import padded
-from generated.retention import auto, chunk, fused_chunk, fused_chunk_hopper, fused_recurrent, parallel, step
+from generated.retention import (
+    auto,
+    chunk,
+    fused_chunk,
+    fused_chunk_hopper,
+    fused_recurrent,
+    parallel,
+    step,
+    step_buffered,
+)
 from tuning.compilation import Arch
 from tuning.oracle import retnet_rates
 from tuning.space import SPACES, Place, Sifted, Space
 from tuning.workloads import Workload
 
 FAMILY = "retention"
-STEPS = {
-    kernel.removeprefix(f"{FAMILY}_"): kind for kind, kernel in step.KERNELS.items()
-}  # state's dtype, seed or none
 FREE_SLOTS = 3  # of a step's pool
 SEED = 7
 STATE = 3  # which of a step's inputs holds its states
+BUFFERED = MOST_ROWS // 2  # tokens that a buffered step's buffers take
 STATES_SEGMENT = 256  # the segment length at which the pass that stores states is timed
+
+
+class Kind(NamedTuple):
+    """What kernels of steps differ in: the states' dtype, whether a seed rounds them, whether tokens lie in buffers."""
+
+    dtype: torch.dtype
+    is_seeded: bool
+    is_buffered: bool
+
+
+STEPS = {
+    kernel.removeprefix(f"{FAMILY}_"): Kind(dtype, is_seeded, module is step_buffered)
+    for module in (step, step_buffered)
+    for (dtype, is_seeded), kernel in module.KERNELS.items()
+}
+STEP_FORMS = {  # as the command line names them, and the kernels of each, of which the first has its name
+    form: tuple(part for part, kind in STEPS.items() if kind.is_buffered is STEPS[form].is_buffered)
+    for form in ("step", "step_buffered")
+}
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A step's inputs by name; of a buffered one there are `buffers`, of k and v, and `counts`, lengths and folded."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Tensor
+    buffers: tuple[Tensor, ...]
+    counts: tuple[Tensor, ...]
+    slots: Tensor
+    seed: Tensor | None
+    g_gamma: Tensor
+
+    @classmethod
+    def of(cls, form: str, inputs: Sequence[Tensor]) -> StepInputs:
+        """Those of a step's form."""
+        q, k, v, state, *others, g_gamma = inputs
+        kind = STEPS[form]
+        buffered, (slots, *seed) = others[: 4 * kind.is_buffered], others[4 * kind.is_buffered :]
+        return cls(q, k, v, state, (*buffered[:2],), (*buffered[2:],), slots, seed[0] if seed else None, g_gamma)
+
+    @property
+    def listed(self) -> tuple[Tensor, ...]:
+        """The inputs in their order."""
+        seed = () if self.seed is None else (self.seed,)
+        return self.q, self.k, self.v, self.state, *self.buffers, *self.counts, self.slots, *seed, self.g_gamma
+
+    @property
+    def all_folding(self) -> StepInputs:
+        """The same where all that the buffers take lies in them."""
+        return replace(self, counts=(self.counts[1] + BUFFERED, self.counts[1])) if self.counts else self
 
 
 @dataclass(frozen=True)
@@ -61,26 +122,30 @@ def _fused_chunk_gradients(
     return fused_chunk.fused_chunk_gradients(q, k, v, do, g_gamma, scale, h0=None, dht=None, dh0=None, **given)
 
 
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, slots: Tensor, *others: Any, **options: Any
-) -> tuple[Tensor, ...]:
-    """A step on a copy of the states in `final_state`, or where there is none on these; returns the outputs.
+def _step(form: str, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+    """A step on a copy of the states in `final_state`, and of buffers, or where there is none on these; the results.
 
-    `kept`: and the states after each token. `group`: so many query heads for each that there is. `in_rows`: rows have
-    their numbers for slots. `int32`: slots of so many bits.
+    Returned are outputs and buffers. `kept`: and the states after each token. `group`: so many query heads for each
+    that there is. `in_rows`: rows have their numbers for slots. `int32`: slots and counts of so many bits.
     """
-    *seed, g_gamma, scale = others
+    *tensors, scale = inputs
+    x, config = StepInputs.of(form, tensors), options["config"]
+    q, state, buffers = x.q, x.state, x.buffers
     if (final_state := options["final_state"]) is not None:
-        state = final_state.copy_(state)
+        state, buffers = final_state.copy_(state), tuple(torch.empty_like(each).copy_(each) for each in buffers)
     if "group" in options:
         q = q.repeat_interleave(options["group"], 2)
-    if "int32" in options:
-        slots = slots.int()
-    kept = state.new_empty(*k.shape[:3], *state.shape[2:]) if "kept" in options else None
-    o = v.new_empty(*q.shape[:3], v.shape[3])
-    in_rows, config = "in_rows" in options, options["config"]
-    state, indices = (state[: len(q)], None) if in_rows else (state, slots)
-    step.step_update(q, k, v, g_gamma, scale, state, indices, seed[0] if seed else None, kept, o, config)
+    *counts, slots = [each.int() if "int32" in options else each for each in (*x.counts, x.slots)]
+    pools = [pool[: len(q)] if "in_rows" in options else pool for pool in (state, *buffers)]
+    tokens, indices = (q, x.k, x.v, x.g_gamma, scale), None if "in_rows" in options else slots
+    o = x.v.new_empty(*q.shape[:3], x.v.shape[3])
+    if buffers:
+        (state, k_buffer, v_buffer), (lengths, folded) = pools, counts
+        held = (state, k_buffer, v_buffer, lengths, folded)
+        step_buffered.step_buffered_update(*tokens, *held, indices, x.seed, o, config)
+        return o, *buffers
+    kept = state.new_empty(*x.k.shape[:3], *state.shape[2:]) if "kept" in options else None
+    step.step_update(*tokens, pools[0], indices, x.seed, kept, o, config)
     return (o,) if kept is None else (o, kept)
 
 
@@ -101,8 +166,12 @@ FORMS = {
         fused_recurrent.FusedRecurrentConfig, fused_recurrent.default_config, fused_recurrent.fused_recurrent_sweep
     ),
     **{
-        form: Form(step.StepConfig, partial(step.default_config, size=dtype.itemsize), _step)
-        for form, (dtype, _) in STEPS.items()
+        form: Form(
+            step.StepConfig,
+            partial((step_buffered if kind.is_buffered else step).default_config, size=kind.dtype.itemsize),
+            partial(_step, form),
+        )
+        for form, kind in STEPS.items()
     },
 }
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
@@ -111,7 +180,9 @@ GRADIENTS = "fused_chunk_gradients"
 HOPPER = "fused_chunk_hopper"  # runs wide heads alone, without states of the caller's
 SEGMENTED = ("chunk", HOPPER)  # where L is less than T they run chunk_states too
 # No forms of their own, and the form that each is tuned with.
-PASSES = {"chunk_states": "chunk", GRADIENTS: "fused_chunk"} | {form: "step" for form in STEPS if form != "step"}
+PASSES = {"chunk_states": "chunk", GRADIENTS: "fused_chunk"} | {
+    part: form for form, parts in STEP_FORMS.items() for part in parts[1:]
+}
 FORM_KERNEL, GRADIENTS_FORM_KERNEL, HOPPER_KERNEL = auto.KERNEL, auto.GRADIENTS_KERNEL, fused_chunk_hopper.KERNEL
 
 
@@ -164,25 +235,33 @@ class Problem:
     def inputs(self, device: str, seed: int = 0) -> tuple[Tensor, ...]:
         """Random q, k, v (for gradients also do) and RetNet's decays; of shapes only on the meta device.
 
-        Of a step, before the decays, also states of more slots than rows, the rows' slots, and a seed if there is one.
+        Of a step, see StepInputs, also states of more slots than rows. A buffered one's rows hold from one token up to
+        all that buffers take: of 16 rows one.
         """
         widths = (self.K, self.K, self.V, *([self.V] if self.form == GRADIENTS else []))
         shapes = [(self.B, self.T, self.H, width) for width in widths]
-        dtypes, slots = [self.torch_dtype] * len(shapes), self.B + FREE_SLOTS
-        dtype, is_seeded = STEPS.get(self.form, (None, False))
-        if dtype:
-            shapes, dtypes = [*shapes, (slots, self.H, self.K, self.V)], [*dtypes, dtype]
+        dtypes, slots, kind = [self.torch_dtype] * len(shapes), self.B + FREE_SLOTS, STEPS.get(self.form)
+        if kind:
+            shapes, dtypes = [*shapes, (slots, self.H, self.K, self.V)], [*dtypes, kind.dtype]
+        if kind and kind.is_buffered:
+            shapes += [(slots, 2 * BUFFERED, self.H, width) for width in (self.K, self.V)]
+            dtypes += [self.torch_dtype] * 2
         if device == "meta":
-            numbers = [torch.empty(size, device="meta", dtype=torch.int64) for size in (self.B, 1)]
+            sizes = [*[self.B] * (2 * kind.is_buffered + 1), *[1] * kind.is_seeded] if kind else []
+            numbers = [torch.empty(size, device="meta", dtype=torch.int64) for size in sizes]
             tensors = [torch.empty(shape, device="meta", dtype=of) for shape, of in zip(shapes, dtypes, strict=True)]
-            return *tensors, *numbers[: bool(dtype) + is_seeded], torch.empty(self.H, device="meta")
+            return *tensors, *numbers, torch.empty(self.H, device="meta")
         generator = torch.Generator(device).manual_seed(seed)
         tensors = [
             torch.randn(s, device=device, generator=generator).to(of) for s, of in zip(shapes, dtypes, strict=True)
         ]
-        if dtype:
+        if kind and kind.is_buffered:
+            row = torch.randperm(self.B, device=device, generator=generator)
+            held = (BUFFERED * (2 * row + 1) + 2 * self.B - 1) // (2 * self.B)
+            tensors += [5 * row + held, 5 * row]
+        if kind:
             tensors.append(torch.randperm(slots, device=device, generator=generator)[: self.B])
-        if is_seeded:
+        if kind and kind.is_seeded:
             tensors.append(torch.full((1,), SEED, device=device))
         return *tensors, retnet_rates(self.H).to(device=device, dtype=torch.float32)
 
@@ -191,9 +270,9 @@ class Problem:
         whole = Workload("", self.B, self.T, self.H, self.K, self.V, self.dtype)
         if "H100" not in gpu or self.form in PASSES.keys() - STEPS.keys():
             return None
-        return (
-            whole.step_floor_ms(STEPS[self.form][0].itemsize) if self.form in STEPS else whole.floor_ms(backward=False)
-        )
+        if kind := STEPS.get(self.form):
+            return whole.step_floor_ms(kind.dtype.itemsize, is_written=not kind.is_buffered)
+        return whole.floor_ms(backward=False)
 
     def variants(self, config: Any) -> dict[str, dict[str, Any]]:
         """The launches with a configuration that compile to kernels of their own: options of `run`, of shapes only."""
@@ -202,8 +281,7 @@ class Problem:
             states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
         found: dict[str, dict[str, Any]] = {PLAIN: {}}
         if self.form in STEPS:
-            found |= {"kept": {"kept": True}, "grouped": {"group": 3}, "grouped, kept": {"kept": True, "group": 3}}
-            return found | {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
+            return found | self._step_variants(config)
         if self.form == HOPPER:
             longest = fused_chunk_hopper.LONGEST
             found |= {"reversed": {"reverse": True}, "whole": {"tokens": longest}, "ragged": {"tokens": longest + 1}}
@@ -223,6 +301,19 @@ class Problem:
             if states:
                 found["turned, states"] = {**turned, "adjoint": True, **states}
         return found
+
+    def _step_variants(self, config: Any) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
+        if not STEPS[self.form].is_buffered:
+            kept = {"kept": True}
+            return found | {"kept": kept, "grouped": {"group": 3}, "grouped, kept": {**kept, "group": 3}}
+        if self.takes_more(config):
+            found |= {"grouped": {"group": 3}, "several tokens": {"tokens": 3}}
+        return found
+
+    def takes_more(self, config: Any) -> bool:
+        """Whether a step's configuration may be used where a state gives more than one output."""
+        return not STEPS[self.form].is_buffered or step_buffered.holds_tile(self.K, config.BV, config.num_warps)
 
     def narrower(self) -> Problem:
         """Heads of the same tiles that fill them least of those that descriptors read: rules hold for these too."""
@@ -283,10 +374,10 @@ def problems_of(workload: Workload, form: str) -> list[Problem]:
     """The problems of one form at one workload: one, or two where K and V differ.
 
     None of gradients in one launch there or where they are wide, and of HOPPER only at its own sizes; of a step one, of
-    few tokens. None where the workload is for another form alone.
+    few tokens. None where the workload is for other forms alone.
     """
     w = workload
-    if w.form not in ("", PASSES.get(form, form)):
+    if not w.is_for(PASSES.get(form, form)):
         return []
     if form in STEPS:
         return [Problem(form, w.dtype, w.B, w.T, w.H, w.K, w.V)] if w.T <= MOST_STEPS else []

@@ -6,7 +6,7 @@ what a kernel does not wait for comes too late. All runs in memory full of NaN: 
 so is what comes of reading beside a tensor. Writes there are seen.
 
 Of a step each number of a state must be one of those next to what float64 makes of it, the nearest unless a seed rounds
-it, and of a pool and of skipped rows nothing else may change.
+it, and of a pool, of buffers and of skipped rows nothing else may change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,19 @@ from torch.overrides import TorchFunctionMode
 
 from generated.arguments import MOST_STEPS
 from generated.retention.fused_chunk_hopper import LONGEST
-from tuning.oracle import gradients_reference, segment_states, steps_reference, sweep_reference
-from tuning.problems import GRADIENTS, HOPPER, SEED, STATE, STATES_SEGMENT, STEPS, WITH_STATES, Problem
+from tuning.oracle import buffered_reference, gradients_reference, segment_states, steps_reference, sweep_reference
+from tuning.problems import (
+    BUFFERED,
+    GRADIENTS,
+    HOPPER,
+    SEED,
+    STATE,
+    STATES_SEGMENT,
+    STEPS,
+    WITH_STATES,
+    Problem,
+    StepInputs,
+)
 from tuning.timing import flush_buffer
 
 # The largest relative error against float64 that is taken for rounding: a few units of each dtype.
@@ -42,8 +53,10 @@ RATES = (math.log1p(-(2.0**-5)), 0.0, -3.0, -0.25)
 MARGIN = 2048  # bytes on either side of a tensor; a multiple of what tensors are aligned at
 TOKENS = 333  # ragged for every chunk
 WHOLE_TOKENS = 320  # whole chunks, of all lengths
-STEP_ROWS = (3, -1, 0, 6)  # slots of a draw's rows, of which two are skipped, in a pool of six
-SLOTS, ROWS_AT_ONCE = 6, 4  # of a step's rows, before float64
+# Slots of a draw's rows, of which two are skipped, and of the pool; of a buffered step's three more, by their counts.
+STEP_ROWS, SLOTS = (3, -1, 0, 6), 6
+BUFFERED_ROWS, BUFFERED_SLOTS = (3, -1, 0, 11, 5, 1, 8, 2, 4, 7), 11
+ROWS_AT_ONCE = 4  # of a step's, before float64
 # What seeds round up and down may differ by: so many standard deviations, of which none is over half a unit, and what
 # float32's sums are off by, in units.
 DEVIATIONS, SUM_SHARE = 5, 1e-3
@@ -77,7 +90,7 @@ class Draw:
 def draws(problem: Problem, config: Any) -> list[Draw]:
     """The draws of a problem: what its form knows nothing of (states, packed sequences) is left out."""
     if problem.form in STEPS:
-        return step_draws(problem)
+        return step_draws(problem, config)
     segment = STATES_SEGMENT if problem.form == "chunk_states" else getattr(config, "L", 0)
     # More than two segments, where there are any: at the start of the third a state has decayed over one.
     tokens = 2 * segment + TOKENS if 0 < segment < problem.T else TOKENS
@@ -126,20 +139,29 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
     return found
 
 
-def step_draws(problem: Problem) -> list[Draw]:
-    """The draws of a step."""
-    size = min(SIZES[name] for name in (problem.dtype, _name(STEPS[problem.form][0])))
+def step_draws(problem: Problem, config: Any) -> list[Draw]:
+    """The draws of a step: of one token, and of more where the configuration may be used for them."""
+    kind, is_narrow = STEPS[problem.form], problem.narrower() == problem
+    size = min(SIZES[name] for name in (problem.dtype, _name(kind.dtype)))
+
+    def alike(tokens: int, what: str = "") -> list[Draw]:
+        return [
+            *([] if is_narrow else [Draw(f"narrower heads{what}", (tokens,), narrower=True)]),
+            Draw(f"large numbers{what}", (tokens,), log2_size=size),
+            Draw(f"tiny numbers{what}", (tokens,), log2_size=-size),
+            Draw(f"rows in their own slots{what}", (tokens,), only=("in_rows",)),
+            Draw(f"slots of 32 bits{what}", (tokens,), only=("int32",)),
+        ]
+
+    found = [Draw("one token", (1,)), *(alike(1, ", one token") if kind.is_buffered else [])]
+    if problem.takes_more(config):
+        found += [Draw("most tokens", (MOST_STEPS,)), *alike(3), Draw("grouped heads", (3,), group=3)]
+    if kind.is_buffered:
+        return found
     return [
-        Draw("one token", (1,)),
-        Draw("most tokens", (MOST_STEPS,)),
-        *([Draw("narrower heads", (2,), narrower=True)] if problem.narrower() != problem else []),
-        Draw("large numbers", (3,), log2_size=size),
-        Draw("tiny numbers", (3,), log2_size=-size),
+        *found,
         Draw("states after each token", (5,), only=("kept",)),
-        Draw("grouped heads", (3,), group=3),
         Draw("grouped heads, states after each token", (3,), group=3, only=("kept",)),
-        Draw("rows in their own slots", (2,), only=("in_rows",)),
-        Draw("slots of 32 bits", (2,), only=("int32",)),
     ]
 
 
@@ -163,7 +185,9 @@ def prove_whole(
     wrong in one alone is found without float64. `apart`: see `guarded_runs`.
     """
     if problem.form in STEPS:
-        return _hold_step(problem, config, full, extra, apart=apart, traffic=8 * TRAFFIC)
+        x = StepInputs.of(problem.form, full)
+        kinds = [x, *([x.all_folding] if x.counts else [])]
+        return max(_hold_step(problem, config, one.listed, extra, apart=apart, traffic=8 * TRAFFIC) for one in kinds)
     *tensors, rates = full
     once, again = guarded_runs(problem, config, full, [extra, extra], apart=apart, traffic=8 * TRAFFIC)
     if not same_bits(once, again):
@@ -183,8 +207,9 @@ def prove_whole(
 
 def limits_of(problem: Problem) -> list[float]:
     """The largest relative errors of a problem's results that are taken for rounding."""
-    if problem.form in STEPS:  # whose states have a dtype of their own
-        return [ERROR_LIMITS[problem.dtype], ERROR_LIMITS[_name(STEPS[problem.form][0])]]
+    if kind := STEPS.get(problem.form):  # whose states have a dtype of their own
+        outputs = [ERROR_LIMITS[problem.dtype]] * (1 + 2 * kind.is_buffered)
+        return [*outputs, ERROR_LIMITS[_name(kind.dtype)]]
     return [ERROR_LIMITS[problem.dtype]] * (3 if problem.form == GRADIENTS else 1)
 
 
@@ -289,20 +314,42 @@ def inputs_of(
 
 
 def _step_inputs(problem: Problem, draw: Draw, generator: torch.Generator) -> list[Tensor]:
-    device, heads, (tokens,) = generator.device, len(RATES), draw.lengths
-    state_dtype, is_seeded = STEPS[problem.form]
-    sizes = ((draw.group * heads, problem.K), (heads, problem.K), (heads, problem.V))
-    shapes = [(len(STEP_ROWS), tokens, *size) for size in sizes]
-    q, k, v = (torch.randn(shape, device=device, generator=generator) * 2.0**draw.log2_size for shape in shapes)
-    state = torch.randn(SLOTS, heads, problem.K, problem.V, device=device, generator=generator)
-    state *= 2.0 ** (2 * draw.log2_size)
-    numbers = [torch.tensor(STEP_ROWS, device=device), *([torch.tensor([SEED], device=device)] if is_seeded else [])]
-    return [
-        *(x.to(problem.torch_dtype) for x in (q, k, v)),
-        state.to(state_dtype),
-        *numbers,
-        torch.tensor(RATES, device=device),
-    ]
+    device, heads, (tokens,), kind = generator.device, len(RATES), draw.lengths, STEPS[problem.form]
+    rows, pool = (BUFFERED_ROWS, BUFFERED_SLOTS) if kind.is_buffered else (STEP_ROWS, SLOTS)
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(shape, device=device, generator=generator) * 2.0**draw.log2_size
+        return x.to(problem.torch_dtype)
+
+    q = normal(len(rows), tokens, draw.group * heads, problem.K)
+    k, v = (normal(len(rows), tokens, heads, width) for width in (problem.K, problem.V))
+    state = torch.randn(pool, heads, problem.K, problem.V, device=device, generator=generator)
+    state = (state * 2.0 ** (2 * draw.log2_size)).to(kind.dtype)
+    slots, seed = torch.tensor(rows, device=device), torch.tensor([SEED], device=device) if kind.is_seeded else None
+    given = StepInputs(q, k, v, state, (), (), slots, seed, torch.tensor(RATES, device=device))
+    if kind.is_buffered:
+        lengths, folded = counts = _counts(draw, device)
+        buffers = [normal(pool, 2 * BUFFERED, heads, width) for width in (problem.K, problem.V)]
+        places = torch.arange(2 * BUFFERED, device=device)
+        is_token = (places - folded[:, None]) % len(places) < (lengths - folded)[:, None]
+        own = _slots_of(given, draw.order)
+        has_slot = _has_slot(given, own)
+        is_empty = torch.ones(pool, len(places), dtype=torch.bool, device=device)
+        is_empty[own[has_slot]] = ~is_token[has_slot]
+        nothing = [x.masked_fill(is_empty[:, :, None, None], math.nan) for x in buffers]
+        given = replace(given, buffers=(*nothing,), counts=counts)
+    return [*given.listed]
+
+
+def _counts(draw: Draw, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lengths and folded, of rows that just fold and just do not, that hold nothing and all, and that are skipped."""
+    (tokens,) = draw.lengths
+    held = [BUFFERED, 5, BUFFERED - tokens, 5, BUFFERED - tokens + 1, 0, 3, BUFFERED + 1, 2, -1]
+    folded = [29 + 7 * n for n in range(len(held))]  # so that some lie over the buffers' ends
+    folded[6] = folded[6] if "int32" in draw.only else 2**31 + 3
+    folded[8] = -1
+    first = torch.tensor(folded, device=device)
+    return first + torch.tensor(held, device=device), first
 
 
 def _hold_step(
@@ -322,12 +369,11 @@ def _hold_step(
     once, again = guarded_runs(problem, config, inputs, [order, order], apart=apart, traffic=traffic)
     if not same_bits(once, again):
         raise ArithmeticError("two runs on the same inputs differ")
-    error = _step_error(problem, inputs, once, order, unit)
-    if STEPS[problem.form][1]:  # by another seed, of whose bits the upper half alone is another
-        *tensors, seed, rates = inputs
-        others = (*tensors, seed + 2**32, rates)
+    error, x = _step_error(problem, inputs, once, order, unit), StepInputs.of(problem.form, inputs)
+    if x.seed is not None:  # by another seed, of whose bits the upper half alone is another
+        others = replace(x, seed=x.seed + 2**32).listed
         (other,) = guarded_runs(problem, config, others, [order], apart=apart)
-        if same_bits(once[1:], other[1:]):
+        if _is_stored(x, _slots_of(x, order)).any() and same_bits(once[1:], other[1:]):
             raise ArithmeticError("wrong result: two seeds give the same states")
         error = max(error, _step_error(problem, others, other, order, unit))
     return error
@@ -336,32 +382,80 @@ def _hold_step(
 def _step_error(
     problem: Problem, inputs: Sequence[Tensor], results: Sequence[Tensor], order: dict[str, Any], unit: float
 ) -> float:
-    q, k, v, state, slots, *_, rates = inputs
-    o, *kept, final = results
-    if order.get("in_rows"):
-        slots = torch.arange(len(q), device=q.device)
-    is_used = (slots >= 0) & (slots < len(state))
-    is_free = torch.ones(len(state), dtype=torch.bool, device=q.device)
-    is_free[slots[is_used]] = False
-    if not same_bits([final[is_free]], [state[is_free]]):
-        raise ArithmeticError("wrong result: the state of a slot that no row has is another one")
-    if o[~is_used].any() or not all(x[~is_used].isnan().all() for x in kept):
+    x = StepInputs.of(problem.form, inputs)
+    o, *others, final = results
+    kept, buffers = ([], others) if x.counts else (others, [])
+    slots = _slots_of(x, order)
+    is_used, is_stored = _is_used(x, slots), _is_stored(x, slots)
+    is_left = torch.ones(len(x.state), dtype=torch.bool, device=o.device)
+    is_left[slots[is_stored]] = False
+    if not same_bits([final[is_left]], [x.state[is_left]]):
+        raise ArithmeticError("wrong result: the state of a slot that no row stores is another one")
+    if o[~is_used].any() or not all(each[~is_used].isnan().all() for each in kept):
         raise ArithmeticError("wrong result: a row that is skipped has an output that is not 0, or a state")
+    if not same_bits(buffers, _buffers_after(x, slots)):
+        raise ArithmeticError("wrong result: buffers have something else than what they had and the new tokens")
     worst, grown, stored = 0.0, 0.0, 0
-    limit, is_seeded = ERROR_LIMITS[problem.dtype], STEPS[problem.form][1]
+    limit, is_seeded = ERROR_LIMITS[problem.dtype], x.seed is not None
     for rows in torch.split(torch.where(is_used)[0], ROWS_AT_ONCE):
-        start = state[slots[rows]]
-        expected, states = steps_reference(q[rows], k[rows], v[rows], start, rates, problem.K**-0.5)
+        expected, states, last = _steps_after(problem, x, slots, rows)
         error = head_error(o[rows], expected, 2, LEAST_OUTPUT * unit)
         if not error < limit:
             raise ArithmeticError(f"wrong result: relative error {error:.1e} of {limit:.1e} allowed")
-        worst = max(worst, error)
-        for got, right in ((final[slots[rows]], states[:, -1]), *((x[rows], states) for x in kept)):
+        worst, which = max(worst, error), is_stored[rows]
+        for got, right in ((final[slots[rows]][which], last[which]), *((each[rows], states) for each in kept)):
             grown += _growth(got, right, is_seeded=is_seeded)
             stored += got.numel()
-    if is_seeded and not abs(grown) < SUM_SHARE * stored + DEVIATIONS * 0.5 * math.sqrt(stored):
+    if is_seeded and stored and not abs(grown) < SUM_SHARE * stored + DEVIATIONS * 0.5 * math.sqrt(stored):
         raise ArithmeticError(f"wrong result: seeds change states by {grown / stored:.1e} units in the mean")
     return worst
+
+
+def _slots_of(x: StepInputs, order: dict[str, Any]) -> Tensor:
+    return torch.arange(len(x.q), device=x.q.device) if order.get("in_rows") else x.slots
+
+
+def _has_slot(x: StepInputs, slots: Tensor) -> Tensor:
+    return (slots >= 0) & (slots < len(x.state))
+
+
+def _is_used(x: StepInputs, slots: Tensor) -> Tensor:
+    """Which rows are not skipped."""
+    is_used = _has_slot(x, slots)
+    if x.counts:
+        lengths, folded = x.counts
+        is_used = is_used & (folded >= 0) & (lengths >= folded) & (lengths <= folded + BUFFERED)
+    return is_used
+
+
+def _is_stored(x: StepInputs, slots: Tensor) -> Tensor:
+    """Which rows' states are stored: of a buffered step those with which the new tokens do not find room."""
+    is_stored = _is_used(x, slots)
+    if x.counts:
+        lengths, folded = x.counts
+        is_stored = is_stored & (lengths - folded + x.q.shape[1] > BUFFERED)
+    return is_stored
+
+
+def _buffers_after(x: StepInputs, slots: Tensor) -> list[Tensor]:
+    """Of a buffered step what the buffers hold then: token p in row p % (2 L)."""
+    found, is_used = [], _is_used(x, slots)
+    for buffer, new in zip(x.buffers, (x.k, x.v), strict=False):
+        places = (x.counts[0][:, None] + torch.arange(new.shape[1], device=new.device)) % (2 * BUFFERED)
+        found.append(buffer.clone())
+        found[-1][slots[is_used, None], places[is_used]] = new[is_used]
+    return found
+
+
+def _steps_after(problem: Problem, x: StepInputs, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What float64 makes of some rows: outputs, the states after each token, and those that are stored at the end."""
+    start = x.state[slots[rows]]
+    if x.counts:
+        k_buffer, v_buffer = (each[slots[rows]] for each in x.buffers)
+        lengths, folded = (each[rows] for each in x.counts)
+        start = buffered_reference(start, k_buffer, v_buffer, lengths, folded, x.g_gamma)
+    o, states = steps_reference(x.q[rows], x.k[rows], x.v[rows], start, x.g_gamma, problem.K**-0.5)
+    return o, states, start if x.counts else states[:, -1]
 
 
 def _growth(got: Tensor, exact: Tensor, *, is_seeded: bool) -> float:
@@ -424,9 +518,11 @@ def _reference(
 def reference(problem: Problem, inputs: tuple[Tensor, ...], *, reverse: bool = False) -> tuple[Tensor, ...]:
     """What float64 makes of a problem's inputs."""
     if problem.form in STEPS:
-        q, k, v, state, slots, *_, g_gamma = inputs
-        o, states = steps_reference(q, k, v, state[slots], g_gamma, problem.K**-0.5)
-        return o, state.double().index_copy(0, slots, states[:, -1])
+        x = StepInputs.of(problem.form, inputs)
+        o, _, last = _steps_after(problem, x, x.slots, torch.arange(len(x.q), device=x.q.device))
+        is_stored = _is_stored(x, x.slots)
+        final = x.state.double().index_copy(0, x.slots[is_stored], last[is_stored])
+        return o, *_buffers_after(x, x.slots), final
     q, k, v, *do, g_gamma = inputs
     if problem.form == "chunk_states":
         return (segment_states(k, v, g_gamma, STATES_SEGMENT, reverse=reverse),)

@@ -39,7 +39,7 @@ from tuning.problems import (
     FORM_KERNEL,
     GRADIENTS,
     GRADIENTS_FORM_KERNEL,
-    STEPS,
+    STEP_FORMS,
     Problem,
     problem_at,
     problems_of,
@@ -266,12 +266,12 @@ def problems_for(workloads: list[Workload], forms: list[str], arch: Arch) -> lis
     WorkloadError where there is nothing: a form may be written for some sizes and one architecture alone.
     """
     passes = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk", GRADIENTS)}
-    passes["step"] = tuple(STEPS)
+    passes |= STEP_FORMS
     parts = [part for form in forms or FORMS for part in passes.get(form, (form,))]
     found = [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
     problems = [problem for problem in dict.fromkeys(found) if problem.space.is_for(arch)]
     if not problems:
-        tokens = f"; a step takes 1 to {MOST_STEPS} tokens" if "step" in forms else ""
+        tokens = f"; a step takes 1 to {MOST_STEPS} tokens" if STEP_FORMS.keys() & {*forms} else ""
         raise WorkloadError(
             f"nothing to tune on {arch.name}: no form that was chosen runs any of these workloads there{tokens}"
         )

@@ -18,14 +18,18 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from generated.arguments import MOST_STEPS
 from generated.known_bad import known_bad
 from generated.launch import ALIGNMENT, FULL, blocks, padded
 from generated.retention import fused_chunk_hopper as hopper
 from generated.retention.chunk import WHOLE
 from generated.retention.fused_chunk import WIDEST_PART, state_rows
 from generated.retention.step import KERNELS as STEP_KERNELS
+from generated.retention.step_buffered import KERNELS as BUFFERED_KERNELS
+from generated.retention.step_buffered import holds_tile, pieces
 from tuning.compilation import Arch, Resources
 
+FLOAT = 4  # bytes of a number of the states, of which those in 16 bits are read in the same pieces
 MAX_REGISTERS = 300  # by the estimates below, which are rough: a little over the 255 that a thread has
 BASE_REGISTERS = 40  # of a thread, for addresses and loops
 LONGEST = 1024  # of the other segments
@@ -128,6 +132,17 @@ def _recurrent_registers(K: int, c: Any) -> float:
     return float((2 * K * c.BV + 2 * K) / (32 * c.num_warps))
 
 
+def _buffered_registers(K: int, c: Any) -> float:
+    BF, _ = pieces(K, c.BV, FLOAT)
+    used = 3.5 * BF * (c.BV + MOST_STEPS) / (32 * c.num_warps)  # of one output, as compiled
+    return float(min(used, 255 - BASE_REGISTERS))  # no piece is so large that it could not be tried
+
+
+def _buffered_shared(place: Place, c: Any) -> int:
+    BF, stages = pieces(place.K, c.BV, FLOAT)
+    return int(BF * c.BV * stages * FLOAT // place.itemsize)
+
+
 def _hopper_shared(place: Place, c: Any) -> int:
     columns = hopper.columns_at(place.K)
     slot = c.BT * (2 * padded(place.K) + columns + c.BT)
@@ -141,6 +156,7 @@ HOPPER = Needs(lambda K, c: hopper.AT_FIRST - BASE_REGISTERS, _hopper_shared)
 STATES = Needs(_states_registers, _states_shared)
 PARALLEL = Needs(_parallel_registers, _parallel_shared)
 RECURRENT = Needs(_recurrent_registers, lambda place, c: 0)
+BUFFERED = Needs(_buffered_registers, _buffered_shared)
 
 
 # The knobs
@@ -264,6 +280,15 @@ class Warps(Powers):
 
     name = "num_warps"
     in_the_code = True
+
+
+class TileWarps(Warps):
+    """Warps whose registers have room for the tile of a state that gives more than one output."""
+
+    def values(self, place: Place, chosen: Any) -> Iterable[int]:
+        """All where there is one output: the state then goes through shared memory."""
+        warps = super().values(place, chosen)
+        return [n for n in warps if place.T == 1 or holds_tile(place.K, chosen.BV, n)]
 
 
 @dataclass(frozen=True)
@@ -465,6 +490,10 @@ SPACES = {
     **dict.fromkeys(
         (kernel.removeprefix("retention_") for kernel in STEP_KERNELS.values()),
         Space((BV(8, 128), Warps(1, 8)), RECURRENT),
+    ),
+    **dict.fromkeys(
+        (kernel.removeprefix("retention_") for kernel in BUFFERED_KERNELS.values()),
+        Space((BV(8, 128), TileWarps(1, 8)), BUFFERED),
     ),
     "fused_chunk_hopper": Space(
         (BT(16, hopper.LONGEST), Slots(6), HopperScores(), Segments(256, WHOLE // 2)), HOPPER, archs=("sm90",)

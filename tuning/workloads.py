@@ -22,6 +22,7 @@ FORMS = (
     "parallel",
     "fused_recurrent",
     "step",
+    "step_buffered",
 )  # as they are tuned in turn
 COPY_BYTES_PER_MS = 3.0e9  # an H100's measured device-to-device copy, bytes read and written
 MAX_SIZE = 2**31 - 1
@@ -35,7 +36,10 @@ class WorkloadError(ValueError):
 
 @dataclass(frozen=True)
 class Workload:
-    """One shape: q and k are [B, T, H, K], v is [B, T, H, V]. `form`: the only one that it is for, if there is such."""
+    """One shape: q and k are [B, T, H, K], v is [B, T, H, V].
+
+    `form`: the only one that it is for, if there is such, or more with a + between them.
+    """
 
     name: str
     B: int
@@ -50,6 +54,10 @@ class Workload:
     def torch_dtype(self) -> torch.dtype:
         """The dtype of q, k, v and the output."""
         return DTYPES[self.dtype]
+
+    def is_for(self, form: str) -> bool:
+        """Whether the form is one of those that it is for."""
+        return not self.form or form in self.form.split("+")
 
     @property
     def shape(self) -> str:
@@ -67,9 +75,9 @@ class Workload:
         passes = self.passes(backward=backward)
         return sum(max(moved / COPY_BYTES_PER_MS, flops / MATRIX_FLOPS_PER_MS) for moved, flops in passes)
 
-    def step_floor_ms(self, size: int) -> float:
-        """The same for a step on states of so many bytes a number: that of one read and one write of these."""
-        return 2 * self.B * self.H * self.K * self.V * size / COPY_BYTES_PER_MS
+    def step_floor_ms(self, size: int, *, is_written: bool = True) -> float:
+        """The same for a step on states of so many bytes a number: that of one read, and one write, of these."""
+        return (1 + is_written) * self.B * self.H * self.K * self.V * size / COPY_BYTES_PER_MS
 
 
 def groups() -> dict[str, dict[str, Workload]]:
@@ -168,7 +176,7 @@ def parse_shape(text: str, names: Iterable[str] = ()) -> Workload:
         )
     dtype, form = fields.pop("dtype", "bfloat16"), fields.pop("form", None)
     for name, value, allowed in (("dtype", dtype, DTYPES), ("form", form, FORMS)):
-        if value is not None and value not in allowed:
+        if value is not None and not {*(value.split("+") if name == "form" else [value])} <= {*allowed}:
             choices = ", ".join(allowed)
             raise WorkloadError(f"workload {text!r}: {name} is {value!r}; it must be one of {choices}")
     for name, value in fields.items():

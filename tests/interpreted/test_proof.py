@@ -18,9 +18,9 @@ from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
 from generated.launch import padded
-from generated.retention import chunk, fused_chunk, fused_recurrent, parallel, step
+from generated.retention import chunk, fused_chunk, fused_recurrent, parallel, step, step_buffered
 from tuning import problems, proof
-from tuning.problems import FORMS, GRADIENTS, Problem
+from tuning.problems import FORMS, GRADIENTS, Problem, StepInputs
 
 pytestmark = [  # NumPy speaks up where a kernel computes infinities that it then masks
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
@@ -41,6 +41,7 @@ KERNELS: dict[str, tuple[str, ModuleType, Any]] = {
     "fused_recurrent": ("fused_recurrent_kernel", fused_recurrent, fused_recurrent.FusedRecurrentConfig(32, 1)),
 }
 STEP_CONFIG = step.StepConfig(BV=32, num_warps=1)
+BUFFERED_CONFIG = step.StepConfig(BV=16, num_warps=1)  # two programs a state
 EXTRA = {"chunk": {"states_config": KERNELS["chunk_states"][2]}}
 PARTS = {"fused_chunk": ("fused_chunk", GRADIENTS), "chunk": ("chunk_states", "chunk")}
 STORE = "(b_o * scale).to(b_v.dtype)"
@@ -170,6 +171,68 @@ STEP_FAULTS = {
     "rounded towards zero": ("step_f16_seed", BITS, f"{BITS} * 0", "in the mean"),
     "bits that are too few": ("step_f16_seed", "b_r & 0xFFFF", "b_r & 0xFFF", "in the mean"),
     "half of the seed": ("step_f16_seed", "tl.load(seed)", "tl.load(seed).to(tl.int32)", "two seeds give"),
+}
+FOLD = "if n_b + T > most:"
+NEW_PLACE = "i_o = i_r % (2 * L) * H"
+# Of a buffered step the kernel's own text; what it rounds by is in the other's.
+BUFFERED_FAULTS = {
+    "nothing is folded": ("step_buffered", FOLD, "if n_b + T > 1000:", "one token: wrong result: a state is off"),
+    "folded a token too early": ("step_buffered", FOLD, "if n_b + T >= most:", "slot that no row stores"),
+    "folded a token too late": ("step_buffered", FOLD, "if n_b + T > most + 1:", "wrong result: a state is off"),
+    "all rows fold": ("step_buffered", FOLD, "if n_b + T > 0:", "slot that no row stores"),
+    "the first token is not folded": (
+        "step_buffered",
+        "o_d = n_b - 1 - o_b",
+        "o_d = n_b - 1 - o_b - (o_b == 0) * 99",
+        WRONG,
+    ),
+    "weights of one token more": ("step_buffered", "o_d = n_b - 1 - o_b", "o_d = n_b - o_b", WRONG),
+    "the state is not decayed": ("step_buffered", "b_u += b_h * b_e", "b_u += 0.0", "a state is off"),
+    "rows that skip by count": ("step_buffered", " & (n_all <= L)", "", "slot that no row stores"),
+    "rows of negative counts": ("step_buffered", " & (i_first >= 0)", "", "is skipped"),
+    "counts of 32 bits": (
+        "step_buffered",
+        "tl.load(folded + i_n).to(tl.int64)",
+        "tl.load(folded + i_n).to(tl.int32)",
+        "",
+    ),
+    "no ring": ("step_buffered", "o_r = (i_r + o_b) % (2 * L) * H", "o_r = (i_r + o_b) * H", ""),
+    "a ring of L rows": ("step_buffered", "(i_r + o_b) % (2 * L)", "(i_r + o_b) % L", WRONG),
+    "the new token in another row": ("step_buffered", NEW_PLACE, "i_o = (i_r + 1) % (2 * L) * H", "buffers have"),
+    "the new token beyond the ring": ("step_buffered", NEW_PLACE, "i_o = i_r * H", ""),
+    "the new token is not kept": (
+        "step_buffered",
+        "tl.store(p_kb + i_o * K + o_k, b_k, mask=m_k)",
+        "pass",
+        "buffers have",
+    ),
+    "the values of one program alone": (
+        "step_buffered",
+        "b_v, mask=m_v)",
+        "b_v, mask=m_v & (o_v < 16))",
+        "buffers have",
+    ),
+    "a row that is skipped keeps its token": (
+        "step_buffered",
+        "m_k & is_used & (i_v == 0)",
+        "m_k & (i_v == 0)",
+        "buffers have",
+    ),
+    "buffers of one head": ("step_buffered", "k_buffer + i_s * s_kslot + i_h * K", "k_buffer + i_s * s_kslot", ""),
+    "buffers by row": ("step_buffered", "k_buffer + i_s * s_kslot", "k_buffer + i_n * s_kslot", ""),
+    "the token's own part left out": (
+        "step_buffered",
+        "b_o += b_s * b_v.to(tl.float32)",
+        "b_o += 0.0",
+        "one token: " + WRONG,
+    ),
+    "rows of a piece that is not full": ("step_buffered", "(o_f < K) | (K % BF == 0)", "o_f < BF", ""),
+    "the same for several tokens": ("step_buffered", "o_d = n_b + i_t - o_b", "o_d = n_b - o_b", WRONG),
+    "tokens in one row": ("step_buffered", "i_r + n_b + i_t", "i_r + n_b", "most tokens: "),
+    "first query for all": ("step_buffered", "p_qg += s_qh", "p_qg += 0", "grouped heads: " + WRONG),
+    "rounded by bits of another place": ("step_buffered_f16_seed", "o_f, i_v, p_h", "o_f * 0, i_v, p_h", ""),
+    "rounded to the nearest": ("step_buffered_f16_seed", "BF, BV, STOCHASTIC)", "BF, BV, False)", "two seeds give"),
+    "half of the seed": ("step_buffered_f16_seed", "tl.load(seed)", "tl.load(seed).to(tl.int32)", "two seeds give"),
 }
 WHOLE_FAULTS = {  # what two rows and three heads do not show
     "rows after the second never written": ("bos = i_n * T", "bos = i_n % 2 * T", WRONG),
@@ -322,13 +385,15 @@ def plant_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     """Puts another text in the place of the step's kernel, of which draws have few tokens."""
     monkeypatch.setattr(proof, "MOST_STEPS", 3)
 
-    def put(old: str, new: str) -> None:
-        text = Path(str(step.__file__)).with_name("step_kernel.py").read_text(encoding="utf-8")
+    def put(old: str, new: str, owner: Any = step) -> None:
+        name = f"{owner.__name__.rpartition('.')[2]}_kernel"
+        text = Path(str(owner.__file__)).with_name(f"{name}.py").read_text(encoding="utf-8")
         assert old in text
         path = tmp_path / "broken.py"
-        path.write_text(text.replace(old, new, 1), encoding="utf-8")
-        monkeypatch.setitem(sys.modules, "generated.retention.step_kernel", _module(path, monkeypatch))
-        monkeypatch.setattr(step, "_launches", {})
+        whole = text.replace("from .step_kernel", "from generated.retention.step_kernel")
+        path.write_text(whole.replace(old, new, 1), encoding="utf-8")
+        monkeypatch.setitem(sys.modules, f"generated.retention.{name}", _module(path, monkeypatch))
+        monkeypatch.setattr(owner, "_launches", {})
 
     return put
 
@@ -356,6 +421,50 @@ def test_right_steps_pass(form: str, part: str, plant_step: Callable[[str, str],
     inputs = problem.inputs("cpu")
     assert 0 < proof.prove_whole(problem, STEP_CONFIG, {}, inputs) < proof.ERROR_LIMITS["float16"]
     assert proof.same_bits(inputs, problem.inputs("cpu"))
+
+
+@pytest.mark.forms("step_buffered")
+@pytest.mark.parametrize("fault", BUFFERED_FAULTS)
+def test_every_fault_of_a_buffered_step_is_found(form: str, plant_step: Callable[..., None], fault: str) -> None:
+    part, old, new, said = BUFFERED_FAULTS[fault]
+    plant_step(old, new, step_buffered)
+    problem = Problem(part, "float16", 2, 1, 3, 24, 24)
+    with pytest.raises(ArithmeticError) as caught:
+        proof.prove(problem, BUFFERED_CONFIG, {}, "cpu")
+    assert said in str(caught.value)
+    assert str(caught.value).split(":")[0] in {draw.name for draw in proof.draws(problem, BUFFERED_CONFIG)}
+
+
+@pytest.mark.forms("step_buffered")
+@pytest.mark.parametrize("part", ["step_buffered", "step_buffered_f16", "step_buffered_f16_seed"])
+def test_right_buffered_steps_pass(form: str, part: str, plant_step: Callable[..., None]) -> None:
+    plant_step("b_o += b_s * b_v.to(tl.float32)", "b_o = b_s * b_v.to(tl.float32) + b_o", step_buffered)
+    problem = Problem(part, "float16", 6, 1, 3, 24, 24)
+    assert 0 < proof.prove(problem, BUFFERED_CONFIG, {}, "cpu") < proof.ERROR_LIMITS["float16"]
+    inputs = problem.inputs("cpu")
+    assert 0 < proof.prove_whole(problem, BUFFERED_CONFIG, {}, inputs) < proof.ERROR_LIMITS["float16"]
+    assert proof.same_bits(inputs, problem.inputs("cpu"))
+
+
+@pytest.mark.forms("step_buffered")
+def test_a_tile_that_takes_one_output_alone_is_proved_with_these(form: str) -> None:
+    problem = Problem("step_buffered", "float16", 1, 1, 3, 256, 128)
+    wide, narrow = step.StepConfig(BV=128, num_warps=1), step.StepConfig(BV=128, num_warps=8)
+    assert {draw.lengths for draw in proof.draws(problem, wide)} == {(1,)}
+    assert {draw.lengths for draw in proof.draws(problem, narrow)} == {(1,), (3,), (16,)}
+    launches = [{variant for _, variant in problem.proof_launches(config)} for config in (wide, narrow)]
+    assert launches[1] - launches[0] == {"grouped", "several tokens"}
+
+
+@pytest.mark.forms("step_buffered")
+def test_a_buffered_step_with_one_wrong_row_of_many_is_found(form: str, plant_step: Callable[..., None]) -> None:
+    """Though it does not fold in turn."""
+    problem = Problem("step_buffered", "float16", 6, 1, 3, 24, 24)
+    x = StepInputs.of(problem.form, problem.inputs("cpu"))
+    slot = int(x.slots[(x.counts[0] - x.counts[1]).argmin()])
+    plant_step("tl.store(p_f, b_s,", f"tl.store(p_f, b_s * tl.where(i_sh // 3 == {slot}, 1.01, 1.0),", step_buffered)
+    with pytest.raises(ArithmeticError, match="a state is off"):
+        proof.prove_whole(problem, BUFFERED_CONFIG, {}, x.listed)
 
 
 @pytest.mark.forms("step")
@@ -424,10 +533,12 @@ def test_the_sanitizer_is_shown_every_draw_of_a_step_with_every_configuration(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proof, "MOST_STEPS", 3)
-    problem = Problem("step", "float16", 1, 1, 1, 16, 24)
-    assert sanitized.launch(problem, STEP_CONFIG, "cpu") == len(proof.draws(problem, STEP_CONFIG))
+    for part in ("step", "step_buffered"):
+        problem = Problem(part, "float16", 1, 1, 1, 16, 24)
+        assert sanitized.launch(problem, STEP_CONFIG, "cpu") == len(proof.draws(problem, STEP_CONFIG))
     shown = sanitized.steps("sm90")
-    assert {problem.form for problem, _ in shown} == {"step", "step_bf16_seed", "step_f16_seed"}
+    kinds = ("", "_bf16_seed", "_f16_seed")
+    assert {problem.form for problem, _ in shown} == {of + kind for of in ("step", "step_buffered") for kind in kinds}
     assert {(config.BV, config.num_warps) for _, config in shown} == {
         (BV, num_warps) for BV in (8, 16, 32, 64, 128) for num_warps in (1, 2, 4, 8)
     }

@@ -177,7 +177,7 @@ def test_a_seed_rounds_as_it_does_in_a_step(step: Step) -> None:
 def test_other_tiles_are_right(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("generated.retention.step_buffered")
     for BV in (8, 64):
-        monkeypatch.setattr(module, "default_config", lambda *_, BV=BV: module.StepConfig(BV=BV, num_warps=1))
+        monkeypatch.setattr(module, "default_config", lambda *_, BV=BV, **__: module.StepConfig(BV=BV, num_warps=1))
         importlib.import_module("generated.configuration").clear_caches()
         assert_buffered_match(step, make_problem(1, 5, 2, 5, 17), [1] * 5, 2)
 
