@@ -207,6 +207,11 @@ def test_rules_are_those_of_the_kind_of_states(
         default = default_config(k.dtype, 64, 96, 32, tokens, dtype.itemsize)
         assert ruled != default
         assert step.config_for(k, k, v, state, seed, None) == (ruled if tokens < 3 else default)
+        q, grouped = k.repeat_interleave(2, 2), step.default_grouped_config(96, 2, 32, dtype.itemsize)
+        assert step.config_for(q, k, v, state, seed, None) == (
+            grouped if tokens == 1 else ruled if tokens < 3 else default
+        )
+        assert step.config_for(q, k, v, state, seed, state) == (ruled if tokens < 3 else default)
 
 
 def test_a_rule_with_tiles_that_no_random_bits_come_for_is_none() -> None:

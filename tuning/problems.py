@@ -305,10 +305,10 @@ class Problem:
     def _step_variants(self, config: Any) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
         if not STEPS[self.form].is_buffered:
-            kept = {"kept": True}
-            return found | {"kept": kept, "grouped": {"group": 3}, "grouped, kept": {**kept, "group": 3}}
+            kept, grouped = {"kept": True}, {"group": 3, "tokens": 3}  # as of one token they have tiles of their own
+            return found | {"kept": kept, "grouped": grouped, "grouped, kept": kept | grouped}
         if self.takes_more(config):
-            found |= {"grouped": {"group": 3}, "several tokens": {"tokens": 3}}
+            found |= {"grouped": {"group": 3, "tokens": 3}, "several tokens": {"tokens": 3}}
         return found
 
     def takes_more(self, config: Any) -> bool:
