@@ -359,7 +359,7 @@ def test_on_hopper_the_buffered_steps_state_is_asked_for_ahead(B: int, K: int, V
 @pytest.mark.parametrize(("K", "V"), [(80, 80), (128, 128), (256, 512), (512, 512)])
 @pytest.mark.parametrize(("B", "G"), [(1, 8), (64, 2), (64, 8), (64, 16), (64, 64)])
 def test_a_tokens_many_queries_find_room_beside_pieces_of_the_state(arch: str, B: int, K: int, V: int, G: int) -> None:
-    """On Hopper three programs up to 16 queries, two in float32, whose queries take more; pieces are asked for ahead."""
+    """On Hopper three programs up to 16 queries, two in float32, whose queries take more; pieces are loaded ahead."""
     for dtype, stored, spills in ((torch.bfloat16, torch.float32, 24), (torch.float32, torch.bfloat16, 96)):
         plain, _ = compile_step(arch, B, K, V, dtype, torch.int32, stored, False, G=G)
         buffered, _ = compile_buffered(arch, B, K, V, dtype, stored, G)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,6 +312,107 @@ def test_a_launch_may_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(fake_tensor(address))
     assert len(device.dispatched) == 2  # the first, and the one that is not aligned
     assert [arguments[9:] for arguments in device.launched] == [(32, 0.5, 64), (48, 0.5, 64)]
+
+
+class Started(Compiled):
+    """A compiled kernel of two tensors, None and numbers, as Triton describes it, which PyTorch may start."""
+
+    def __init__(self, device: Device, **metadata: Any) -> None:
+        super().__init__(device)
+        least = {"num_ctas": 1, "num_warps": 4, "shared": 512, "launch_cooperative_grid": False, "launch_pdl": False}
+        scratch = {"global_scratch_size": 0, "profile_scratch_size": 0}
+        self.metadata = SimpleNamespace(**least | scratch | metadata)
+        kinds = {
+            "q": "*bf16",
+            "indices": "constexpr",
+            "o": "*bf16",
+            "scale": "fp32",
+            "T": "i32",
+            "s_q": "i32",
+            "s_o": "i32",
+        }
+        kinds |= {"BT": "constexpr", "EVEN": "constexpr"}
+        self.src = SimpleNamespace(signature=kinds, constants={(1,): None, (6,): 1, (7,): 64, (8,): True})
+
+
+def start_by_pytorch(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., None]) -> None:
+    monkeypatch.setattr(torch._C, "_StaticCudaLauncher", SimpleNamespace(_launch_kernel=launch), raising=False)
+    monkeypatch.setattr(launching._thread, "has_context", True)
+
+
+def test_pytorchs_launcher_starts_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the arguments that the kernel takes, by their kinds: what is constant, a stride of 1 too, is none."""
+    device, started = Device(monkeypatch), list[Any]()
+    start_by_pytorch(monkeypatch, lambda *arguments: started.append(arguments))
+    device.kernel = Started(device)
+    for _ in range(3):
+        device.launch(16, None, 32)
+    call = ("function", 7, 1, 1, 4, 512, "OOfiiOO", (16, 32, 0.5, 3, 8, None, None), "stream 1")
+    assert started == [call] * 2
+    assert len(device.dispatched) == 1
+    assert not device.launched
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"num_ctas": 2},
+        {"launch_cooperative_grid": True},
+        {"launch_pdl": True},
+        {"global_scratch_size": 128},
+        {"profile_scratch_size": 128},
+    ],
+    ids=str,
+)
+def test_triton_launches_what_pytorchs_launcher_does_not_know(
+    metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, started = Device(monkeypatch), list[Any]()
+    start_by_pytorch(monkeypatch, lambda *arguments: started.append(arguments))
+    device.kernel = Started(device, **metadata)
+    for _ in range(2):
+        device.launch(16, None, 32)
+    assert len(device.launched) == 1
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["tensordesc<bf16[64, 64]>", "fp64"])
+def test_triton_launches_with_arguments_of_other_kinds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_by_pytorch(monkeypatch, lambda *_: None)
+    compiled, arguments = Started(Device(monkeypatch)), (0.5, 3, 8, 1, 64, True)
+    assert launching.start_of(compiled, 7, 3, arguments) is not None
+    assert launching.start_of(compiled, 7, 3, (0.5, 2**31, *arguments[2:])) is None  # it would be cut off
+    compiled.src.signature["scale" if kind == "fp64" else "q"] = kind
+    assert launching.start_of(compiled, 7, 3, arguments) is None
+
+
+def test_triton_launches_where_pytorchs_launcher_takes_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, asked = Device(monkeypatch), list[Any]()
+
+    def refuse(*arguments: Any) -> None:
+        asked.append(arguments)
+        raise TypeError("function takes exactly 10 arguments (9 given)")
+
+    start_by_pytorch(monkeypatch, refuse)
+    device.kernel = Started(device)
+    launch = launching.Launch(device, 7, (0.5, 3), (8, 1), {"BT": 64, "EVEN": True}, 4, 2)
+    for _ in range(3):
+        launch(fake_tensor(16), None, fake_tensor(32))
+    assert len(asked) == 1
+    assert [arguments[9:] for arguments in device.launched] == [(16, None, 32, 0.5, 3, 8, 1, 64, True)] * 2
+
+
+def test_a_thread_has_the_gpus_context_before_pytorchs_launcher_starts_anything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, seen = Device(monkeypatch), list[str]()
+    start_by_pytorch(monkeypatch, lambda *_: seen.append("start"))
+    monkeypatch.setattr(launching._thread, "has_context", False)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: seen.append("context")))
+    device.kernel = Started(device)
+    for _ in range(3):
+        device.launch(16, None, 32)
+    assert seen == ["context", "start", "start"]
 
 
 def test_what_is_compiled_side_by_side_is_what_is_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
