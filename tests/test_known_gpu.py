@@ -81,6 +81,20 @@ def test_a_recurrence_unlike_those_known_has_its_own_results(name: str) -> None:
         torch.testing.assert_close(state.mT if options is turned else state, h, rtol=1e-5, atol=1e-5)
 
 
+def test_pytorchs_launcher_starts_it_with_the_bits_of_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is private, so that a release without it, or with another one, would only be slower: this says so."""
+    given = few_tokens()
+    configuration.clear_caches()
+    for _ in range(2):
+        o, h = fused_recurrent_retention(**given)
+    ((known,),) = fused_recurrent.KNOWN.kinds.values()
+    assert known.launch._start is not None
+    monkeypatch.setattr(known.launch, "_start", None)
+    got, state = fused_recurrent_retention(**given)
+    assert torch.equal(got, o)
+    assert torch.equal(state, h)
+
+
 @pytest.mark.usefixtures("measures_alone")
 def test_a_recurrence_of_one_token_takes_the_host_as_long_as_a_few_additions() -> None:
     """30 us, where an addition in place takes 5: hosts are not equally fast."""

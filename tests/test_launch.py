@@ -240,6 +240,7 @@ class Device:
         monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
         monkeypatch.setattr(launching, "current_device", lambda: 1)
         monkeypatch.setattr(launching, "_compiled", {})
+        monkeypatch.setattr(launching._thread, "has_context", True)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def dispatch(*arguments: Any, **options: Any) -> Any:
@@ -337,7 +338,6 @@ class Started(Compiled):
 
 def start_by_pytorch(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., None]) -> None:
     monkeypatch.setattr(torch._C, "_StaticCudaLauncher", SimpleNamespace(_launch_kernel=launch), raising=False)
-    monkeypatch.setattr(launching._thread, "has_context", True)
 
 
 def test_pytorchs_launcher_starts_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +402,18 @@ def test_triton_launches_where_pytorchs_launcher_takes_other_arguments(monkeypat
     assert [arguments[9:] for arguments in device.launched] == [(16, None, 32, 0.5, 3, 8, 1, 64, True)] * 2
 
 
-def test_a_thread_has_the_gpus_context_before_pytorchs_launcher_starts_anything(
+def test_triton_launches_all_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, started = Device(monkeypatch), list[Any]()
+    start_by_pytorch(monkeypatch, lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(launching, "LAUNCHER", "triton")
+    device.kernel = Started(device)
+    for _ in range(2):
+        device.launch(16, None, 32)
+    assert len(device.launched) == 1
+    assert not started
+
+
+def test_a_thread_has_the_gpus_context_before_anything_is_launched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device, seen = Device(monkeypatch), list[str]()

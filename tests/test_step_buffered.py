@@ -517,13 +517,13 @@ def ruled(only_this_directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[tu
     return write_rules(only_this_directory / "a.yaml", step_buffered)
 
 
-def chosen(kind: tuple[torch.dtype, bool], tokens: int, group: int = 1) -> tuple[StepConfig, StepConfig]:
+def chosen(kind: tuple[torch.dtype, bool], tokens: int, group: int = 1, L: int = 16) -> tuple[StepConfig, StepConfig]:
     """What a call on such states runs with, and the default."""
     dtype, is_seeded = kind
     state, seed = torch.empty(1, dtype=dtype), torch.empty(1) if is_seeded else None
     k, v = (torch.empty(8, tokens, 4, width, dtype=torch.bfloat16) for width in (64, 96))
     default = default_config(k.dtype, 64, 96, 32, tokens, dtype.itemsize, group)
-    return config_for(k, v, state, seed, group), default
+    return config_for(k, v, state, seed, group, L), default
 
 
 @pytest.mark.parametrize("kind", step_buffered.KERNELS, ids=str)
@@ -536,9 +536,9 @@ def test_rules_are_those_of_the_kind_of_states(
         assert config == (ruled[kind] if tokens < 3 else default)
 
 
-def test_groups_and_flushes_run_the_default(ruled: dict[tuple[torch.dtype, bool], StepConfig]) -> None:
-    for tokens, group in ((1, 3), (2, 2), (0, 1)):
-        config, default = chosen((torch.float32, False), tokens, group)
+def test_groups_flushes_and_smaller_buffers_run_the_default(ruled: dict[tuple[torch.dtype, bool], StepConfig]) -> None:
+    for tokens, group, L in ((1, 3, 16), (2, 2, 16), (0, 1, 16), (1, 1, 8)):
+        config, default = chosen((torch.float32, False), tokens, group, L)
         assert config == default
 
 

@@ -225,15 +225,16 @@ def _steps(workload: Workload, form: str, peers: Sequence[Peer]) -> list[Contend
     given = StepInputs.of(form, problem.inputs(DEVICE))
     inputs, size = (given.q, given.k, given.v), given.state.element_size()
     floor_ms = workload.step_floor_ms(size, is_written=not given.counts)
+    expected = _step_reference(given)
     contenders = [
-        Contender(variant, _own_step(given), inputs, _step_reference(given), context, form, floor_ms)
+        Contender(variant, _own_step(given), inputs, expected, context, form, floor_ms)
         for variant, context in (("tuned", contextlib.nullcontext), ("default", defaults_only))
     ]
     if given.counts:
         folding, floor_ms = given.all_folding, workload.step_floor_ms(size)
-        call, expected = _own_step(folding), _step_reference(folding)
-        return [*contenders, Contender("folding", call, inputs, expected, contextlib.nullcontext, form, floor_ms)]
-    rows, expected = given.state[given.slots], _step_reference(given)
+        others = inputs, _step_reference(folding), contextlib.nullcontext, form, floor_ms
+        return [*contenders, Contender("folding", _own_step(folding), *others)]
+    rows = given.state[given.slots]
     calls = {peer.name: partial(peer.functions[form], initial_state=rows) for peer in peers if form in peer.functions}
     return contenders + [
         Contender(name, call, inputs, expected, contextlib.nullcontext, form, floor_ms) for name, call in calls.items()

@@ -20,7 +20,7 @@ from typing import Any
 from generated.launch import blocks, padded
 from generated.retention import fused_chunk, fused_chunk_hopper
 from tuning.compilation import Arch, Resources
-from tuning.problems import GRADIENTS, HOPPER, SEGMENTED, STATES_SEGMENT, STEPS, Problem
+from tuning.problems import BUFFERED, GRADIENTS, HOPPER, SEGMENTED, STATES_SEGMENT, STEPS, Problem
 
 STEP_LATENCY_MS = 1.2e-3
 TOKEN_LATENCY_MS = 0.5e-3
@@ -101,7 +101,8 @@ def _work(problem: Problem, config: Any) -> Work:
         kind = STEPS[problem.form]
         passes = 1 if kind.is_buffered else 2  # read, and written at each step, and shared with no neighbour
         state = passes * K * config.BV * kind.dtype.itemsize
-        return Work(programs, 1.0, 0.0, 2 * state + T * size * (2 * K + config.BV), latency)
+        held = kind.is_buffered * BUFFERED // 2 * size * (K + config.BV)  # in the mean
+        return Work(programs, 1.0, 0.0, 2 * state + held + T * size * (2 * K + config.BV), latency)
     hidden = STEP_LATENCY_MS * (1.0 if config.num_stages == 1 else 0.7)
     if problem.form == "chunk_states":
         length = min(T, STATES_SEGMENT)

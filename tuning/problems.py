@@ -176,6 +176,7 @@ FORMS = {
 }
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
 PLAIN = "plain"  # the variant of a launch that is timed
+ONE_TOKEN, SEVERAL_TOKENS = "one token", "several tokens"  # of a buffered step
 GRADIENTS = "fused_chunk_gradients"
 HOPPER = "fused_chunk_hopper"  # runs wide heads alone, without states of the caller's
 SEGMENTED = ("chunk", HOPPER)  # where L is less than T they run chunk_states too
@@ -304,11 +305,17 @@ class Problem:
 
     def _step_variants(self, config: Any) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
+        several = {"tokens": 3}
         if not STEPS[self.form].is_buffered:
-            kept, grouped = {"kept": True}, {"group": 3, "tokens": 3}  # as of one token they have tiles of their own
+            kept, grouped = {"kept": True}, {"group": 3, **several}  # as of one token they have tiles of their own
             return found | {"kept": kept, "grouped": grouped, "grouped, kept": kept | grouped}
+        one = {"tokens": 1}  # which is a kernel of its own
+        found = {ONE_TOKEN: one, "one token in rows": one | found["in rows"]} | {
+            "one token, slots of 32 bits": one | found["slots of 32 bits"]
+        }
         if self.takes_more(config):
-            found |= {"grouped": {"group": 3, "tokens": 3}, "several tokens": {"tokens": 3}}
+            found |= {SEVERAL_TOKENS: several, "several tokens in rows": several | {"in_rows": True}}
+            found |= {"several tokens, slots of 32 bits": several | {"int32": True}}
         return found
 
     def takes_more(self, config: Any) -> bool:
@@ -330,6 +337,8 @@ class Problem:
         if self.form == HOPPER:
             cut = "cut, " if config.L < self.T else ""
             narrower = [f"{cut}whole", f"{cut}ragged", "packed", "packed, cut", "turned"]
+        if self.form in STEPS:
+            narrower = [PLAIN, ONE_TOKEN, SEVERAL_TOKENS]
         launches = [(self, variant) for variant in variants]
         return list(
             dict.fromkeys([*launches, *((self.narrower(), variant) for variant in narrower if variant in variants)])

@@ -155,11 +155,12 @@ def step_draws(problem: Problem, config: Any) -> list[Draw]:
 
     found = [Draw("one token", (1,)), *(alike(1, ", one token") if kind.is_buffered else [])]
     if problem.takes_more(config):
-        found += [Draw("most tokens", (MOST_STEPS,)), *alike(3), Draw("grouped heads", (3,), group=3)]
-    if kind.is_buffered:
+        found += [Draw("most tokens", (MOST_STEPS,)), *alike(3)]
+    if kind.is_buffered:  # of which no rule is for groups
         return found
     return [
         *found,
+        Draw("grouped heads", (3,), group=3),
         Draw("states after each token", (5,), only=("kept",)),
         Draw("grouped heads, states after each token", (3,), group=3, only=("kept",)),
     ]
