@@ -191,6 +191,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--temperature is {args.temperature}; it must be at least 0")
     if args.check and args.dtype != "float32":
         parser.error(f"--check compares texts of float32; --dtype is {args.dtype}")
+    if args.device.partition(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"--device is {args.device}; it must be cpu, cuda or cuda:N")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device is {args.device}, but this PyTorch finds no GPU; use --device cpu")
     return args

@@ -14,7 +14,7 @@ import pytest
 
 from generated.configuration_file import parse_file
 from tuning.device import describe_gpu
-from tuning.problems import STEPS
+from tuning.problems import STEP_FORMS
 from tuning.rules import slowness
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -45,25 +45,27 @@ def rules_of(path: Path) -> dict[str, list[Any]]:
     return {kernel: entry.rules for kernel, entry in parse_file(path).kernels.items()}
 
 
-def test_a_step_is_tuned_for_each_kind_of_states_and_verified(tmp_path: Path, measures_alone: None) -> None:
-    path = tmp_path / "gpu.yaml"
-    selected = ("--form", "step", "--workload", "B=16,T=1,H=8,K=64,V=80")
+@pytest.mark.parametrize("form", STEP_FORMS)
+def test_a_step_is_tuned_for_each_kind_of_states_and_verified(form: str, tmp_path: Path, measures_alone: None) -> None:
+    path, parts = tmp_path / "gpu.yaml", STEP_FORMS[form]
+    selected = ("--form", form, "--workload", "B=16,T=1,H=8,K=64,V=80")
     out = tuning(tmp_path, "run", *selected, "--storage", str(tmp_path / "record"), "--out", str(path))
-    assert count("proven", out) == len(STEPS)
+    assert count("proven", out) == len(parts)
     found = rules_of(path)
-    assert found.keys() == {f"retention_{form}" for form in STEPS}
+    assert found.keys() == {f"retention_{part}" for part in parts}
     for (rule,) in found.values():
         assert rule.proof == "measured"
         assert 0 < rule.figures["ms"] <= 1.02 * rule.figures["default_ms"]
         assert 0 < rule.figures["error"] < 1e-2
     verified = tuning(tmp_path, "verify", "--all", "--kernel", "retention_step", "--tolerance", "0.5", ends=(0, 1))
     lines = [line for line in verified.splitlines() if "K=64 V=80 BH=128 T=1" in line]
-    assert len(lines) == len(STEPS)
+    assert len(lines) == len(parts)
     assert all("fresh" in line for line in lines)
     figures = tmp_path / "bench.json"
     tuning(tmp_path, "bench", *selected, "--json", str(figures))
     rows = [row for row in json.loads(figures.read_text())["rows"] if row["variant"] != "fla"]
-    assert {(row["form"], row["variant"]) for row in rows} == {(f, v) for f in STEPS for v in ("tuned", "default")}
+    variants = ("tuned", "default", *(["folding"] if form == "step_buffered" else []))
+    assert {(row["form"], row["variant"]) for row in rows} == {(part, v) for part in parts for v in variants}
     assert all(row["forward"]["gpu_ms"] > row["forward"]["floor_ms"] / 2 and row["both"] is None for row in rows)
 
 
