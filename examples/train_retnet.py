@@ -344,7 +344,8 @@ def load_model(path: Path) -> RetNet:
         model = RetNet(ModelConfig(**saved["config"]))
         model.load_state_dict(saved["weights"])
     except Exception as error:  # whatever is wrong with the file, its name helps most
-        raise SystemExit(f"error: --load {path} is not a model that --save wrote: {type(error).__name__}, {error}") from error
+        reason = f"{type(error).__name__}, {error}"
+        raise SystemExit(f"error: --load {path} is not a model that --save wrote: {reason}") from error
     return model
 
 
