@@ -304,19 +304,15 @@ class Problem:
         return found
 
     def _step_variants(self, config: Any) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
-        several = {"tokens": 3}
+        in_rows, int32, several = {"in_rows": True}, {"int32": True}, {"tokens": 3}
         if not STEPS[self.form].is_buffered:
             kept, grouped = {"kept": True}, {"group": 3, **several}  # as of one token they have tiles of their own
-            return found | {"kept": kept, "grouped": grouped, "grouped, kept": kept | grouped}
-        one = {"tokens": 1}  # which is a kernel of its own
-        found = {ONE_TOKEN: one, "one token in rows": one | found["in rows"]} | {
-            "one token, slots of 32 bits": one | found["slots of 32 bits"]
-        }
-        if self.takes_more(config):
-            found |= {SEVERAL_TOKENS: several, "several tokens in rows": several | {"in_rows": True}}
-            found |= {"several tokens, slots of 32 bits": several | {"int32": True}}
-        return found
+            found = {"in rows": in_rows, "slots of 32 bits": int32, "kept": kept}
+            return found | {"grouped": grouped, "grouped, kept": kept | grouped}
+        # One token goes by a kernel of its own.
+        tokens = {ONE_TOKEN: {"tokens": 1}, **({SEVERAL_TOKENS: several} if self.takes_more(config) else {})}
+        ways = {"": {}, " in rows": in_rows, ", slots of 32 bits": int32}
+        return {what + way: {**n, **how} for what, n in tokens.items() for way, how in ways.items()}
 
     def takes_more(self, config: Any) -> bool:
         """Whether a step's configuration may be used where a state gives more than one output."""

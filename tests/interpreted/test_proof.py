@@ -399,16 +399,28 @@ def plant_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     return put
 
 
+def assert_found(problem: Problem, config: Any, said: str) -> None:
+    """Fail unless a draw that a proof consists of finds the fault that was planted, and says so."""
+    with pytest.raises(ArithmeticError) as caught:
+        proof.prove(problem, config, {}, "cpu")
+    assert said in str(caught.value)
+    assert str(caught.value).split(":")[0] in {draw.name for draw in proof.draws(problem, config)}
+
+
+def assert_passes(problem: Problem, config: Any) -> None:
+    """Fail unless a proof, also at the full shape, takes a kernel for right, and leaves the inputs as they are."""
+    assert 0 < proof.prove(problem, config, {}, "cpu") < proof.ERROR_LIMITS["float16"]
+    inputs = problem.inputs("cpu")
+    assert 0 < proof.prove_whole(problem, config, {}, inputs) < proof.ERROR_LIMITS["float16"]
+    assert proof.same_bits(inputs, problem.inputs("cpu"))
+
+
 @pytest.mark.forms("step")
 @pytest.mark.parametrize("fault", STEP_FAULTS)
 def test_every_fault_of_a_step_is_found(form: str, plant_step: Callable[[str, str], None], fault: str) -> None:
     part, old, new, said = STEP_FAULTS[fault]
     plant_step(old, new)
-    problem = Problem(part, "float16", 2, 1, 3, 16, 24)
-    with pytest.raises(ArithmeticError) as caught:
-        proof.prove(problem, STEP_CONFIG, {}, "cpu")
-    assert said in str(caught.value)
-    assert str(caught.value).split(":")[0] in {draw.name for draw in proof.draws(problem, STEP_CONFIG)}
+    assert_found(Problem(part, "float16", 2, 1, 3, 16, 24), STEP_CONFIG, said)
 
 
 @pytest.mark.forms("step")
@@ -417,11 +429,7 @@ def test_every_fault_of_a_step_is_found(form: str, plant_step: Callable[[str, st
 )  # the interpreter rounds bfloat16 in its own way
 def test_right_steps_pass(form: str, part: str, plant_step: Callable[[str, str], None]) -> None:
     plant_step("b_h * b_a + b_u", "b_u + b_h * b_a")
-    problem = Problem(part, "float16", 6, 2, 3, 16, 24)
-    assert 0 < proof.prove(problem, STEP_CONFIG, {}, "cpu") < proof.ERROR_LIMITS["float16"]
-    inputs = problem.inputs("cpu")
-    assert 0 < proof.prove_whole(problem, STEP_CONFIG, {}, inputs) < proof.ERROR_LIMITS["float16"]
-    assert proof.same_bits(inputs, problem.inputs("cpu"))
+    assert_passes(Problem(part, "float16", 6, 2, 3, 16, 24), STEP_CONFIG)
 
 
 @pytest.mark.forms("step_buffered")
@@ -429,22 +437,14 @@ def test_right_steps_pass(form: str, part: str, plant_step: Callable[[str, str],
 def test_every_fault_of_a_buffered_step_is_found(form: str, plant_step: Callable[..., None], fault: str) -> None:
     part, old, new, said = BUFFERED_FAULTS[fault]
     plant_step(old, new, step_buffered)
-    problem = Problem(part, "float16", 2, 1, 3, 24, 24)
-    with pytest.raises(ArithmeticError) as caught:
-        proof.prove(problem, BUFFERED_CONFIG, {}, "cpu")
-    assert said in str(caught.value)
-    assert str(caught.value).split(":")[0] in {draw.name for draw in proof.draws(problem, BUFFERED_CONFIG)}
+    assert_found(Problem(part, "float16", 2, 1, 3, 24, 24), BUFFERED_CONFIG, said)
 
 
 @pytest.mark.forms("step_buffered")
 @pytest.mark.parametrize("part", ["step_buffered", "step_buffered_f16", "step_buffered_f16_seed"])
 def test_right_buffered_steps_pass(form: str, part: str, plant_step: Callable[..., None]) -> None:
     plant_step("b_o += b_s * b_v.to(tl.float32)", "b_o = b_s * b_v.to(tl.float32) + b_o", step_buffered)
-    problem = Problem(part, "float16", 6, 1, 3, 24, 24)
-    assert 0 < proof.prove(problem, BUFFERED_CONFIG, {}, "cpu") < proof.ERROR_LIMITS["float16"]
-    inputs = problem.inputs("cpu")
-    assert 0 < proof.prove_whole(problem, BUFFERED_CONFIG, {}, inputs) < proof.ERROR_LIMITS["float16"]
-    assert proof.same_bits(inputs, problem.inputs("cpu"))
+    assert_passes(Problem(part, "float16", 6, 1, 3, 24, 24), BUFFERED_CONFIG)
 
 
 @pytest.mark.forms("step_buffered")
