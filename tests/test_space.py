@@ -115,15 +115,11 @@ def test_every_combination_is_a_valid_configuration(form: str, arch: str) -> Non
 
 
 @pytest.mark.parametrize("K", [64, 256, 512])
-def test_a_buffered_step_of_several_tokens_has_its_state_in_registers(K: int) -> None:
-    found = []
-    for T in (1, 2):
-        problem = Problem("step_buffered", "bfloat16", 64, T, 8, K, 512)
-        found.append({(c.BV, c.num_warps) for c in problem.sift(SM90).candidates})
-        assert (problem.default().BV, problem.default().num_warps) in found[-1]
-    one, several = found
-    assert one == {(BV, warps) for BV in (8, 16, 32, 64, 128) for warps in (1, 2, 4, 8)}
-    assert several == {(BV, warps) for BV, warps in one if 4096 * warps >= K * BV}
+def test_a_buffered_step_may_have_any_tile(K: int) -> None:
+    problem = Problem("step_buffered", "bfloat16", 64, 1, 8, K, 512)
+    found = {(c.BV, c.num_warps) for c in problem.sift(SM90).candidates}
+    assert (problem.default().BV, problem.default().num_warps) in found
+    assert found == {(BV, warps) for BV in (8, 16, 32, 64, 128) for warps in (1, 2, 4, 8)}
 
 
 def test_what_each_filter_dropped_is_counted() -> None:

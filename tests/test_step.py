@@ -207,11 +207,44 @@ def test_rules_are_those_of_the_kind_of_states(
         default = default_config(k.dtype, 64, 96, 32, tokens, dtype.itemsize)
         assert ruled != default
         assert step.config_for(k, k, v, state, seed, None) == (ruled if tokens < 3 else default)
-        q, grouped = k.repeat_interleave(2, 2), step.default_grouped_config(96, 2, 32, dtype.itemsize)
-        assert step.config_for(q, k, v, state, seed, None) == (
-            grouped if tokens == 1 else ruled if tokens < 3 else default
-        )
+        q = k.repeat_interleave(2, 2)
+        in_pieces = step.config_for(q, k, v, state, seed, None)
+        assert in_pieces.BV * dtype.itemsize >= 32
+        assert in_pieces not in (ruled, default)
         assert step.config_for(q, k, v, state, seed, state) == (ruled if tokens < 3 else default)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "G", "stored", "is_kept", "expected"),
+    [
+        (256, 1, 1, torch.float32, False, False),
+        (1, 1, 2, torch.float32, False, True),
+        (256, 1, 2, torch.bfloat16, True, False),
+        (256, 4, 1, torch.float32, False, False),
+        (256, 5, 1, torch.float32, False, True),
+        (256, 2, 1, torch.bfloat16, False, True),
+        (256, 16, 1, torch.bfloat16, True, False),
+        (31, 16, 1, torch.bfloat16, False, False),
+        (32, 16, 1, torch.bfloat16, False, True),
+    ],
+)
+def test_states_go_by_in_pieces_where_it_is_faster(
+    B: int, T: int, G: int, stored: torch.dtype, is_kept: bool, expected: bool
+) -> None:
+    k, v = (torch.empty(B, T, 8, width, dtype=torch.bfloat16, device="meta") for width in (64, 128))
+    state = torch.empty(B, 8, 64, 128, dtype=stored, device="meta")
+    assert step.goes_by_in_pieces(k, v, state, G, state if is_kept else None) is expected
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 7, 8, 16, 33, 128, 1024])
+def test_tiles_of_many_outputs_hold_them_in_blocks(outputs: int) -> None:
+    BR = step.rows_of_outputs(outputs)
+    assert BR & (BR - 1) == 0
+    assert min(outputs, 64) <= BR <= min(64, 2 * outputs - 1)
+    for V, BH, size in itertools.product((1, 80, 512), (1, 64, 4096), (2, 4)):
+        config = step.default_config_in_pieces(128, V, outputs, BH, size)
+        assert 32 // size <= config.BV <= min(256, padded(V))
+        assert BR * config.BV <= 64 * 32 * config.num_warps  # numbers of sums a thread
 
 
 def test_a_rule_with_tiles_that_no_random_bits_come_for_is_none() -> None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from generated import arguments, configuration, retention_step, retention_step_buffered, retention_step_flush
 from generated.retention import step_buffered
 from generated.retention.step import StepConfig
-from generated.retention.step_buffered import config_for, default_config, holds_tile
+from generated.retention.step_buffered import config_for, default_config
 
 B, T, H, K, V, L = 2, 2, 2, 4, 5, 3
 OPERATOR = torch.ops.retgen.retention_step_buffered.default
@@ -506,7 +506,7 @@ def test_grouped_heads_are_those_repeated() -> None:
 
 @pytest.fixture
 def ruled(only_this_directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[torch.dtype, bool], StepConfig]:
-    """What rules, which hold for one and two tokens, say of each kind of states."""
+    """What rules, which hold for one and two tokens, say of each kind of states: of buffered steps those of one."""
 
     def choose(kernel: str, config_type: Any, default: Any, k: Tensor, v: Tensor, *_: Any) -> Any:
         (rows, tokens, heads, width), device = k.shape, torch.device("cuda", 0)
@@ -533,30 +533,13 @@ def test_rules_are_those_of_the_kind_of_states(
     for tokens in (1, 2, 3):
         config, default = chosen(kind, tokens)
         assert ruled[kind] != default
-        assert config == (ruled[kind] if tokens < 3 else default)
+        assert config == (ruled[kind] if tokens == 1 else default)
 
 
 def test_groups_flushes_and_smaller_buffers_run_the_default(ruled: dict[tuple[torch.dtype, bool], StepConfig]) -> None:
     for tokens, group, L in ((1, 3, 16), (2, 2, 16), (0, 1, 16), (1, 1, 8)):
         config, default = chosen((torch.float32, False), tokens, group, L)
         assert config == default
-
-
-def test_a_rule_of_one_token_is_not_for_more_where_these_find_no_registers(
-    ruled: dict[tuple[torch.dtype, bool], StepConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind = (torch.float16, True)
-    monkeypatch.setattr(step_buffered, "holds_tile", lambda *_: False)
-    assert chosen(kind, 1)[0] == ruled[kind]
-    config, default = chosen(kind, 2)
-    assert config == default != ruled[kind]
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_default_finds_registers_for_more_outputs_than_one(size: int) -> None:
-    for heads, width, columns in ((8, 512, 512), (512, 512, 64), (512, 1, 512), (1, 256, 512), (4096, 80, 80)):
-        config = default_config(torch.bfloat16, width, columns, heads, 3, size)
-        assert holds_tile(width, config.BV, config.num_warps)
 
 
 def test_launches_are_found_anew_by_other_rules(only_this_directory: Path) -> None:

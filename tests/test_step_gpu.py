@@ -354,7 +354,7 @@ def test_calls_go_by_the_rules_of_their_kind_of_states(
         retention_step(problem.q, k, v, state, seed=seed)
     launches = [*step._launches.values(), *(known.launch for (known,) in step.KNOWN.kinds.values())]
     if G > 1:  # one token's many queries have tiles of their own
-        config = step.default_grouped_config(96, G, 32, dtype.itemsize)
+        config = step.default_config_in_pieces(256 // dtype.itemsize, 96, G, 32, dtype.itemsize)
     assert [launch and launch._constants["BV"] for launch in launches] == [config.BV] * 2
 
 

@@ -176,7 +176,6 @@ FORMS = {
 }
 WITH_STATES = ("chunk", "fused_chunk", "fused_recurrent")
 PLAIN = "plain"  # the variant of a launch that is timed
-ONE_TOKEN, SEVERAL_TOKENS = "one token", "several tokens"  # of a buffered step
 GRADIENTS = "fused_chunk_gradients"
 HOPPER = "fused_chunk_hopper"  # runs wide heads alone, without states of the caller's
 SEGMENTED = ("chunk", HOPPER)  # where L is less than T they run chunk_states too
@@ -282,7 +281,7 @@ class Problem:
             states = {name: torch.empty(shape, device="meta") for name in ("initial_state", "final_state")}
         found: dict[str, dict[str, Any]] = {PLAIN: {}}
         if self.form in STEPS:
-            return found | self._step_variants(config)
+            return found | self._step_variants()
         if self.form == HOPPER:
             longest = fused_chunk_hopper.LONGEST
             found |= {"reversed": {"reverse": True}, "whole": {"tokens": longest}, "ragged": {"tokens": longest + 1}}
@@ -303,20 +302,17 @@ class Problem:
                 found["turned, states"] = {**turned, "adjoint": True, **states}
         return found
 
-    def _step_variants(self, config: Any) -> dict[str, dict[str, Any]]:
-        in_rows, int32, several = {"in_rows": True}, {"int32": True}, {"tokens": 3}
-        if not STEPS[self.form].is_buffered:
-            kept, grouped = {"kept": True}, {"group": 3, **several}  # as of one token they have tiles of their own
-            found = {"in rows": in_rows, "slots of 32 bits": int32, "kept": kept}
-            return found | {"grouped": grouped, "grouped, kept": kept | grouped}
-        # One token goes by a kernel of its own.
-        tokens = {ONE_TOKEN: {"tokens": 1}, **({SEVERAL_TOKENS: several} if self.takes_more(config) else {})}
-        ways = {"": {}, " in rows": in_rows, ", slots of 32 bits": int32}
-        return {what + way: {**n, **how} for what, n in tokens.items() for way, how in ways.items()}
+    def _step_variants(self) -> dict[str, dict[str, Any]]:
+        found = {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
+        if STEPS[self.form].is_buffered:
+            return found
+        kept = {"kept": True}
+        return found | {"kept": kept, "grouped, kept": kept | {"group": 3, "tokens": 3}}
 
-    def takes_more(self, config: Any) -> bool:
-        """Whether a step's configuration may be used where a state gives more than one output."""
-        return not STEPS[self.form].is_buffered or step_buffered.holds_tile(self.K, config.BV, config.num_warps)
+    @property
+    def has_rules(self) -> bool:
+        """Whether rules are made for it: of steps those of one token, of which tiles of more tell less."""
+        return self.form not in STEPS or self.T == 1
 
     def narrower(self) -> Problem:
         """Heads of the same tiles that fill them least of those that descriptors read: rules hold for these too."""
@@ -333,8 +329,6 @@ class Problem:
         if self.form == HOPPER:
             cut = "cut, " if config.L < self.T else ""
             narrower = [f"{cut}whole", f"{cut}ragged", "packed", "packed, cut", "turned"]
-        if self.form in STEPS:
-            narrower = [PLAIN, ONE_TOKEN, SEVERAL_TOKENS]
         launches = [(self, variant) for variant in variants]
         return list(
             dict.fromkeys([*launches, *((self.narrower(), variant) for variant in narrower if variant in variants)])

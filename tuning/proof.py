@@ -90,7 +90,7 @@ class Draw:
 def draws(problem: Problem, config: Any) -> list[Draw]:
     """The draws of a problem: what its form knows nothing of (states, packed sequences) is left out."""
     if problem.form in STEPS:
-        return step_draws(problem, config)
+        return step_draws(problem)
     segment = STATES_SEGMENT if problem.form == "chunk_states" else getattr(config, "L", 0)
     # More than two segments, where there are any: at the start of the third a state has decayed over one.
     tokens = 2 * segment + TOKENS if 0 < segment < problem.T else TOKENS
@@ -139,28 +139,24 @@ def draws(problem: Problem, config: Any) -> list[Draw]:
     return found
 
 
-def step_draws(problem: Problem, config: Any) -> list[Draw]:
-    """The draws of a step: of one token, and of more where the configuration may be used for them."""
+def step_draws(problem: Problem) -> list[Draw]:
+    """The draws of a step by rules: with buffers of one token, else of more too."""
     kind, is_narrow = STEPS[problem.form], problem.narrower() == problem
     size = min(SIZES[name] for name in (problem.dtype, _name(kind.dtype)))
-
-    def alike(tokens: int, what: str = "") -> list[Draw]:
-        return [
-            *([] if is_narrow else [Draw(f"narrower heads{what}", (tokens,), narrower=True)]),
-            Draw(f"large numbers{what}", (tokens,), log2_size=size),
-            Draw(f"tiny numbers{what}", (tokens,), log2_size=-size),
-            Draw(f"rows in their own slots{what}", (tokens,), only=("in_rows",)),
-            Draw(f"slots of 32 bits{what}", (tokens,), only=("int32",)),
-        ]
-
-    found = [Draw("one token", (1,)), *(alike(1, ", one token") if kind.is_buffered else [])]
-    if problem.takes_more(config):
-        found += [Draw("most tokens", (MOST_STEPS,)), *alike(3)]
-    if kind.is_buffered:  # of which no rule is for groups
+    tokens = (1 if kind.is_buffered else 3,)
+    found = [
+        Draw("one token", (1,)),
+        *([] if kind.is_buffered else [Draw("most tokens", (MOST_STEPS,))]),
+        *([] if is_narrow else [Draw("narrower heads", tokens, narrower=True)]),
+        Draw("large numbers", tokens, log2_size=size),
+        Draw("tiny numbers", tokens, log2_size=-size),
+        Draw("rows in their own slots", tokens, only=("in_rows",)),
+        Draw("slots of 32 bits", tokens, only=("int32",)),
+    ]
+    if kind.is_buffered:
         return found
     return [
         *found,
-        Draw("grouped heads", (3,), group=3),
         Draw("states after each token", (5,), only=("kept",)),
         Draw("grouped heads, states after each token", (3,), group=3, only=("kept",)),
     ]

@@ -26,7 +26,7 @@ from generated.retention.chunk import WHOLE
 from generated.retention.fused_chunk import WIDEST_PART, state_rows
 from generated.retention.step import KERNELS as STEP_KERNELS
 from generated.retention.step_buffered import KERNELS as BUFFERED_KERNELS
-from generated.retention.step_buffered import holds_tile, pieces
+from generated.retention.step_buffered import pieces
 from tuning.compilation import Arch, Resources
 
 FLOAT = 4  # bytes of a number of the states, of which those in 16 bits are read in the same pieces
@@ -282,15 +282,6 @@ class Warps(Powers):
     in_the_code = True
 
 
-class TileWarps(Warps):
-    """Warps whose registers have room for the tile of a state that gives more than one output."""
-
-    def values(self, place: Place, chosen: Any) -> Iterable[int]:
-        """All where there is one output: the state then goes through shared memory."""
-        warps = super().values(place, chosen)
-        return [n for n in warps if place.T == 1 or holds_tile(place.K, chosen.BV, n)]
-
-
 @dataclass(frozen=True)
 class Transposed(Knob):
     """Whether the products have the state on their left.
@@ -493,7 +484,7 @@ SPACES = {
     ),
     **dict.fromkeys(
         (kernel.removeprefix("retention_") for kernel in BUFFERED_KERNELS.values()),
-        Space((BV(8, 128), TileWarps(1, 8)), BUFFERED),
+        Space((BV(8, 128), Warps(1, 8)), BUFFERED),
     ),
     "fused_chunk_hopper": Space(
         (BT(16, hopper.LONGEST), Slots(6), HopperScores(), Segments(256, WHOLE // 2)), HOPPER, archs=("sm90",)
