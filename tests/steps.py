@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,19 @@ def assert_grouped_steps_match(step: Callable[..., Tensor], problem: Problem, he
     assert_matches({"o": o}, whole)
     repeats = problem.q.shape[2] // heads
     assert errors(grouped["state"].repeat_interleave(repeats, 1), solve(whole)["final_state"])[0] < 1e-5
+
+
+@contextmanager
+def in_pieces(way: str) -> Iterator[None]:
+    """Let states go by in pieces wherever they can, not only where it is faster; "registers" leaves it as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "pieces":
+            patch.setattr(
+                step_module, "goes_by_in_pieces", lambda k, v, state, G, kept: k.shape[1] * G > 1 and kept is None
+            )
+        configuration.clear_caches()
+        yield
+    configuration.clear_caches()
 
 
 def run_step(

@@ -362,7 +362,7 @@ def test_on_hopper_the_buffered_steps_state_is_asked_for_ahead(B: int, K: int, V
     ("B", "T", "G"), [(1, 1, 8), (64, 1, 8), (64, 1, 64), (64, 3, 2), (64, 8, 1), (64, 16, 1), (64, 16, 8)]
 )
 def test_many_outputs_find_room_beside_pieces_of_the_state(arch: str, K: int, V: int, B: int, T: int, G: int) -> None:
-    """Pieces are asked for ahead, and products are of float32's accuracy but for those of buffered tokens, in three parts."""
+    """Pieces are asked for ahead, and products are of float32 but for those of buffered tokens, in three parts."""
     for dtype, stored in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         plain, _ = compile_step(arch, B, K, V, dtype, torch.int32, stored, False, G=G, T=T)
         buffered, _ = compile_buffered(arch, B, K, V, dtype, stored, G, T)

@@ -90,7 +90,8 @@ import torch
 from generated import retention, retention_step, retention_step_buffered, retention_step_flush
 q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 32)
 for dtype in (torch.float32, torch.bfloat16):
-    retention_step(*(x.repeat(1, 2, 1, 1) for x in (q, k, v)), torch.zeros(2, 2, 16, 32, dtype=dtype))
+    for queries in (q, k):
+        retention_step(*(x.repeat(1, 2, 1, 1) for x in (queries, k, v)), torch.zeros(2, 2, 16, 32, dtype=dtype))
 retention_step(q, k, v, torch.zeros(2, 2, 16, 32))
 retention_step(v, v, k, torch.zeros(2, 2, 32, 16))
 state, buffers = torch.zeros(2, 2, 16, 32), (torch.zeros(2, 32, 2, 16), torch.zeros(2, 32, 2, 32))
@@ -105,7 +106,7 @@ retention(k, k, v)
 def test_steps_are_recorded_by_the_heads_of_their_states_and_are_for_the_step_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What rules are never used for is not: groups of one token, buffered ones of groups, and flushes."""
+    """What rules are never used for is not: groups, buffered ones of more outputs, and flushes."""
     assert run(tmp_path, monkeypatch, sys.executable, "-c", A_STEP) == 0
     found = [(w.B, w.T, w.H, w.K, w.V, w.form) for w in read(tmp_path / "seen.yaml")]
     steps = [(2, 2, 2, 16, 32, "step"), (2, 1, 2, 32, 16, "step"), (2, 1, 2, 16, 32, "step_buffered")]

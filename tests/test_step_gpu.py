@@ -22,6 +22,8 @@ from steps import (
     assert_rounded_once,
     assert_steps_match,
     assert_unbiased,
+    in_pieces,
+    spacing,
     write_rules,
 )
 from torch import Tensor
@@ -78,6 +80,31 @@ def make_known(given: dict[str, Tensor]) -> None:
         retention_step(**fresh(given))
     ((known,),) = step.KNOWN.kinds.values()
     assert known.launch is not None
+
+
+@all_dtypes
+@pytest.mark.parametrize("way", ["registers", "pieces"])
+@pytest.mark.parametrize("T", [2, 3, 5, 16])
+@pytest.mark.parametrize(("H", "K", "V"), WIDTHS)
+def test_steps_of_several_tokens_match_the_oracle(H: int, K: int, V: int, T: int, way: str, dtype: torch.dtype) -> None:
+    problem = make_problem(5, 3 * T, H, K, V, dtype, device="cuda")
+    with in_pieces(way):
+        assert_steps_match(retention_step, problem, lengths=[T] * 3)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_states_of_16_bits_that_go_by_in_pieces_are_stored_as_those_in_registers(half: torch.dtype) -> None:
+    """But for the order of sums: within a unit, and by the same random bits."""
+    problem = make_problem(40, 6, 8, 64, 96, torch.bfloat16, device="cuda")
+    for seed in (None, 5):
+        states = [problem.h0.to(half) for _ in range(2)]
+        for way, state in zip(("registers", "pieces"), states, strict=True):
+            with in_pieces(way):
+                kept = state.new_empty(40, 6, 8, 64, 96) if way == "registers" else None
+                retention_step(problem.q, problem.k, problem.v, state, seed=seed, states_out=kept)
+        one, two = (state.double() for state in states)
+        assert ((one - two).abs() <= spacing(one, half)).all()
+        assert (one != two).double().mean() < 1e-3
 
 
 @all_dtypes

@@ -645,7 +645,10 @@ def test_a_step_is_tuned_for_every_kind_of_state_where_tokens_are_few() -> None:
         assert steps == [Problem(form, "bfloat16", 8, 1, 8, 256, 512) for form in tuned]
         assert {p.T for p in found if p.form not in STEPS} == {1024}
     (few,) = parse(["B=2,T=16,H=3,K=64,V=64"])
-    assert {p.form for p in run_module.problems_for([few], [], SM90)} > {"chunk", *STEPS}
+    found = {p.form for p in run_module.problems_for([few], [], SM90)}
+    assert found & {"chunk", *STEPS} == {"chunk", *STEP_FORMS["step"]}  # others go by the default
+    (many,) = parse(["B=128,T=4,H=3,K=64,V=64"])
+    assert {p.form for p in run_module.problems_for([many], [], SM90)} & {*STEPS} == {"step"}
     (own,) = parse(["B=2,T=1,H=3,K=64,V=64,form=step_buffered"])
     assert {p.form for p in run_module.problems_for([own], [], SM90)} == {*STEP_FORMS["step_buffered"]}
     long = parse(["B=2,T=17,H=3,K=64,V=64"])

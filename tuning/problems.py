@@ -311,8 +311,12 @@ class Problem:
 
     @property
     def has_rules(self) -> bool:
-        """Whether rules are made for it: of steps those of one token, of which tiles of more tell less."""
-        return self.form not in STEPS or self.T == 1
+        """Whether what runs goes by rules: of a step with several outputs not all do."""
+        if kind := STEPS.get(self.form):
+            return self.T == 1 or not (
+                kind.is_buffered or step.goes_by_in_pieces(self.T, 1, self.V, self.B * self.H, kind.dtype.itemsize)
+            )
+        return True
 
     def narrower(self) -> Problem:
         """Heads of the same tiles that fill them least of those that descriptors read: rules hold for these too."""

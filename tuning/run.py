@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from generated import configuration
+from generated.arguments import MOST_STEPS
 from generated.launch import has_aligned_rows
 from tuning import nvml, rules
 from tuning.compilation import ARCHS, Arch, Resources
@@ -270,7 +271,11 @@ def problems_for(workloads: list[Workload], forms: list[str], arch: Arch) -> lis
     found = [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
     problems = [problem for problem in dict.fromkeys(found) if problem.space.is_for(arch) and problem.has_rules]
     if not problems:
-        tokens = "; rules of steps are made for one token" if STEP_FORMS.keys() & {*forms} else ""
+        tokens = (
+            f"; a step takes 1 to {MOST_STEPS} tokens, most of more than one by its default"
+            if STEP_FORMS.keys() & {*forms}
+            else ""
+        )
         raise WorkloadError(
             f"nothing to tune on {arch.name}: no form that was chosen runs any of these workloads there{tokens}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from steps import (
     assert_steps_match,
     assert_unbiased,
     group_heads,
+    in_pieces,
     run_step,
     store,
 )
@@ -37,8 +38,16 @@ def step(function: Step) -> Step:
     return function
 
 
+@pytest.fixture(params=["registers", "pieces"])
+def either(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With states of single heads in registers, and in pieces where there are several tokens."""
+    with in_pieces(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, 3, 16])
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 16])
 @pytest.mark.parametrize(("B", "H", "K", "V"), [(1, 3, 1, 1), (2, 2, 20, 33), (1, 1, 130, 40)])
 def test_any_shape_gives_the_oracles_results(
     step: Step, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype
@@ -46,17 +55,20 @@ def test_any_shape_gives_the_oracles_results(
     assert_steps_match(step, make_problem(B, T, H, K, V, dtype))
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_own_decays_and_scale_are_used(step: Step, dtype: torch.dtype) -> None:
     rates = torch.tensor([-60.0, -0.7, 0.0, -1e-9])
     assert_steps_match(step, make_problem(2, 4, 4, 8, 8, dtype, g_gamma=rates, scale=-1.5))
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_steps_are_the_whole_sequence(step: Step, dtype: torch.dtype) -> None:
     assert_steps_match(step, make_problem(2, 60, 2, 5, 7, dtype), lengths=[1, 1, 16, 3, 1, 16, 2, 4, 16])
 
 
+@pytest.mark.usefixtures("either")
 def test_decays_are_exact_for_16_bits_too(step: Step) -> None:
     """A state that is kept for thousands of tokens is float32, whatever the dtype of these."""
     problem = make_problem(1, 1200, 1, 1, 9, torch.float16, g_gamma=torch.tensor([-(2.0**-11) / 3]))
@@ -92,6 +104,7 @@ def test_rows_use_their_slots_alone(step: Step, indices: torch.dtype, stride: st
     assert torch.equal(memory, before)  # nothing else was written
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(("V", "count"), [(6, 20), (20, 8)])
 def test_sequences_in_a_pool_are_as_if_each_were_alone(step: Step, V: int, count: int) -> None:
     assert_served_as_alone(step, count=count, rows=4, V=V)
@@ -209,6 +222,7 @@ def test_states_of_16_bits_are_rounded_once(step: Step, B: int, H: int, K: int, 
     assert_rounded_once(step, make_problem(B, 3, H, K, V), dtype, 1, seed=5)
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_stochastic_rounding_has_no_bias(step: Step, dtype: torch.dtype) -> None:
     assert_unbiased(step, dtype)
