@@ -359,17 +359,21 @@ def test_on_hopper_the_buffered_steps_state_is_asked_for_ahead(B: int, K: int, V
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("K", "V"), [(80, 80), (256, 512)])
 @pytest.mark.parametrize(
-    ("B", "T", "G"), [(1, 1, 8), (64, 1, 8), (64, 1, 64), (64, 3, 2), (64, 8, 1), (64, 16, 1), (64, 16, 8)]
+    ("B", "T", "G"), [(1, 1, 8), (1, 16, 8), (64, 1, 8), (64, 1, 64), (64, 3, 2), (64, 8, 1), (64, 16, 8)]
 )
 def test_many_outputs_find_room_beside_pieces_of_the_state(arch: str, K: int, V: int, B: int, T: int, G: int) -> None:
-    """Pieces are asked for ahead, and products are of float32 but for those of buffered tokens, in three parts."""
+    """Pieces are asked for ahead, and products are of float32 but for those of buffered tokens, in three parts.
+
+    Queries of float32 and many outputs take more registers than there are, if few; on Hopper four programs of few have room.
+    """
     for dtype, stored in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         plain, _ = compile_step(arch, B, K, V, dtype, torch.int32, stored, False, G=G, T=T)
         buffered, _ = compile_buffered(arch, B, K, V, dtype, stored, G, T)
         for kernel in (plain, buffered):
             needs = resources(kernel)
             assert needs.fits(ARCHS[arch])
-            assert needs.spills <= (512 if T * G > 4 else 32)
+            assert needs.spills <= (192 if T == 1 else 288 if T * G <= 8 and dtype == torch.bfloat16 else 848)
+            assert arch != "sm90" or needs.blocks_per_sm(ARCHS[arch]) >= (3 if T * G <= 8 else 1)
             assert kernel.asm["ttgir"].count("async_copy_global_to_local") > 0
         assert plain.asm["ttir"].count("inputPrecision") == 0
         assert (

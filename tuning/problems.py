@@ -310,7 +310,7 @@ class Problem:
         return found | {"kept": kept, "grouped, kept": kept | {"group": 3, "tokens": 3}}
 
     @property
-    def has_rules(self) -> bool:
+    def is_tuned(self) -> bool:
         """Whether what runs goes by rules: of a step with several outputs not all do."""
         if kind := STEPS.get(self.form):
             return self.T == 1 or not (

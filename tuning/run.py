@@ -269,7 +269,7 @@ def problems_for(workloads: list[Workload], forms: list[str], arch: Arch) -> lis
     passes |= STEP_FORMS
     parts = [part for form in forms or FORMS for part in passes.get(form, (form,))]
     found = [problem for part in parts for workload in workloads for problem in problems_of(workload, part)]
-    problems = [problem for problem in dict.fromkeys(found) if problem.space.is_for(arch) and problem.has_rules]
+    problems = [problem for problem in dict.fromkeys(found) if problem.space.is_for(arch) and problem.is_tuned]
     if not problems:
         tokens = (
             f"; a step takes 1 to {MOST_STEPS} tokens, most of more than one by its default"

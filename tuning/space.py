@@ -282,6 +282,14 @@ class Warps(Powers):
     in_the_code = True
 
 
+class TileWarps(Warps):
+    """No more threads than a tile of a state has numbers: of two that hold one, one could read what the other wrote."""
+
+    def limit(self, place: Place, chosen: Any) -> int:
+        """One for each."""
+        return padded(place.K) * int(chosen.BV) // 32
+
+
 @dataclass(frozen=True)
 class Transposed(Knob):
     """Whether the products have the state on their left.
@@ -480,11 +488,11 @@ SPACES = {
     "fused_recurrent": Space((BV(4, 64), Warps(1, 8)), RECURRENT),
     **dict.fromkeys(
         (kernel.removeprefix("retention_") for kernel in STEP_KERNELS.values()),
-        Space((BV(8, 128), Warps(1, 8)), RECURRENT),
+        Space((BV(8, 128), TileWarps(1, 8)), RECURRENT),
     ),
     **dict.fromkeys(
         (kernel.removeprefix("retention_") for kernel in BUFFERED_KERNELS.values()),
-        Space((BV(8, 128), Warps(1, 8)), BUFFERED),
+        Space((BV(8, 128), TileWarps(1, 8)), BUFFERED),
     ),
     "fused_chunk_hopper": Space(
         (BT(16, hopper.LONGEST), Slots(6), HopperScores(), Segments(256, WHOLE // 2)), HOPPER, archs=("sm90",)

@@ -21,6 +21,7 @@ from steps import (
     group_heads,
     in_pieces,
     run_step,
+    spacing,
     store,
 )
 from torch import Tensor
@@ -190,8 +191,8 @@ def test_wider_heads_than_a_program_can_hold_are_refused(step: Step) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("HQ", "H"), [(3, 1), (4, 2), (8, 8)])
-@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize(("HQ", "H"), [(3, 1), (4, 2), (8, 8), (33, 1)])  # in one block of outputs, and in more
+@pytest.mark.parametrize("T", [1, 3, 5])
 def test_query_heads_share_the_state_of_their_group(step: Step, T: int, HQ: int, H: int, dtype: torch.dtype) -> None:
     problem = make_problem(2, T, HQ, 20, 33, dtype)
     assert_grouped_steps_match(step, problem, H)
@@ -299,6 +300,49 @@ def test_heads_may_lie_as_far_apart_as_there_is_memory(step: Step) -> None:
     o, state = torch.empty_like(k), torch.zeros(1, 3, 16, 16)
     module.step_update(q, k, k, torch.zeros(3), 1.0, state, None, None, None, o)
     assert torch.equal(o, torch.full_like(o, 16.0))
+
+
+def test_tokens_may_lie_as_far_apart_as_there_is_memory(step: Step) -> None:
+    """So may a group's: these go by in pieces."""
+    module = importlib.import_module("generated.retention.step")
+    far = 2**30
+    memory = torch.from_numpy(np.zeros(2 * far + 64, dtype=np.float16))
+    k = memory.as_strided((1, 3, 1, 16), (16, far, 16, 1))
+    k.fill_(1.0)
+    q, o, state = (torch.ones(1, 3, 2, 16, dtype=torch.float16) for _ in range(3))
+    state = torch.zeros(1, 1, 16, 16)
+    module.step_update(q, k, k, torch.zeros(1), 1.0, state, None, None, None, o)
+    assert torch.equal(o, 16.0 * torch.arange(1, 4).half().view(1, 3, 1, 1).expand_as(o))
+    assert torch.equal(state, torch.full_like(state, 3.0))
+
+
+@pytest.mark.parametrize("T", [3, 16])
+@pytest.mark.parametrize("G", [1, 2])
+def test_what_a_later_token_holds_changes_no_earlier_output(step: Step, T: int, G: int) -> None:
+    problem = make_problem(1, T, 2 * G, 20, 33)
+    _, given = group_heads(problem, 2)
+    with in_pieces("pieces"):
+        expected = step(**given | {"state": given["state"].clone()})
+        for name in "qkv":
+            given[name] = given[name].clone()
+            given[name][:, -1] = torch.nan
+        assert torch.equal(step(**given)[:, :-1], expected[:, :-1])
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_states_of_16_bits_are_rounded_in_pieces_as_in_registers(step: Step, seed: int | None) -> None:
+    """One token's by the same bits; those of several, whose sums are others, next to it at most, and seldom."""
+    problem = make_problem(2, 3, 4, 130, 40, torch.float16)
+    for tokens in (1, 3):
+        _, given = group_heads(replace(problem, **{x: getattr(problem, x)[:, :tokens] for x in "qkv"}), 2)
+        state = given.pop("state").half()
+        alone, grouped = state.clone(), state.clone()
+        step(**given, state=grouped, seed=seed)
+        kept = torch.empty(2, tokens, 2, 130, 40, dtype=torch.float16)
+        step(**given, state=alone, seed=seed, states_out=kept)
+        apart = (alone.double() - grouped.double()).abs()
+        assert (apart <= spacing(alone.double(), torch.float16)).all()
+        assert (apart > 0).double().mean() <= (0 if tokens == 1 else 1e-3)
 
 
 @pytest.mark.parametrize("slot", [2, 7, -3])

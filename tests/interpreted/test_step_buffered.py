@@ -42,9 +42,25 @@ def test_own_decays_and_scale_are_used(step: Step, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("G", "H"), [(3, 1), (2, 2)])
+@pytest.mark.parametrize(("G", "H"), [(3, 1), (2, 2), (33, 1)])  # in one block of outputs, and in more
 def test_query_heads_share_the_state_of_their_group(step: Step, G: int, H: int, dtype: torch.dtype) -> None:
     assert_buffered_match(step, make_problem(2, 9, H, 20, 33, dtype, group=G), [1, 1, 3, 1, 2, 1], 3)
+
+
+@pytest.mark.parametrize("T", [3, 16])
+def test_what_a_later_token_holds_changes_no_earlier_output(step: Step, T: int) -> None:
+    """It may be taken back."""
+    problem = make_problem(1, 2 * T, 2, 20, 33)
+    outputs = []
+    for fill in (None, torch.nan):
+        state = problem.h0.clone()
+        buffers = Buffers(state, torch.float32, 16)
+        first, second = zip(*(getattr(problem, name).clone().split(T, 1) for name in "qkv"), strict=True)
+        buffers.step(step, *first, state=state)
+        for x in second if fill is not None else ():
+            x[:, -1] = fill
+        outputs.append(buffers.step(step, *second, state=state)[:, :-1])
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("T", [1, 2])
