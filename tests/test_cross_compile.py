@@ -364,8 +364,8 @@ def test_on_hopper_the_buffered_steps_state_is_asked_for_ahead(B: int, K: int, V
 def test_many_outputs_find_room_beside_pieces_of_the_state(arch: str, K: int, V: int, B: int, T: int, G: int) -> None:
     """Pieces are asked for ahead, and products are of float32 but for those of buffered tokens, in three parts.
 
-    Queries of float32 and many outputs take more registers than there are, more than 64 on sm100 far more (a limit of the
-    README's); on Hopper three programs of few have room.
+    Queries of float32 and many outputs take more registers than there are, more than 64 on sm100 far more (a limit);
+    on Hopper three programs of few have room.
     """
     for dtype, stored in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         plain, _ = compile_step(arch, B, K, V, dtype, torch.int32, stored, False, G=G, T=T)

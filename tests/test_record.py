@@ -15,7 +15,9 @@ import torch
 from generated import launch
 from generated.retention import fused_chunk
 from tuning.__main__ import main
+from tuning.compilation import ARCHS
 from tuning.record import VARIABLE, shapes
+from tuning.run import problems_for
 from tuning.workloads import Workload, WorkloadError, parse, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +116,24 @@ def test_steps_are_recorded_by_the_heads_of_their_states_and_are_for_the_step_al
     said = capsys.readouterr().out
     assert "step alone" in said
     assert "step_buffered alone" in said
+
+
+def test_steps_that_run_the_default_are_told_and_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """States that are kept after each token are in registers, but rules are made without."""
+    program = """
+import torch
+from generated import retention_step
+for T in (1, 5):
+    x = torch.ones(64, T, 8, 16)
+    retention_step(x, x, x, torch.zeros(64, 8, 16, 16), states_out=torch.zeros(64, T, 8, 16, 16))
+"""
+    assert run(tmp_path, monkeypatch, sys.executable, "-c", program) == 0
+    (written,) = read(tmp_path / "seen.yaml")
+    assert (written.B, written.T, written.form) == (64, 1, "step")
+    assert "several tokens: runs the default" in " ".join(capsys.readouterr().out.split())
+    assert problems_for([written], [], ARCHS["sm90"])
 
 
 def test_append_adds_what_is_new_and_leaves_the_rest_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from generated.launch import has_aligned_rows
+from tuning.problems import STEP_FORMS, problems_of
 from tuning.rules import check_writable, write_whole
 from tuning.run import RunError
 from tuning.workloads import Workload, WorkloadError, parse_shape, read
@@ -55,7 +56,7 @@ def record(options: argparse.Namespace, console: Console) -> int:
 def _write(path: Path, found: dict[Workload, int], known: list[Workload], console: Console) -> None:
     """Write what can be tuned and is not known, below what the file holds; all else of it stays."""
     held = {_key(workload) for workload in known}
-    new = {one: longest for one, longest in found.items() if not _runs_defaults(one) and _key(one) not in held}
+    new = {one: longest for one, longest in found.items() if not _why_not(one) and _key(one) not in held}
     if not new:
         console.print(escape(f"nothing to write to {path}: what can be tuned is there, or there is nothing"))
         return
@@ -74,8 +75,14 @@ def _line(workload: Workload, longest: int) -> str:
     return f"  {_name(workload)}: {{{shape}}}{note}"
 
 
-def _runs_defaults(workload: Workload) -> bool:
-    return not has_aligned_rows(workload.torch_dtype, workload.K, workload.V)
+def _why_not(workload: Workload) -> str:
+    """Why no rule is made for it, or nothing."""
+    if not has_aligned_rows(workload.torch_dtype, workload.K, workload.V):
+        return "odd K or V in 16 bits: runs the defaults, is not tuned"
+    problems = [p for part in STEP_FORMS.get(workload.form, ()) for p in problems_of(workload, part)]
+    if problems and not any(problem.is_tuned for problem in problems):
+        return "several tokens: runs the default, is not tuned"
+    return ""
 
 
 def _run(program: list[str], environment: dict[str, str]) -> int:
@@ -126,7 +133,7 @@ def _name(workload: Workload) -> str:
 def _table(found: dict[Workload, int]) -> Table:
     table = Table(*"BTHKV", "dtype", "")
     for workload, longest in found.items():
-        notes = ["odd K or V in 16 bits: runs the defaults, is not tuned"] if _runs_defaults(workload) else []
+        notes = [why] if (why := _why_not(workload)) else []
         notes += [f"{workload.form} alone"] if workload.form else []
         notes += [f"packed: mean T, longest {longest}"] if longest > workload.T else []
         table.add_row(*(str(getattr(workload, axis)) for axis in "BTHKV"), workload.dtype, "; ".join(notes))
