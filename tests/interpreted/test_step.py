@@ -309,7 +309,7 @@ def test_tokens_may_lie_as_far_apart_as_there_is_memory(step: Step) -> None:
     memory = torch.from_numpy(np.zeros(2 * far + 64, dtype=np.float16))
     k = memory.as_strided((1, 3, 1, 16), (16, far, 16, 1))
     k.fill_(1.0)
-    q, o, state = (torch.ones(1, 3, 2, 16, dtype=torch.float16) for _ in range(3))
+    q, o = (torch.ones(1, 3, 2, 16, dtype=torch.float16) for _ in range(2))
     state = torch.zeros(1, 1, 16, 16)
     module.step_update(q, k, k, torch.zeros(1), 1.0, state, None, None, None, o)
     assert torch.equal(o, 16.0 * torch.arange(1, 4).half().view(1, 3, 1, 1).expand_as(o))
