@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def _memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU, to tests in other processes: what one test cached would otherwise be kept by its process."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill what is allocated without a value with NaN during a test."""

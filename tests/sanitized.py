@@ -8,7 +8,7 @@
 What is launched is what tuning/proof.py launches: ragged and packed sequences, states, both directions, large and tiny
 numbers; once each, and not compared with anything: below the sanitizer every other kernel and allocation takes its time
 too. Segments are as short as can be, which changes no kernel, and saves tens of thousands of tokens. Of steps it
-is every configuration that may be tuned, and of buffered ones flushes and a run of steps by the default too. With
+is every configuration that may be tuned, and by the defaults those whose states go by in pieces, and flushes. With
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, beside which nothing is anybody's.
 """
 
@@ -32,6 +32,7 @@ import triton.language as tl
 
 from generated.configuration import ActiveRule, active_rules
 from generated.retention import step_buffered
+from generated.retention.step import MORE_OUTPUTS, step_update
 from tuning.check import TUNED
 from tuning.compilation import ARCHS
 from tuning.compile_pool import same_kernel
@@ -92,6 +93,16 @@ def launch(whole: Problem, config: Any, device: str) -> int:
     return len(found)
 
 
+def launch_in_pieces(T: int, dtype: torch.dtype, device: str) -> None:
+    """A step of so many tokens, of too many outputs for registers; one row is skipped."""
+    B, H, G, K, V = 3, 2, MORE_OUTPUTS + 1, 24, 72
+    q, k, v = (torch.randn(B, T, heads, width).to(device) for heads, width in ((G * H, K), (H, K), (H, V)))
+    state, slots = torch.randn(B, H, K, V).to(device, dtype), torch.tensor([2, -1, 0], device=device)
+    seed = None if dtype == torch.float32 else torch.tensor([1], device=device)
+    rates, o = torch.full((H,), -0.1, device=device), torch.empty(B, T, G * H, V, device=device)
+    step_update(q, k, v, rates, None, state, slots, seed, None, o)
+
+
 def launch_buffered(T: int, dtype: torch.dtype, device: str) -> None:
     """Steps of so many tokens until all rows have folded but one, which is skipped, and a flush."""
     B, H, K, V, L = 3, 2, 24, 72, 16
@@ -134,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(every)} configurations", flush=True)
     if first == 0:
         for T, dtype in itertools.product((1, 3, 16), (torch.float32, torch.bfloat16)):
+            launch_in_pieces(T, dtype, "cuda")
             launch_buffered(T, dtype, "cuda")
         torch.cuda.synchronize()
     return 0

@@ -68,11 +68,10 @@ def assert_grouped_steps_match(step: Callable[..., Tensor], problem: Problem, he
 
 @contextmanager
 def in_pieces(way: str) -> Iterator[None]:
-    """Let states go by in pieces wherever they can, not only where it is faster; "registers" leaves it as it is."""
+    """Let all states lie in "registers", or those of several outputs that are not kept go by in "pieces"."""
     with pytest.MonkeyPatch.context() as patch:
-        if way == "pieces":
-            wherever = lambda T, G, *_, are_kept: T * G > 1 and not are_kept  # noqa: E731
-            patch.setattr(step_module, "goes_by_in_pieces", wherever)
+        wherever = lambda outputs, *_, are_kept: way == "pieces" and outputs > 1 and not are_kept  # noqa: E731
+        patch.setattr(step_module, "goes_by_in_pieces", wherever)
         configuration.clear_caches()
         yield
     configuration.clear_caches()

@@ -90,11 +90,12 @@ def test_shapes_on_the_cpu_are_recorded_too(
 A_STEP = """
 import torch
 from generated import retention, retention_step, retention_step_buffered, retention_step_flush
-q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 32)
+q, k, v = torch.randn(2, 1, 40, 16), torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 32)
 for dtype in (torch.float32, torch.bfloat16):
     for queries in (q, k):
         retention_step(*(x.repeat(1, 2, 1, 1) for x in (queries, k, v)), torch.zeros(2, 2, 16, 32, dtype=dtype))
 retention_step(q, k, v, torch.zeros(2, 2, 16, 32))
+retention_step(q[:, :, :4], k, v, torch.zeros(2, 2, 16, 32))
 retention_step(v, v, k, torch.zeros(2, 2, 32, 16))
 state, buffers = torch.zeros(2, 2, 16, 32), (torch.zeros(2, 32, 2, 16), torch.zeros(2, 32, 2, 32))
 counts = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
@@ -108,10 +109,11 @@ retention(k, k, v)
 def test_steps_are_recorded_by_the_heads_of_their_states_and_are_for_the_step_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What rules are never used for is not: groups, buffered ones of more outputs, and flushes."""
+    """What rules are never used for is not: large groups, buffered ones of more outputs, and flushes."""
     assert run(tmp_path, monkeypatch, sys.executable, "-c", A_STEP) == 0
     found = [(w.B, w.T, w.H, w.K, w.V, w.form) for w in read(tmp_path / "seen.yaml")]
-    steps = [(2, 2, 2, 16, 32, "step"), (2, 1, 2, 32, 16, "step"), (2, 1, 2, 16, 32, "step_buffered")]
+    steps = [(2, T, 2, K, V, "step") for T, K, V in ((2, 16, 32), (1, 16, 32), (1, 32, 16))]
+    steps.append((2, 1, 2, 16, 32, "step_buffered"))
     assert found == [*steps, (2, 1, 2, 16, 32, "")]
     said = capsys.readouterr().out
     assert "step alone" in said

@@ -207,32 +207,33 @@ def test_rules_are_those_of_the_kind_of_states(
         default = default_config(k.dtype, 64, 96, 32, tokens, dtype.itemsize)
         assert ruled != default
         assert step.config_for(k, k, v, state, seed, None) == (ruled if tokens < 3 else default)
-        q = k.repeat_interleave(2, 2)
-        in_pieces = step.config_for(q, k, v, state, seed, None)
+        few, many = (k.repeat_interleave(G, 2) for G in (2, 32))
+        in_pieces = step.config_for(many, k, v, state, seed, None)
         assert 32 / dtype.itemsize <= in_pieces.BV
         assert in_pieces != ruled
-        assert step.config_for(q, k, v, state, seed, state) == (ruled if tokens < 3 else default)
+        for q, kept in ((few, None), (many, state)):
+            assert step.config_for(q, k, v, state, seed, kept) == (ruled if tokens < 3 else default)
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "G", "stored", "is_kept", "expected"),
+    ("B", "outputs", "stored", "is_kept", "expected"),
     [
-        (256, 1, 1, torch.float32, False, False),
-        (1, 1, 2, torch.float32, False, True),
-        (256, 1, 2, torch.bfloat16, True, False),
-        (256, 4, 1, torch.float32, False, False),
-        (256, 5, 1, torch.float32, False, True),
-        (256, 2, 1, torch.bfloat16, False, True),
-        (256, 16, 1, torch.bfloat16, True, False),
-        (31, 16, 1, torch.bfloat16, False, False),
-        (32, 16, 1, torch.bfloat16, False, True),
+        (256, 1, torch.float32, False, False),
+        (256, 4, torch.float32, False, False),
+        (256, 5, torch.float32, False, True),
+        (256, 1, torch.bfloat16, False, False),
+        (256, 2, torch.bfloat16, False, True),
+        (256, 16, torch.bfloat16, True, False),
+        (31, 16, torch.bfloat16, False, False),
+        (32, 16, torch.bfloat16, False, True),
+        (1, 17, torch.float32, False, True),
+        (1, 17, torch.float32, True, False),
     ],
 )
 def test_states_go_by_in_pieces_where_it_is_faster(
-    B: int, T: int, G: int, stored: torch.dtype, is_kept: bool, expected: bool
+    B: int, outputs: int, stored: torch.dtype, is_kept: bool, expected: bool
 ) -> None:
-    got = step.goes_by_in_pieces(T, G, 128, 8 * B, stored.itemsize, are_kept=is_kept)
-    assert got is expected
+    assert step.goes_by_in_pieces(outputs, 128, 8 * B, stored.itemsize, are_kept=is_kept) is expected
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 7, 8, 16, 33, 128, 1024])

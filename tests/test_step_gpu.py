@@ -118,15 +118,17 @@ def test_steps_match_the_oracle(B: int, H: int, K: int, V: int, T: int, dtype: t
 
 
 @all_dtypes
+@pytest.mark.parametrize("way", ["registers", "pieces"])
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize(
     ("HQ", "H", "K", "V"), [(64, 8, 256, 512), (8, 1, 128, 128), (6, 2, 20, 33), (64, 1, 64, 64), (65, 1, 64, 80)]
 )
 def test_query_heads_share_the_state_of_their_group(
-    HQ: int, H: int, K: int, V: int, T: int, dtype: torch.dtype
+    HQ: int, H: int, K: int, V: int, T: int, way: str, dtype: torch.dtype
 ) -> None:
     problem = make_problem(3, T, HQ, K, V, dtype, device="cuda")
-    assert_grouped_steps_match(retention_step, problem, H)
+    with in_pieces(way):
+        assert_grouped_steps_match(retention_step, problem, H)
 
 
 @all_dtypes
@@ -367,7 +369,7 @@ def test_inputs_of_a_known_kind_may_lie_anywhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", step.KERNELS, ids=str)
-@pytest.mark.parametrize("G", [1, 3])
+@pytest.mark.parametrize("G", [1, 3, 24])
 def test_calls_go_by_the_rules_of_their_kind_of_states(
     kind: tuple[torch.dtype, bool], G: int, only_this_directory: Path
 ) -> None:
@@ -380,7 +382,7 @@ def test_calls_go_by_the_rules_of_their_kind_of_states(
     for _ in range(3):
         retention_step(problem.q, k, v, state, seed=seed)
     launches = [*step._launches.values(), *(known.launch for (known,) in step.KNOWN.kinds.values())]
-    if G > 1:  # one token's many queries have tiles of their own
+    if G == 24:  # which go by in pieces, whose tiles have no rules
         config = step.default_config_in_pieces(256 // dtype.itemsize, 96, G, 32, dtype.itemsize)
     assert [launch and launch._constants["BV"] for launch in launches] == [config.BV] * 2
 

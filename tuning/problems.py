@@ -303,20 +303,24 @@ class Problem:
         return found
 
     def _step_variants(self) -> dict[str, dict[str, Any]]:
-        found = {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
+        found: dict[str, dict[str, Any]] = {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
         if STEPS[self.form].is_buffered:
             return found
-        kept = {"kept": True}
-        return found | {"kept": kept, "grouped, kept": kept | {"group": 3, "tokens": 3}}
+        kept, grouped = {"kept": True}, {"group": 3, "tokens": 1}
+        if self._is_in_registers(outputs=3):
+            found["grouped"] = grouped
+        return found | {"kept": kept, "grouped, kept": kept | grouped}
 
     @property
     def is_tuned(self) -> bool:
         """Whether what runs goes by rules: of a step with several outputs not all do."""
         if kind := STEPS.get(self.form):
-            return self.T == 1 or not (
-                kind.is_buffered or step.goes_by_in_pieces(self.T, 1, self.V, self.B * self.H, kind.dtype.itemsize)
-            )
+            return self.T == 1 if kind.is_buffered else self._is_in_registers(outputs=self.T)
         return True
+
+    def _is_in_registers(self, outputs: int) -> bool:
+        """Whether a step that gives so many outputs a state keeps it there, and so goes by rules."""
+        return not step.goes_by_in_pieces(outputs, self.V, self.B * self.H, STEPS[self.form].dtype.itemsize)
 
     def narrower(self) -> Problem:
         """Heads of the same tiles that fill them least of those that descriptors read: rules hold for these too."""

@@ -158,6 +158,7 @@ def step_draws(problem: Problem) -> list[Draw]:
     return [
         *found,
         Draw("states after each token", (5,), only=("kept",)),
+        Draw("grouped heads", (3,), group=3),
         Draw("grouped heads, states after each token", (3,), group=3, only=("kept",)),
     ]
 
