@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import timeit
@@ -323,7 +322,7 @@ def test_a_step_takes_the_host_as_long_as_a_few_additions(case: str) -> None:
         given = copy(given)
         x = torch.zeros(8, device="cuda")
         step_us, addition_us = (
-            statistics.median(timeit.repeat(call, torch.cuda.synchronize, number=200, repeat=20)) / 200 * 1e6
+            min(timeit.repeat(call, torch.cuda.synchronize, number=200, repeat=20)) / 200 * 1e6  # others may be at work
             for call in (lambda: retention_step(**given), lambda: x.add_(1))
         )
     assert step_us < max(15.0, 3.5 * addition_us)
