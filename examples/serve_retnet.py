@@ -165,7 +165,8 @@ def draw_requests(args: argparse.Namespace) -> list[Request]:
     prompts = [prompt.encode() for prompt in args.prompt or PROMPTS]
     lengths = [draws.randint((args.generate + 1) // 2, args.generate) for _ in range(args.requests)]
     return [
-        Request(prompts[i % len(prompts)], length, args.temperature, args.seed + i) for i, length in enumerate(lengths)
+        Request(prompts[i % len(prompts)], length, args.temperature, (args.seed + i) % 2**63)
+        for i, length in enumerate(lengths)
     ]
 
 

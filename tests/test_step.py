@@ -37,6 +37,7 @@ from generated.launch import blocks, padded
 from generated.retention import step
 from generated.retention.step import StepConfig, default_config, prepare_known
 
+README = Path(__file__).resolve().parent.parent / "README.md"
 B, T, H, K, V = 2, 3, 2, 4, 5
 OPERATOR = torch.ops.retgen.retention_step.default
 Change = Callable[[dict[str, Any]], Any]
@@ -236,6 +237,20 @@ def test_states_go_by_in_pieces_where_it_is_faster(
     assert step.goes_by_in_pieces(outputs, 128, 8 * B, stored.itemsize, are_kept=is_kept) is expected
 
 
+def test_tokens_are_taken_back_as_the_readme_does() -> None:
+    lines = re.search(
+        r"^kept = pool\.new_empty.*?(?=^```)", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert lines is not None
+    given, accepted = good(pool=True), torch.tensor([2, 9])
+    pool, slots = given["state"], given["state_indices"]
+    expected = pool.clone()
+    retention_step(*(given[name][:1, :2] for name in "qkv"), expected, state_indices=slots[:1])
+    x = {"q": given["q"], "k": given["k"], "v": given["v"], "B": B, "T": T, "H": H, "K": K, "V": V}
+    exec(lines.group(), {**globals(), **x, "pool": pool, "slots": slots, "accepted": accepted})  # noqa: S102
+    assert torch.equal(pool, expected)
+
+
 @pytest.mark.parametrize("outputs", [1, 2, 7, 8, 16, 33, 128, 1024])
 def test_tiles_of_many_outputs_hold_them_in_blocks(outputs: int) -> None:
     BR = step.rows_of_outputs(outputs)
@@ -351,7 +366,7 @@ BAD = {
         "[H] = [2]",
     ),
     "out_of_the_states_heads": (group(2, "kvs"), ValueError, "out is [2, 3, 2, 5]", "[B, T, HQ, V] = [2, 3, 4, 5]"),
-    "17_tokens": (longer, ValueError, "T is 17", "final_state=state"),
+    "17_tokens": (longer, ValueError, "T is 17", "split them over calls"),
     "no_state": (put(state=None), TypeError, "state is a NoneType", "must be a tensor [slots, H, K, V]"),
     "state_of_two_dimensions": (change("state", lambda x: x[0, 0]), ValueError, "state is [4, 5]", "[slots, H, K, V]"),
     "state_with_values_first": (change("state", lambda x: x.mT), ValueError, "state is [4, 2, 5, 4]", "[4, 2, 4, 5]"),
