@@ -32,7 +32,7 @@ import triton.language as tl
 
 from generated.configuration import ActiveRule, active_rules
 from generated.retention import step_buffered
-from generated.retention.step import MORE_OUTPUTS, step_update
+from generated.retention.step import goes_by_in_pieces, step_update
 from tuning.check import TUNED
 from tuning.compilation import ARCHS
 from tuning.compile_pool import same_kernel
@@ -93,11 +93,12 @@ def launch(whole: Problem, config: Any, device: str) -> int:
     return len(found)
 
 
-def launch_in_pieces(T: int, dtype: torch.dtype, device: str) -> None:
-    """A step of so many tokens, of too many outputs for registers; one row is skipped."""
-    B, H, G, K, V = 3, 2, MORE_OUTPUTS + 1, 24, 72
+def launch_in_pieces(T: int, G: int, K: int, dtype: torch.dtype, device: str) -> None:
+    """A step of so many tokens and queries a state, which are too many for registers; one row is skipped."""
+    B, H, V = 64, 2, 72
+    assert goes_by_in_pieces(T * G, V, B * H, dtype.itemsize)
     q, k, v = (torch.randn(B, T, heads, width).to(device) for heads, width in ((G * H, K), (H, K), (H, V)))
-    state, slots = torch.randn(B, H, K, V).to(device, dtype), torch.tensor([2, -1, 0], device=device)
+    state, slots = torch.randn(B, H, K, V).to(device, dtype), torch.arange(-1, B - 1, device=device)
     seed = None if dtype == torch.float32 else torch.tensor([1], device=device)
     rates, o = torch.full((H,), -0.1, device=device), torch.empty(B, T, G * H, V, device=device)
     step_update(q, k, v, rates, None, state, slots, seed, None, o)
@@ -145,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(every)} configurations", flush=True)
     if first == 0:
         for T, dtype in itertools.product((1, 3, 16), (torch.float32, torch.bfloat16)):
-            launch_in_pieces(T, dtype, "cuda")
+            for G, K in ((2 + 4 // T, 64), (17, 24)):
+                launch_in_pieces(T, G, K, dtype, "cuda")
             launch_buffered(T, dtype, "cuda")
         torch.cuda.synchronize()
     return 0

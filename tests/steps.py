@@ -70,11 +70,13 @@ def assert_grouped_steps_match(step: Callable[..., Tensor], problem: Problem, he
 def in_pieces(way: str) -> Iterator[None]:
     """Let all states lie in "registers", or those of several outputs that are not kept go by in "pieces"."""
     with pytest.MonkeyPatch.context() as patch:
-        wherever = lambda outputs, *_, are_kept: way == "pieces" and outputs > 1 and not are_kept  # noqa: E731
+        wherever = lambda outputs, *_, are_kept=False: way == "pieces" and outputs > 1 and not are_kept  # noqa: E731
         patch.setattr(step_module, "goes_by_in_pieces", wherever)
         configuration.clear_caches()
-        yield
-    configuration.clear_caches()
+        try:
+            yield
+        finally:
+            configuration.clear_caches()
 
 
 def run_step(

@@ -383,7 +383,9 @@ def test_calls_go_by_the_rules_of_their_kind_of_states(
     launches = [*step._launches.values(), *(known.launch for (known,) in step.KNOWN.kinds.values())]
     if G == 24:  # which go by in pieces, whose tiles have no rules
         config = step.default_config_in_pieces(256 // dtype.itemsize, 96, G, 32, dtype.itemsize)
-    assert [launch and launch._constants["BV"] for launch in launches] == [config.BV] * 2
+    used = [(launch._constants["BV"], launch._options["num_warps"]) for launch in launches if launch]
+    assert used == [(config.BV, config.num_warps)] * 2
+    assert launches[0]._constants["BR"] == (32 if G == 24 else 1)
 
 
 @pytest.mark.slow

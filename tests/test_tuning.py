@@ -29,7 +29,8 @@ from fakes import NEEDS, PROBLEM, SM90, Judge, Pool, candidates, landscape, prom
 from generated import configuration
 from generated.configuration_file import parse_file
 from generated.retention.chunk import ChunkConfig
-from tuning import compile_pool, device, forkserver, measurement, rules
+from generated.retention.step import goes_by_in_pieces
+from tuning import compile_pool, device, forkserver, measurement, proof, rules
 from tuning import run as run_module
 from tuning.__main__ import main
 from tuning.compilation import ARCHS, Resources
@@ -655,6 +656,18 @@ def test_a_step_is_tuned_for_every_kind_of_state_where_tokens_are_few() -> None:
     for forms, workloads in ((["chunk"], [decode]), (["step"], long), (["step_buffered"], long), (["step"], [own])):
         with pytest.raises(WorkloadError, match="nothing to tune"):
             run_module.problems_for(workloads, forms, SM90)
+
+
+@pytest.mark.parametrize("form", STEP_FORMS["step"])
+def test_a_proof_of_a_steps_rule_launches_what_rules_are_for(form: str) -> None:
+    """States in registers, also of groups: those that go by in pieces know no rules."""
+    problem = Problem(form, "bfloat16", 1, 1, 1, 64, 512)
+    heads, size = len(proof.STEP_ROWS) * len(proof.RATES), STEPS[form].dtype.itemsize
+    found = [(draw, draw.lengths[0] * draw.group) for draw in proof.draws(problem, problem.default())]
+    assert max(outputs for _, outputs in found) == proof.MOST_STEPS
+    assert any(draw.group > 1 and not draw.only for draw, _ in found)
+    for draw, outputs in found:
+        assert not goes_by_in_pieces(outputs, problem.V, heads, size, are_kept="kept" in draw.only)
 
 
 def test_a_kernel_for_one_architecture_and_some_sizes_is_tuned_there_alone() -> None:

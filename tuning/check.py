@@ -202,6 +202,8 @@ def launches_of(place: Place) -> list[Launch]:
     found: dict[Any, Launch] = {}
     for point, figures in (rules.points_of(place.rule) or {farthest: place.rule.figures}).items():
         problem = problem_at(place.kernel, point.dtype, point.K, point.V, point.BH, point.T)
+        if not problem.is_tuned:  # of so many tokens, a step goes by its default
+            problem = replace(problem, T=when.T[0])
         config = config_type(**place.rule.use)
         for variant in problem.variants(config):
             key = compile_key(problem, config), variant

@@ -306,21 +306,17 @@ class Problem:
         found: dict[str, dict[str, Any]] = {"in rows": {"in_rows": True}, "slots of 32 bits": {"int32": True}}
         if STEPS[self.form].is_buffered:
             return found
-        kept, grouped = {"kept": True}, {"group": 3, "tokens": 1}
-        if self._is_in_registers(outputs=3):
-            found["grouped"] = grouped
-        return found | {"kept": kept, "grouped, kept": kept | grouped}
+        grouped = {"group": 3, "alone": True}
+        return found | {"grouped": grouped, "kept": {"kept": True}, "grouped, kept": {"kept": True, **grouped}}
 
     @property
     def is_tuned(self) -> bool:
         """Whether what runs goes by rules: of a step with several outputs not all do."""
         if kind := STEPS.get(self.form):
-            return self.T == 1 if kind.is_buffered else self._is_in_registers(outputs=self.T)
+            if kind.is_buffered:
+                return self.T == 1
+            return not step.goes_by_in_pieces(self.T, self.V, self.B * self.H, kind.dtype.itemsize)
         return True
-
-    def _is_in_registers(self, outputs: int) -> bool:
-        """Whether a step that gives so many outputs a state keeps it there, and so goes by rules."""
-        return not step.goes_by_in_pieces(outputs, self.V, self.B * self.H, STEPS[self.form].dtype.itemsize)
 
     def narrower(self) -> Problem:
         """Heads of the same tiles that fill them least of those that descriptors read: rules hold for these too."""
@@ -346,12 +342,15 @@ class Problem:
         """Launch the kernel or kernels with a configuration (or, for the chunk form, with two); the results.
 
         `turned`: if it reads scores, those that the gradients' sweeps are given, of q or in reverse of k. `tokens`: on
-        others of so many tokens. `L`: in segments of this length.
+        others of so many tokens. `alone`: on one token and head, whose state lies in registers for groups too. `L`: in
+        segments of this length.
         """
         given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", "cu_seqlens", "chunk_size"))
         given |= {"adjoint": False, "reverse": False, "config": config} | options
         if tokens := given.pop("tokens", None):
             inputs = replace(self, T=tokens).inputs(inputs[0].device.type)
+        if given.pop("alone", False):
+            inputs = replace(self, B=1, T=1, H=1).inputs(inputs[0].device.type)
         if L := given.pop("L", None):
             given["config"] = replace(given["config"], L=L)
         if given.pop("turned", False):

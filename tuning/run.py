@@ -272,7 +272,7 @@ def problems_for(workloads: list[Workload], forms: list[str], arch: Arch) -> lis
     problems = [problem for problem in dict.fromkeys(found) if problem.space.is_for(arch) and problem.is_tuned]
     if not problems:
         tokens = (
-            f"; a step takes 1 to {MOST_STEPS} tokens, and runs its default where there are several: tune T=1"
+            f"; a step takes 1 to {MOST_STEPS} tokens, and with several may go by its default: tune T=1"
             if STEP_FORMS.keys() & {*forms}
             else ""
         )

@@ -82,7 +82,8 @@ def test_decays_are_exact_for_16_bits_too(step: Step) -> None:
 
 @pytest.mark.parametrize("indices", [torch.int32, torch.int64])
 @pytest.mark.parametrize("stride", ["dense", "of_layers", "of_one_more"])
-def test_rows_use_their_slots_alone(step: Step, indices: torch.dtype, stride: str) -> None:
+@pytest.mark.parametrize("way", ["registers", "pieces", "kept"])
+def test_rows_use_their_slots_alone(step: Step, indices: torch.dtype, stride: str, way: str) -> None:
     problem = make_problem(4, 3, 2, 5, 8)
     memory = torch.randn(6, 3, 2, 5, 8)
     pool = {"dense": memory.flatten(0, 1)[:6], "of_layers": memory[:, 1], "of_one_more": memory.flatten()[1:481]}[
@@ -93,12 +94,14 @@ def test_rows_use_their_slots_alone(step: Step, indices: torch.dtype, stride: st
     pool[slots[slots >= 0]] = problem.h0[slots >= 0]
     before, states_out = memory.clone(), torch.full((4, 3, 2, 5, 8), 7.0)
     wide = torch.stack([slots, slots + 99], 1).to(indices)[:, 0]  # of any stride
-    o = step(problem.q, problem.k, problem.v, pool, state_indices=wide, states_out=states_out)
+    with in_pieces(way):
+        kept = states_out if way == "kept" else None
+        o = step(problem.q, problem.k, problem.v, pool, state_indices=wide, states_out=kept)
     expected = solve(problem)
     used = slots >= 0
     assert errors(o[used], expected["o"][used])[0] < 1e-5
     assert errors(pool[slots[used]], expected["final_state"][used])[0] < 1e-5
-    assert torch.equal(states_out[used][:, -1], pool[slots[used]])
+    assert way != "kept" or torch.equal(states_out[used][:, -1], pool[slots[used]])
     assert o[1].count_nonzero() == 0
     assert (states_out[1] == 7).all()
     pool[slots[used]] = problem.h0[used]
@@ -138,8 +141,10 @@ def test_a_launch_that_is_known_is_the_same(
         assert name not in second or torch.equal(second[name], first[name])
 
 
-def test_a_skipped_row_may_hold_anything(step: Step) -> None:
-    q, state = torch.full((2, 2, 1, 4), float("nan")), torch.full((1, 1, 4, 4), float("inf"))
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("T", [2, 16])
+def test_a_skipped_row_may_hold_anything(step: Step, T: int) -> None:
+    q, state = torch.full((2, T, 1, 4), float("nan")), torch.full((1, 1, 4, 4), float("inf"))
     o = step(q, q, q, state, state_indices=torch.tensor([-1, -1]))
     assert o.count_nonzero() == 0
     assert state.isinf().all()
@@ -155,6 +160,7 @@ def test_states_are_kept_after_each_token(step: Step) -> None:
         assert errors(states_out[:, t], solve(replace(problem, **part))["final_state"])[0] < 1e-5
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("layout", ["fused", "heads_first", "last_strided", "broadcast"])
 def test_inputs_may_have_any_strides(step: Step, layout: str) -> None:
     problem = make_problem(2, 3, 2, 8, 8)
@@ -249,6 +255,7 @@ def test_stochastic_rounding_leaves_alone_what_needs_none(step: Step, dtype: tor
         assert torch.equal(store(step, x, dtype, seed).float().nan_to_num(7), x.nan_to_num(7))
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_bits_go_with_the_slot_and_not_with_row_or_tiles(
     step: Step, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -259,7 +266,8 @@ def test_bits_go_with_the_slot_and_not_with_row_or_tiles(
     step(problem.q, problem.k, problem.v, expected, state_indices=slots, seed=1)
     module = importlib.import_module("generated.retention.step")
     for BV in (8, 16, 64):
-        monkeypatch.setattr(module, "default_config", lambda *_, BV=BV, **__: module.StepConfig(BV=BV, num_warps=1))
+        for default in ("default_config", "default_config_in_pieces"):
+            monkeypatch.setattr(module, default, lambda *_, BV=BV, **__: module.StepConfig(BV=BV, num_warps=1))
         importlib.import_module("generated.configuration").clear_caches()
         pool = torch.zeros_like(expected)
         step(*(x.flip(0) for x in (problem.q, problem.k, problem.v)), pool, state_indices=slots.flip(0), seed=1)
@@ -331,6 +339,25 @@ def test_what_a_later_token_holds_changes_no_earlier_output(step: Step, T: int, 
         assert torch.equal(step(**given)[:, :-1], expected[:, :-1])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("T", [3, 5, 16])
+@pytest.mark.parametrize("G", [1, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_no_number_reaches_its_column_from_its_token_on(
+    step: Step, value: float, T: int, G: int
+) -> None:
+    _, given = group_heads(make_problem(1, T, 2 * G, 20, 33), 2)
+    expected = step(**given | {"state": given["state"].clone()})
+    given["v"] = given["v"].clone()
+    given["v"][0, T // 2, 0, 7] = value
+    o = step(**given)
+    reached = torch.zeros_like(o, dtype=torch.bool)
+    reached[:, T // 2 :, :G, 7] = True
+    assert torch.equal(o[~reached], expected[~reached])
+    assert not o[reached].isfinite().any()
+
+
 @pytest.mark.parametrize("seed", [None, 5])
 def test_states_of_16_bits_are_rounded_in_pieces_as_in_registers(step: Step, seed: int | None) -> None:
     """One token's by the same bits; those of several, whose sums are others, next to it at most, and seldom."""
@@ -349,13 +376,16 @@ def test_states_of_16_bits_are_rounded_in_pieces_as_in_registers(step: Step, see
 
 
 @pytest.mark.parametrize("slot", [2, 7, -3])
-def test_a_slot_that_there_is_not_is_neither_read_nor_written(step: Step, slot: int) -> None:
+@pytest.mark.parametrize("way", ["registers", "pieces", "kept"])
+def test_a_slot_that_there_is_not_is_neither_read_nor_written(step: Step, slot: int, way: str) -> None:
     """As on a GPU, where nobody looks at the values."""
     module = importlib.import_module("generated.retention.step")
-    memory, x = torch.ones(9, 1, 16, 16), torch.ones(2, 1, 1, 16)
-    o, kept = torch.full_like(x, torch.nan), torch.zeros(2, 1, 1, 16, 16)
+    memory, x, q = torch.ones(9, 1, 16, 16), torch.ones(2, 1, 1, 16), torch.ones(2, 1, 3, 16)
+    o, kept = torch.full_like(q, torch.nan), torch.zeros(2, 1, 1, 16, 16)
     indices = torch.tensor([slot, 1])
-    module.step_update(x, x, x, torch.zeros(1), 1.0, memory[3:5], indices, None, kept, o)
+    with in_pieces(way):
+        given = (torch.zeros(1), 1.0, memory[3:5], indices, None, kept if way == "kept" else None, o)
+        module.step_update(q, x, x, *given)
     assert o[0].count_nonzero() == kept[0].count_nonzero() == 0
     assert torch.equal(o[1], torch.full_like(o[1], 32.0))
     assert torch.equal(memory[4], torch.full_like(memory[4], 2.0))

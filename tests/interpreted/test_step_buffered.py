@@ -63,6 +63,26 @@ def test_what_a_later_token_holds_changes_no_earlier_output(step: Step, T: int) 
     assert torch.equal(*outputs)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("T", [1, 3, 5, 16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_no_number_reaches_its_column_from_its_token_on(step: Step, value: float, T: int) -> None:
+    outputs = []
+    problem = make_problem(1, 2 * T, 2, 20, 33)
+    for fill in (1.0, value):
+        state = problem.h0.clone()
+        buffers = Buffers(state, torch.float32, 16)
+        problem.v[0, T + T // 2, 0, 7] = fill
+        first, second = zip(*(getattr(problem, name).split(T, 1) for name in "qkv"), strict=True)
+        buffers.step(step, *first, state=state)
+        outputs.append(buffers.step(step, *second, state=state))
+    expected, o = outputs
+    reached = torch.zeros_like(o, dtype=torch.bool)
+    reached[:, T // 2 :, 0, 7] = True
+    assert torch.equal(o[~reached], expected[~reached])
+    assert not o[reached].isfinite().any()
+
+
 @pytest.mark.parametrize("T", [1, 2])
 def test_a_launch_that_is_known_is_the_same(step: Step, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is kept on a GPU from the first call of its kind on."""
