@@ -385,6 +385,14 @@ def test_many_outputs_find_room_beside_pieces_of_the_state(arch: str, K: int, V:
         )
 
 
+@pytest.mark.parametrize(("T", "G"), [(2, 1), (4, 1), (8, 1), (16, 1), (1, 8)])
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (256, 512)])
+def test_on_hopper_few_programs_of_several_outputs_spill_a_few_numbers_at_most(K: int, V: int, T: int, G: int) -> None:
+    for stored in (torch.float32, torch.bfloat16):
+        kernel, _ = compile_buffered("sm90", 1, K, V, torch.bfloat16, stored, G, T)
+        assert resources(kernel).spills <= 64
+
+
 @pytest.mark.parametrize(("K", "V"), [(128, 128), (256, 512), (512, 512)])
 def test_on_hopper_a_flush_fits(K: int, V: int) -> None:
     needs = resources(compile_buffered("sm90", 64, K, V, torch.bfloat16, torch.float32, T=0)[0])
