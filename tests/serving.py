@@ -133,7 +133,10 @@ class Server:
 def assert_served_as_alone(
     step: Step, count: int, rows: int, device: str = "cpu", V: int = 6, seed: int = 0, kind: type[Server] = Server
 ) -> None:
-    """Fail unless so many sequences have the outputs and last states that the formulas give each without the others."""
+    """Fail unless so many sequences have the outputs and last states that the formulas give each without the others.
+
+    And the tokens: an output's largest number names one.
+    """
     draws = random.Random(seed)  # noqa: S311 - what is drawn is no secret
     server = kind(Sequences.draw(count, V, draws, device), rows, draws)
     server.serve(step)
@@ -143,4 +146,9 @@ def assert_served_as_alone(
         whole, worst = errors(got, expected)
         assert whole < FLOAT32_ERROR
         assert worst < WORST_ROW * FLOAT32_ERROR
+    largest, next_largest = o[is_token].topk(2).values.unbind(-1)
+    is_clear = largest - next_largest > FLOAT32_ERROR
+    assert is_clear.double().mean() > 0.999
+    got, expected = (x[is_token].argmax(-1)[is_clear] for x in (server.outputs, o))
+    assert torch.equal(got, expected)
     assert server.pool.isnan().all()
