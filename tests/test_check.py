@@ -200,6 +200,22 @@ def test_a_rule_of_a_users_own_compiles_at_its_upper_bounds_and_may_reach_as_far
     assert asked[1][0] == problem_at(KERNEL, "bfloat16", 16, 16, 128, 4000)
 
 
+def test_a_steps_rule_of_a_users_own_compiles_where_it_is_used(
+    tmp_path: Path, compiler: Callable[[Any], list[Any]]
+) -> None:
+    """Of two tokens of bfloat16 states it is not where these are many: they go by in pieces."""
+    path = tmp_path / "a.yaml"
+    given = {"kernel": "retention_step_bf16", "point": Point("bfloat16", 64, 64, 512, 1)}
+    step = replace(entry(), **given, use={"BV": 16, "num_warps": 4})
+    rules.write(path, rules.document([step], {"arch": "sm90"}, None))
+    text = re.sub(r", point: [^}]*", "", path.read_text())
+    path.write_text(re.sub(r"\bT: \[1, \d+\]", "T: [1, 2]", text))
+    asked = compiler(NEEDS)
+    assert main(["check", str(path)]) == 0
+    assert "T: [1, 2]" in path.read_text()
+    assert {problem.T for problem, *_ in asked[1:-1]} == {1}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

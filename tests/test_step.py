@@ -366,7 +366,7 @@ BAD = {
         "[H] = [2]",
     ),
     "out_of_the_states_heads": (group(2, "kvs"), ValueError, "out is [2, 3, 2, 5]", "[B, T, HQ, V] = [2, 3, 4, 5]"),
-    "17_tokens": (longer, ValueError, "T is 17", "split them over calls"),
+    "17_tokens": (longer, ValueError, "T is 17", "at most 16 tokens: split them over calls"),
     "no_state": (put(state=None), TypeError, "state is a NoneType", "must be a tensor [slots, H, K, V]"),
     "state_of_two_dimensions": (change("state", lambda x: x[0, 0]), ValueError, "state is [4, 5]", "[slots, H, K, V]"),
     "state_with_values_first": (change("state", lambda x: x.mT), ValueError, "state is [4, 2, 5, 4]", "[4, 2, 4, 5]"),

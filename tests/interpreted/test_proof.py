@@ -158,7 +158,7 @@ STEP_FAULTS = {
     "first token's key again": ("step", "p_k += s_kt", "p_k += 0", "most tokens: " + WRONG),
     "state after the first token": ("step", "(i_t + 1 == T)", "(i_t == 0)", "states after each token: " + WRONG),
     "states not kept": ("step", "p_hs += H.to(tl.int64) * K * V", "p_hs += 0", "states after each token: " + WRONG),
-    "first query for all": ("step", "p_q += tl.where(m_g, s_qg,", "p_q += tl.where(m_g, 0,", "grouped heads: "),
+    "first query for all": ("step", "p_q += tl.where(m_g, s_qg,", "p_q += tl.where(m_g, 0,", "grouped heads: " + WRONG),
     "a group's outputs in one place": ("step", "                    p_o += V\n", "", "grouped heads: "),
     "rounded at each token": (
         "step_f16",
