@@ -222,7 +222,7 @@ BUFFERED_FAULTS = {
     "buffers by row": ("step_buffered", "k_buffer + i_s * s_kslot", "k_buffer + i_n * s_kslot", ""),
     "the token's own part left out": (
         "step_buffered",
-        "tl.sum(b_q * b_k, 1)[:, None]",
+        "sum_alike(b_q * b_k, 1)[:, None]",
         "b_oj",
         "one token: " + WRONG,
     ),
