@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -398,3 +399,37 @@ def test_on_hopper_a_flush_fits(K: int, V: int) -> None:
     needs = resources(compile_buffered("sm90", 64, K, V, torch.bfloat16, torch.float32, T=0)[0])
     assert needs.spills == 0
     assert needs.blocks_per_sm(ARCHS["sm90"]) >= 4
+
+
+# Lanes that hold copies of one sum, of which the hardware stores any
+
+
+def fused_with_another_lanes(ptx: str) -> list[str]:
+    """Multiply-adds to what another lane has sent: of two that add each other's product, each rounds the other's."""
+    sent: dict[str, bool] = {}
+    found = []
+    for operation, operands in re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.]*)\s+(.*);", ptx, re.MULTILINE):
+        registers = re.findall(r"%\w+", operands)
+        if operation.startswith("fma") and sent.get(registers[-1]):
+            found.append(f"{operation} {operands}")
+        if registers:
+            is_copy = operation == "mov.b32" and sent.get(registers[-1], False)
+            sent[registers[0]] = operation.startswith("shfl") or is_copy
+    return found
+
+
+def test_a_product_that_is_added_to_another_lanes_is_found() -> None:
+    lines = ["shfl.sync.bfly.b32 \t%r5, %r4, 1, 31, -1;", "mov.b32 \t%r6, %r5;", "fma.rn.f32 \t%r7, %r1, %r2, %r6;"]
+    assert len(fused_with_another_lanes("\n\t".join(lines))) == 1
+    assert fused_with_another_lanes("\n\t".join([*lines[:2], "add.f32 \t%r6, %r6, %r3;", lines[2]])) == []
+
+
+@pytest.mark.parametrize("form", ["step", "step_buffered", "step_buffered_bf16_seed"])
+@pytest.mark.parametrize(("K", "BV", "num_warps"), [(24, 8, 8), (24, 16, 4), (256, 16, 4), (256, 64, 8), (256, 128, 8)])
+def test_on_hopper_copies_of_a_steps_sum_are_the_same_bits(form: str, K: int, BV: int, num_warps: int) -> None:
+    problem = Problem(form, "bfloat16", B=4, T=1, H=4, K=K, V=72)
+    with offline(ARCHS["sm90"].target) as compiled:
+        problem.run(problem.inputs("meta"), step.StepConfig(BV=BV, num_warps=num_warps))
+    (kernel,) = compiled
+    assert "shfl.sync" in kernel.asm["ptx"]
+    assert fused_with_another_lanes(kernel.asm["ptx"]) == []
