@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{problem} {config}: launched {launched}, {time.monotonic() - begin:.1f} s", flush=True)
     print(f"{len(every)} configurations", flush=True)
     if first == 0:
-        for T, dtype in itertools.product((1, 3, 16), (torch.float32, torch.bfloat16)):
-            for G, K in ((2 + 4 // T, 64), (17, 24)):
+        for T, dtype in itertools.product((1, 3, 5, 16), (torch.float32, torch.bfloat16)):
+            for G, K in ((1 if T == 5 else 2 + 4 // T, 64), (17, 24)):
                 launch_in_pieces(T, G, K, dtype, "cuda")
             launch_buffered(T, dtype, "cuda")
         torch.cuda.synchronize()

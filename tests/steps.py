@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import Problem, assert_matches, errors, retnet_rates, solve
@@ -33,6 +34,13 @@ RULE = """  {kernel}:
         use: {{BV: {BV}, num_warps: 8}}
         measured: {{ms: 1.0, default_ms: 1.0, error: 0.0, spills: 0, trials: 1}}
 """
+
+
+def tokens_far_apart(T: int, heads: int) -> Tensor:
+    """Ones [1, T, heads, 16] in float16, of which the last token lies 2^31 numbers behind the first."""
+    far = 2**31 // (T - 1)
+    memory = np.zeros((T - 1) * far + 16 * heads, dtype=np.float16)  # of which the system gives what is written to
+    return torch.from_numpy(memory).as_strided((1, T, heads, 16), (16 * heads, far, 16, 1)).fill_(1.0)
 
 
 def write_rules(path: Path, module: Any = step_module) -> dict[tuple[torch.dtype, bool], step_module.StepConfig]:

@@ -23,6 +23,7 @@ from steps import (
     run_step,
     spacing,
     store,
+    tokens_far_apart,
 )
 from torch import Tensor
 
@@ -313,17 +314,14 @@ def test_heads_may_lie_as_far_apart_as_there_is_memory(step: Step) -> None:
 
 
 @pytest.mark.usefixtures("either")
-def test_tokens_may_lie_as_far_apart_as_there_is_memory(step: Step) -> None:
+@pytest.mark.parametrize(("T", "G"), [(3, 2), (5, 1), (5, 2)])
+def test_tokens_may_lie_as_far_apart_as_there_is_memory(step: Step, T: int, G: int) -> None:
     module = importlib.import_module("generated.retention.step")
-    far = 2**30
-    memory = torch.from_numpy(np.zeros(2 * far + 64, dtype=np.float16))
-    k = memory.as_strided((1, 3, 1, 16), (16, far, 16, 1))
-    k.fill_(1.0)
-    q, o = (torch.ones(1, 3, 2, 16, dtype=torch.float16) for _ in range(2))
-    state = torch.zeros(1, 1, 16, 16)
+    q, k = (tokens_far_apart(T, heads) for heads in (G, 1))
+    o, state = torch.empty(1, T, G, 16, dtype=torch.float16), torch.zeros(1, 1, 16, 16)
     module.step_update(q, k, k, torch.zeros(1), 1.0, state, None, None, None, o)
-    assert torch.equal(o, 16.0 * torch.arange(1, 4).half().view(1, 3, 1, 1).expand_as(o))
-    assert torch.equal(state, torch.full_like(state, 3.0))
+    assert torch.equal(o, 16.0 * torch.arange(1, T + 1).half().view(1, T, 1, 1).expand_as(o))
+    assert torch.equal(state, torch.full_like(state, float(T)))
 
 
 @pytest.mark.parametrize("T", [3, 16])

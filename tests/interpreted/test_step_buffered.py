@@ -11,7 +11,7 @@ import torch
 from buffered import BufferedServer, Buffers, assert_buffered_match, run_buffered, stored_alone
 from oracle import errors, make_problem, solve
 from serving import assert_served_as_alone
-from steps import as_on_a_gpu, assert_unbiased
+from steps import as_on_a_gpu, assert_unbiased, tokens_far_apart
 from torch import Tensor
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.forms("step_buffered")]
@@ -190,6 +190,20 @@ def test_inputs_may_have_any_strides(step: Step, layout: str) -> None:
     ]
     assert torch.equal(*found)
     assert torch.equal(expected[0].k.nan_to_num(7), expected[1].k.nan_to_num(7))
+
+
+@pytest.mark.parametrize(("T", "G"), [(3, 2), (5, 1), (5, 2)])
+def test_tokens_may_lie_as_far_apart_as_there_is_memory(step: Step, T: int, G: int) -> None:
+    """The second call folds the first one's, and the flush its own."""
+    q, k = (tokens_far_apart(T, heads) for heads in (G, 1))
+    state, rates = torch.zeros(1, 1, 16, 16), torch.zeros(1)
+    buffers = Buffers(state, k.dtype, T)
+    for call in range(2):
+        o = buffers.step(step, q, k, k, state=state, g_gamma=rates, scale=1.0)
+        expected = 16.0 * torch.arange(call * T + 1, call * T + T + 1).half()
+        assert torch.equal(o, expected.view(1, T, 1, 1).expand_as(o))
+    buffers.flush(state, g_gamma=rates)
+    assert torch.equal(state, torch.full_like(state, 2.0 * T))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
